@@ -1,0 +1,236 @@
+"""Train a causal language model on a token dataset: the loop, in plain sight.
+
+    accelerate launch train.py --config configs/demo.yaml --model.hidden_size 256
+
+Processes, devices and precision belong to `accelerate launch` (see accelerate_configs/). A run folder holds
+everything about a run; the same command with --checkpoint.resume auto goes on where it stopped, bit for bit.
+"""
+
+from utils.cli import UserError, parse_config, run_script
+from utils.config import TrainConfig
+
+# The command line is read before the slow imports, so that --help and a typing mistake answer at once.
+config = parse_config(TrainConfig, __doc__) if __name__ == "__main__" else None
+
+import gc
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from transformers import AutoTokenizer
+
+from utils.batches.batch_plan import plan_batches
+from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader
+from utils.batches.token_dataset import TokenDataset, load_manifest
+from utils.training.checkpoints import TrainState, load_state, load_training_state, save_checkpoint
+from utils.training.evaluation import evaluate, write_text
+from utils.training.launch_check import check_launch, describe_launch
+from utils.training.modeling import build_model, count_parameters, load_model, longest_sequence, pad_token_id
+from utils.training.objectives import CausalObjective, count_targets
+from utils.training.optimization import build_optimizer, build_scheduler
+from utils.training.run_folder import open_run, save_environment
+from utils.training.tracking import RunTracker
+
+
+def main(config: TrainConfig) -> None:
+    started = time.perf_counter()
+    manifest = load_manifest(config.data.dataset)
+
+    # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.
+    use_cpu = not torch.accelerator.is_available()
+    plan = plan_batches(
+        config.batch.global_batch_size, config.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
+    )
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=plan.accumulation, sync_with_dataloader=False
+        ),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+    )
+    check_launch(accelerator, plan)
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    checkpoint, notes = open_run(accelerator, config, manifest["key"])
+    state = load_state(checkpoint) if checkpoint else TrainState(dataset_key=manifest["key"])
+
+    # ---- Data: rows laid out over the mapped token stream; nothing is copied.
+    tokenizer = AutoTokenizer.from_pretrained(Path(config.data.dataset) / "tokenizer")
+    pad = pad_token_id(tokenizer)
+    train_rows, validation_rows = (
+        build_layout(TokenDataset(config.data.dataset, split), config.data.layout, config.data.sequence_length, pad)
+        for split in ("train", "validation")
+    )
+    train_loader = build_train_loader(
+        train_rows, plan, samples_seen=state.samples_seen, seed=config.seed, pad_token_id=pad,
+        num_workers=config.data.num_workers,
+    )  # fmt: skip
+    validation_loader = build_evaluation_loader(
+        validation_rows, config.evaluation.per_device_batch_size * plan.data_parallel_size, pad
+    )
+    validation_bytes = manifest["splits"]["validation"]["bytes"]
+    max_steps = config.schedule.max_steps or math.ceil(
+        config.schedule.num_epochs * len(train_rows) / plan.global_batch_size  # type: ignore[operator]
+    )
+
+    # ---- Model: the same seed on every rank, so every rank starts from the same weights.
+    set_seed(config.seed)
+    model = load_model(checkpoint, config.model.attention) if checkpoint else build_model(config.model, tokenizer)
+    if config.data.sequence_length > longest_sequence(model):
+        raise UserError(
+            f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} positions "
+            f"of {config.model.pretrained}; lower it"
+        )
+    optimizer = build_optimizer(model, config.optimizer)
+    scheduler = build_scheduler(optimizer, config.schedule, max_steps)
+    objective, optimizer, train_loader, validation_loader = accelerator.prepare(
+        CausalObjective(model), optimizer, train_loader, validation_loader
+    )
+    if checkpoint:
+        load_training_state(checkpoint, accelerator, optimizer, scheduler)
+
+    tracker = RunTracker(accelerator, config, step=state.optimizer_step, max_steps=max_steps)
+    if accelerator.is_main_process:
+        save_environment(Path(config.output), accelerator)
+    for line in [*describe_launch(accelerator, plan), *notes]:
+        tracker.say(line)
+    tracker.say(
+        f"model: {type(model).__name__}, {count_parameters(model):,} parameters; data: {len(train_rows):,} rows of "
+        f"{config.data.sequence_length}, {max_steps * plan.global_batch_size / len(train_rows):.2f} epochs in {max_steps} steps"
+    )
+    if checkpoint:
+        tracker.say(f"resumed from {checkpoint} at step {state.optimizer_step}")
+
+    # ---- The loop: one turn is one optimizer step on one global batch. Everything that decides a turn is a function
+    # of (seed, samples seen, rank), so a resumed run repeats the uninterrupted one.
+    objective.train()
+    batches = iter(train_loader)
+    stop_reason = "max_steps" if state.optimizer_step >= max_steps else early_stop(state, config)
+    evaluation = None
+    last_log = (time.perf_counter(), state.tokens_seen)
+    while stop_reason is None:
+        step_started = time.perf_counter()
+        set_seed(step_seed(config.seed, state.samples_seen, accelerator.process_index))
+
+        # The loss is a mean over the target tokens of the *global* batch, so they are counted before the first
+        # backward pass (all ranks; one small reduction).
+        micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        num_targets = accelerator.reduce(sum(count_targets(batch) for batch in micro_batches), "sum").clamp(min=1)
+        # `backward` divides by the accumulation and DDP by the number of ranks: both are multiplied back in.
+        weight = plan.accumulation * plan.data_parallel_size / num_targets
+
+        loss_sum = torch.zeros((), device=accelerator.device)
+        for batch in micro_batches:
+            with accelerator.accumulate(objective):  # gradients are reduced over the ranks on the last one only
+                micro_loss = objective(**batch)
+                accelerator.backward(micro_loss * weight)
+                loss_sum += micro_loss.detach()
+
+        # Gradients are the same on all ranks by now, so all of them agree to stop here, before the update.
+        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
+        if accelerator.scaler is None and not torch.isfinite(grad_norm):
+            raise UserError(
+                f"the gradient is {float(grad_norm)} at step {state.optimizer_step + 1}; the update was not made. "
+                "Checkpoints are intact: lower optimizer.learning_rate or look at the data, and start from there"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+
+        state.samples_seen += plan.global_batch_size
+        state.tokens_seen += int(num_targets)
+        state.train_seconds += time.perf_counter() - step_started
+        if accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow and lowers its scale
+            state.skipped += 1
+            continue
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        state.optimizer_step += 1
+        step = state.optimizer_step
+        is_last = step == max_steps
+        tracker.advance()
+
+        # ---- Once in a while: a log line (all ranks: the loss is a sum over them).
+        if step % config.tracking.log_every_steps == 0 or step == 1 or is_last:
+            loss = float(accelerator.reduce(loss_sum, "sum") / num_targets)
+            now = time.perf_counter()
+            tracker.log({
+                "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": float(grad_norm),
+                "perf/tokens_per_second": (state.tokens_seen - last_log[1]) / (now - last_log[0]),
+                "train/epoch": state.samples_seen / len(train_rows),
+            }, step)  # fmt: skip
+            last_log = (now, state.tokens_seen)
+
+        # ---- Once in a while: the loss on all validation documents (all ranks).
+        improved = False
+        if step % config.evaluation.every_steps == 0 or is_last:
+            pause = time.perf_counter()
+            evaluation = evaluate(accelerator, objective, validation_loader)
+            improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
+            tracker.log(evaluation.metrics(validation_bytes), step)
+            last_log = (last_log[0] + time.perf_counter() - pause, last_log[1])
+        stop_reason = "max_steps" if is_last else early_stop(state, config)
+
+        # ---- Once in a while: a text by the model as it is (main process).
+        sample_every = config.tracking.sample_every_steps
+        if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
+            text = write_text(
+                model, tokenizer, config.tracking.sample_prompt, max_new_tokens=config.tracking.sample_max_new_tokens,
+                temperature=0.8, seed=config.seed,
+            )  # fmt: skip
+            tracker.sample(text, step)
+
+        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
+        if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
+            save_checkpoint(
+                accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
+                keep_last=config.checkpoint.keep_last,
+            )  # fmt: skip
+
+    # ---- The end: what came out, and an orderly way down, without which a gloo rank may abort at exit.
+    if evaluation is None:
+        tracker.say(f"nothing to do: the run had reached its end ({stop_reason}) at step {state.optimizer_step}")
+    else:
+        tracker.say(
+            f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}"
+        )
+        tracker.finish({
+            "finished": True, "reason": stop_reason, "optimizer_step": state.optimizer_step,
+            "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
+            "train_loss": loss, "eval_loss": evaluation.loss, "perplexity": evaluation.perplexity,
+            "bits_per_byte": evaluation.bits_per_byte(validation_bytes), "best_loss": state.best_loss,
+            "best_step": state.best_step, "tokens_per_second": state.tokens_seen / state.train_seconds,
+            "train_seconds": state.train_seconds, "launch_seconds": time.perf_counter() - started,
+        })  # fmt: skip
+    accelerator.wait_for_everyone()
+    del batches, model
+    objective, optimizer, train_loader, validation_loader = accelerator.free_memory(
+        objective, optimizer, train_loader, validation_loader
+    )
+    gc.collect()
+    accelerator.end_training()
+
+
+def step_seed(seed: int, samples_seen: int, rank: int) -> int:
+    """Seed of one step's dropout on one rank, 32 bits: resume needs no stored random state."""
+    return int(np.random.SeedSequence([seed, samples_seen, rank]).generate_state(1)[0])
+
+
+def update_best(state: TrainState, loss: float, min_delta: float) -> bool:
+    """Whether `loss` (nats per token) improves on the best by more than `min_delta`; counts those that do not."""
+    if state.best_loss is not None and not loss < state.best_loss - min_delta:
+        state.evaluations_without_improvement += 1
+        return False
+    state.best_loss, state.best_step, state.evaluations_without_improvement = loss, state.optimizer_step, 0
+    return True
+
+
+def early_stop(state: TrainState, config: TrainConfig) -> str | None:
+    patience = config.evaluation.early_stopping_patience
+    return "early_stopping" if patience is not None and state.evaluations_without_improvement >= patience else None
+
+
+if __name__ == "__main__":
+    run_script(main, config)

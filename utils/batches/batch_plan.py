@@ -1,0 +1,115 @@
+"""Which samples make which batch: a pure function of (seed, samples seen), on any number of processes.
+
+The order of an epoch is a keyed permutation that is computed, not stored: a Feistel network over the next power of
+four, walked until it lands inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+Half a millisecond for 512 samples of 1e9, and no table in memory.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.cli import UserError
+
+PADDING_SAMPLE = -1
+ROUNDS = 6
+
+
+def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where the permutation of (seed, epoch) sends each of `index` (n,) in [0, size); (n,) int64."""
+    half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half_bits) - 1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    values = index.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():  # at most four steps are expected: the domain is less than four times the range
+        left, right = values[outside] >> np.uint64(half_bits), values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        values[outside] = (left << np.uint64(half_bits)) | right
+        outside = values >= np.uint64(size)
+    return values.astype(np.int64)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014): every output bit depends on every input bit."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def sample_ids(samples_seen: int, count: int, num_samples: int, seed: int) -> np.ndarray:
+    """The `count` sample ids that follow the first `samples_seen`; every epoch is its own shuffle. (count,) int64."""
+    positions = np.arange(samples_seen, samples_seen + count)
+    epochs = positions // num_samples
+    result = np.empty(count, np.int64)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        result[inside] = permute(positions[inside] % num_samples, num_samples, seed, int(epoch))
+    return result
+
+
+@dataclass
+class BatchPlan:
+    """The split of the global batch: accumulation × data_parallel_size × micro_batch = global_batch_size."""
+
+    global_batch_size: int
+    micro_batch: int
+    data_parallel_size: int
+    accumulation: int
+
+
+def plan_batches(global_batch_size: int, per_device_batch_size: int | None, data_parallel_size: int) -> BatchPlan:
+    """Split the global batch (sequences) over ranks and micro-batches; `UserError` names sizes that would fit."""
+    share, remainder = divmod(global_batch_size, data_parallel_size)
+    if remainder:
+        lower, upper = share * data_parallel_size, (share + 1) * data_parallel_size
+        fitting = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(
+            f"batch.global_batch_size {global_batch_size} cannot be shared by {data_parallel_size} processes; "
+            f"{fitting} would fit"
+        )
+    micro_batch = per_device_batch_size or share
+    if share % micro_batch:
+        fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+        raise UserError(
+            f"batch.per_device_batch_size {micro_batch} does not divide each process's share of {share} sequences "
+            f"(batch.global_batch_size {global_batch_size} over {data_parallel_size}); {fitting} would fit"
+        )
+    return BatchPlan(global_batch_size, micro_batch, data_parallel_size, share // micro_batch)
+
+
+class TrainBatchSampler:
+    """Endless batches of `batch_size` sample ids from a position of the sample order.
+
+    A batch here is one micro-batch of *all* ranks; accelerate's `split_batches` gives each rank its slice.
+    """
+
+    drop_last = False
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, samples_seen: int) -> None:
+        self.num_samples, self.batch_size = num_samples, batch_size
+        self.seed, self.samples_seen = seed, samples_seen
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in itertools.count(self.samples_seen, self.batch_size):
+            yield sample_ids(start, self.batch_size, self.num_samples, self.seed).tolist()
+
+
+class EvaluationBatchSampler:
+    """Every sample once, in order; the last batch is filled up with `PADDING_SAMPLE`, so that ranks stay equal."""
+
+    drop_last = False
+
+    def __init__(self, num_samples: int, batch_size: int) -> None:
+        self.num_samples, self.batch_size = num_samples, batch_size
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, self.num_samples, self.batch_size):
+            batch = list(range(start, min(start + self.batch_size, self.num_samples)))
+            yield batch + [PADDING_SAMPLE] * (self.batch_size - len(batch))

@@ -1,0 +1,81 @@
+"""The token dataset on disk: a folder with `train/` and `validation/` (Arrow), `tokenizer/` and `manifest.json`.
+
+A split is a `datasets` table with one row per document and one column, `input_ids` (uint16 or uint32). No padding, no
+labels, no masks: rows of any length are laid out when training starts.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from utils.cli import UserError
+
+FORMAT_VERSION = 1
+
+
+def load_manifest(folder: str | Path) -> dict[str, Any]:
+    """`manifest.json` of a dataset folder; `UserError` if the folder is not a complete dataset of this version."""
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        reason = "is not a dataset folder (it has no manifest.json)" if Path(folder).exists() else "does not exist"
+        raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py --output {folder}")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"dataset {folder} has format version {manifest.get('format_version')}, this Plainloop reads "
+            f"{FORMAT_VERSION}; prepare it again in a new folder"
+        )
+    return manifest
+
+
+class TokenDataset:
+    """The tokens of one split as one long stream, mapped from disk and never copied as a whole.
+
+    Attributes:
+        offsets: (N + 1,) int64; document i is stream positions offsets[i] to offsets[i + 1].
+    """
+
+    def __init__(self, folder: str | Path, split: str) -> None:
+        path = Path(folder) / split
+        try:
+            table = datasets.load_from_disk(str(path))
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise UserError(f"dataset {folder}: the {split} split cannot be read: {error}") from None
+        if not isinstance(table, datasets.Dataset) or table._indices is not None:
+            raise UserError(f"dataset {folder}: the {split} split is not a plain table")
+        # Zero-copy: the buffers of the mapped Arrow files. A slice's first offset need not be 0, hence `first`.
+        self._chunks: list[np.ndarray] = []
+        lengths = []
+        for chunk in table.data.column("input_ids").chunks:
+            chunk_offsets = chunk.offsets.to_numpy()
+            first, last = chunk_offsets[0], chunk_offsets[-1]
+            self._chunks.append(chunk.values.to_numpy(zero_copy_only=True)[first:last])
+            lengths.append(np.diff(chunk_offsets))
+        self.offsets = np.zeros(sum(map(len, lengths)) + 1, dtype=np.int64)
+        if lengths:
+            np.cumsum(np.concatenate(lengths), out=self.offsets[1:])
+        self._chunk_starts = np.cumsum([0, *map(len, self._chunks)], dtype=np.int64)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, (stop - start,) int64, cut at the stream's end."""
+        stop = min(stop, self.num_tokens)
+        pieces = []
+        index = int(np.searchsorted(self._chunk_starts, start, side="right")) - 1
+        while start < stop:
+            chunk, chunk_start = self._chunks[index], int(self._chunk_starts[index])
+            pieces.append(chunk[start - chunk_start : stop - chunk_start])
+            start = chunk_start + len(chunk)
+            index += 1
+        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)

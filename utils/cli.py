@@ -1,0 +1,164 @@
+"""From the command line to a checked configuration: defaults, then YAML files, then flags.
+
+No torch and no datasets here: --help and a typing mistake answer in a fraction of a second.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+Config = TypeVar("Config")
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message names the file, option or record and says how."""
+
+
+def run_script(main: Callable[[Any], None], config: object) -> None:
+    """Call `main(config)`; a `UserError` becomes one line on stderr and exit code 2 (on every rank that meets it)."""
+    try:
+        main(config)
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def exit_with(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    prefix = f"[rank {rank}] " if rank != "0" else ""
+    print(f"{prefix}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    # Not sys.exit: with collectives under way, interpreter shutdown may wait for peers that are not coming.
+    os._exit(2) if "RANK" in os.environ else sys.exit(2)
+
+
+def parse_config(cls: type[Config], description: str | None, argv: list[str] | None = None) -> Config:
+    """Read `--config FILE` and flags into `cls`; exit with one line if a name, a type or a value is wrong."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _parse(cls, description, argv)
+    except UserError as error:
+        exit_with(error)
+        raise
+
+
+def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Config:
+    parser = ArgumentParser(
+        exit_on_error=False, allow_abbrev=False, default_env=False, add_help=True,
+        description=(description or "").strip().split("\n\n")[0],
+    )  # fmt: skip
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win.")
+    parser.add_class_arguments(cls)
+    names = sorted(action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config"))
+    for path in _config_paths(argv):
+        _check_yaml(parser, path, names)
+    try:
+        namespace = parser.parse_args(argv)
+    except ArgumentError as error:
+        raise UserError(_one_line(str(error), names)) from None
+    namespace.pop("config", None)
+    config = from_dict(cls, namespace)
+    problems = find_problems(config)
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def _config_paths(argv: list[str]) -> list[Path]:
+    paths = [Path(value) for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    return paths + [Path(flag.partition("=")[2]) for flag in argv if flag.startswith("--config=")]
+
+
+def _check_yaml(parser: ArgumentParser, path: Path, names: list[str]) -> None:
+    """Parse one file by itself, so that its mistakes are reported under its name."""
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        if not isinstance(loaded, dict):
+            raise UserError(f"{path}: expected `option: value` lines, found {type(loaded).__name__}")
+        parser.parse_path(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {_one_line(str(error), names)}") from None
+    except ArgumentError as error:
+        raise UserError(f"{path}: {_one_line(str(error), names)}") from None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} stands twice")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _one_line(message: str, names: list[str]) -> str:
+    """jsonargparse's message on one line, with the nearest option name where a name is unknown."""
+    message = " ".join(message.split())
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "")
+    if match := re.match(r'Parser key "(.+?)": (.*)', message):
+        return f"{match[1]}: {match[2]}"
+    if match := re.match(r"unrecognized arguments: (\S+)", message):
+        flag = match[1].partition("=")[0]
+        if not flag.startswith("--"):
+            return f"unexpected argument {flag!r}; options are written --name value"
+        return f"unknown option {flag}{_nearest(flag.lstrip('-'), names, '--')}; --help lists all"
+    if match := re.match(r"Group '(.+)' does not accept option '(.+)'", message):
+        key = f"{match[1]}.{match[2]}"
+        return f"unknown option {key}{_nearest(key, names, '')}; --help lists all"
+    if match := re.match(r"Option '(.+?)' is not accepted", message):
+        return f"unknown option {match[1]}{_nearest(match[1], names, '')}; --help lists all"
+    return message
+
+
+def _nearest(name: str, names: list[str], dashes: str) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = close or [option for option in names if option.endswith("." + name)][:1]
+    return f" (did you mean {dashes}{close[0]}?)" if close else ""
+
+
+def from_dict(cls: type[Config], values: Any) -> Config:
+    """Nested mapping or jsonargparse namespace → nested dataclasses."""
+    get = values.get if isinstance(values, (dict, Namespace)) else lambda name: getattr(values, name)
+    arguments = {}
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        value = get(item.name)
+        nested = isinstance(item.type, type) and dataclasses.is_dataclass(item.type)
+        arguments[item.name] = from_dict(item.type, value) if nested else value  # type: ignore[arg-type]
+    return cls(**arguments)
+
+
+def find_problems(config: object) -> list[str]:
+    """What `problems()` of every section says, and every number that is not finite."""
+    found: list[str] = []
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            found += find_problems(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{item.name} is {value}; it must be a finite number")
+    return found + (config.problems() if hasattr(config, "problems") else [])
+
+
+def save_config(config: object, path: Path) -> None:
+    """Write the resolved configuration; the file runs again as `--config`."""
+    values = dataclasses.asdict(config)  # type: ignore[call-overload]
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

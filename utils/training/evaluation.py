@@ -1,0 +1,78 @@
+"""Loss over a whole split, counted over all ranks, and text written by the model."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
+
+from utils.training.objectives import count_targets
+
+
+@dataclass
+class Evaluation:
+    """What a model scored on a split."""
+
+    loss: float
+    """Mean cross-entropy over all target tokens, in nats."""
+    num_tokens: int
+    """Target tokens scored, over all ranks."""
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        """Bits to code the text, per byte of it: comparable across tokenizers, and with a compressor."""
+        return self.loss * self.num_tokens / math.log(2) / num_bytes
+
+    def metrics(self, num_bytes: int) -> dict[str, float]:
+        return {"eval/loss": self.loss, "eval/perplexity": self.perplexity,
+                "eval/bits_per_byte": self.bits_per_byte(num_bytes)}  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, objective: nn.Module, loader: Iterable[dict[str, torch.Tensor]]) -> Evaluation:
+    """Mean loss over the target tokens of `loader`, over all ranks (which all call this), each counted once."""
+    was_training = objective.training
+    objective.eval()
+    losses, counts = [], []
+    for batch in loader:
+        losses.append(objective(**batch))
+        counts.append(count_targets(batch))
+    objective.train(was_training)
+    local_loss = torch.stack(losses).cpu().double().sum().to(torch.float32)
+    loss_sum = accelerator.reduce(local_loss.to(accelerator.device), "sum")
+    num_tokens = int(accelerator.reduce(torch.stack(counts).sum(), "sum"))
+    return Evaluation(loss=float(loss_sum) / max(1, num_tokens), num_tokens=num_tokens)
+
+
+@torch.no_grad()
+def write_text(
+    model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
+) -> str:
+    """Continue `prompt` (empty: start a document) on this rank alone; returns prompt and continuation.
+
+    Seeds torch's generators: the caller's own random numbers must not depend on their state.
+    """
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+    room = model.config.max_position_embeddings - len(ids)
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    input_ids = torch.tensor([ids], device=model.device)
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
+    output = model.generate(  # type: ignore[operator]
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max(1, min(max_new_tokens, room)),
+        **sampling,
+    )
+    model.train(was_training)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -1,0 +1,131 @@
+"""The run folder: whose it is, whether this call may go on in it, and what makes the run repeatable.
+
+config.yaml        the resolved configuration; runs again as --config
+environment.json   versions, machine, launch, git commit, one entry per launch
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from utils.cli import UserError, save_config
+from utils.config import TrainConfig
+from utils.training.checkpoints import find_newest_valid, load_state
+
+# What may differ when a run goes on: it changes what is seen or how far it goes, not the path of the weights.
+FREE_TO_CHANGE = (
+    "output", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.", "checkpoint.", "tracking.",
+    "schedule.max_steps", "schedule.num_epochs",
+)  # fmt: skip
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from (None: start afresh) and lines to say, the same on all ranks.
+
+    The main process looks, and hashes the checkpoint; the others are told. Raises `UserError` on all ranks if the folder
+    holds another run, cannot be written, or was not asked to be resumed.
+    """
+    found: list[Any] = [None, [], None]
+    if accelerator.is_main_process:
+        try:
+            found[:2] = _open_run(Path(config.output), config, dataset_key)
+        except UserError as error:
+            found[2] = str(error)
+    broadcast_object_list(found)
+    checkpoint, lines, problem = found
+    if problem:
+        raise UserError(problem)
+    return checkpoint, lines
+
+
+def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | None, list[str]]:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run folder {run} cannot be made: {error.strerror}; choose another --output") from None
+    if not os.access(run, os.W_OK):
+        raise UserError(f"run folder {run} cannot be written; choose another --output")
+    lines: list[str] = []
+    checkpoint = None
+    if any(run.iterdir()):
+        saved_config = run / "config.yaml"
+        if not saved_config.is_file():
+            raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
+        if config.checkpoint.resume == "never":
+            raise UserError(
+                f"{run} already holds a run; go on with it by --checkpoint.resume auto, or choose another --output"
+            )
+        saved = yaml.safe_load(saved_config.read_text(encoding="utf-8"))
+        changes = _differences(saved, asdict(config))
+        refused = [text for name, text in changes if not name.startswith(FREE_TO_CHANGE)]
+        if refused:
+            raise UserError(f"{run} holds another run: {'; '.join(refused)}; choose another --output")
+        lines += [f"changed since the last launch: {text}" for _, text in changes]
+        checkpoint, problems = find_newest_valid(run / "checkpoints")
+        lines += problems
+        if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
+            raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
+    save_config(config, run / "config.yaml")
+    if checkpoint is None:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return checkpoint, lines
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str]]:
+    """(option, "option old → new") for each option of two nested mappings that differs."""
+    old, new = flatten(saved), flatten(current)
+    names = sorted(old.keys() | new.keys())
+    return [(name, f"{name} {old.get(name)} → {new.get(name)}") for name in names if old.get(name) != new.get(name)]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → one level, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def save_environment(run: Path, accelerator: Accelerator) -> None:
+    """Append this launch to environment.json (main process)."""
+    path = run / "environment.json"
+    launches = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    launches.append({
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "mixed_precision": accelerator.mixed_precision,
+        "threads": torch.get_num_threads(),
+    })  # fmt: skip
+    path.write_text(json.dumps(launches, indent=2) + "\n", encoding="utf-8")
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(sys.argv[0]).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,154 @@
+"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, loss.png, summary.json.
+
+All of it happens on the main process only; on the others every method returns at once.
+"""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from tqdm import tqdm
+
+from utils.config import TrainConfig
+from utils.training.run_folder import flatten
+
+DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f"}
+
+
+class RunTracker:
+    """One per run and launch. `step` is the optimizer step at which the launch begins."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, step: int, max_steps: int) -> None:
+        self.accelerator, self.run, self.max_steps = accelerator, Path(config.output), max_steps
+        self.is_main = accelerator.is_main_process
+        if not self.is_main:
+            return
+        self.logger = logging.getLogger("plainloop")
+        self.logger.setLevel(logging.INFO)
+        handler = logging.FileHandler(self.run / "training.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.logger.addHandler(handler)
+        self.logger.propagate = False
+        _cut_after(self.run / "metrics.jsonl", step)
+        self.metrics_file = (self.run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        self._start_trackers(config, step)
+
+    def say(self, text: str) -> None:
+        """One line for the reader."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+            self.logger.info(text)
+
+    def warn(self, text: str) -> None:
+        if self.is_main:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+            self.logger.warning(text)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers of a step, to the console, metrics.jsonl and every tracker."""
+        if not self.is_main:
+            return
+        parts = [f"{name.partition('/')[2]} {value:{DIGITS.get(name, '.4f')}}" for name, value in metrics.items()]
+        kind = next(iter(metrics)).partition("/")[0]
+        self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} | {kind:<5} | " + " | ".join(parts))
+        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for tracker in list(self.accelerator.trackers):
+            try:
+                tracker.log(metrics, step=step)
+            except Exception as error:  # whatever a tracker raises, the run matters more
+                self._drop_tracker(tracker.name, error)
+
+    def advance(self) -> None:
+        if self.is_main:
+            self.progress.update()
+
+    def sample(self, text: str, step: int) -> None:
+        """Append what the model wrote to samples.md."""
+        if self.is_main:
+            with (self.run / "samples.md").open("a", encoding="utf-8") as file:
+                file.write(f"## Step {step}\n\n```\n{text}\n```\n\n")
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write summary.json and loss.png."""
+        if not self.is_main:
+            return
+        self.progress.close()
+        self.metrics_file.close()
+        (self.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
+
+    def _start_trackers(self, config: TrainConfig, step: int) -> None:
+        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}, "wandb": {}}
+        if "wandb" in config.tracking.trackers:
+            options["wandb"] = self._wandb_options()
+        values = {
+            name: value if isinstance(value, int | float | str) else str(value)
+            for name, value in flatten(asdict(config)).items()
+        }
+        for name in config.tracking.trackers:
+            try:
+                self.accelerator.log_with = filter_trackers([name], str(self.run / "tensorboard"))
+                self.accelerator.init_trackers(config.tracking.project, config=values, init_kwargs=options)
+            except Exception as error:  # a dead network, a refused key: the files go on without it
+                self._drop_tracker(name, error)
+
+    def _wandb_options(self) -> dict[str, Any]:
+        """The same W&B run for every launch of this folder; offline where there is no key to log in with."""
+        import wandb
+
+        id_file = self.run / "wandb_id.txt"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+        if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
+            os.environ["WANDB_MODE"] = "offline"
+            self.warn("W&B has no API key: the run is kept offline; `wandb sync` uploads it later")
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        return {"name": self.run.name, "dir": str(self.run), "id": run_id, "resume": "allow"}
+
+    def _drop_tracker(self, name: str, error: Exception) -> None:
+        self.accelerator.trackers = [item for item in self.accelerator.trackers if item.name != name]
+        self.warn(
+            f"tracker {name} is off from here: {' '.join(str(error).split())[:200]}; metrics.jsonl has everything"
+        )
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Drop lines of later steps than `step`, and a last one that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def plot_losses(metrics: Path, image: Path) -> None:
+    """Training and evaluation loss over the steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
+            step, loss = points[-1]
+            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(image, dpi=120)
