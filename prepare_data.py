@@ -164,22 +164,21 @@ def prepare(config: PrepareConfig, files: list[Path], work: Path, cache_dir: Pat
         encoded.with_format(None).save_to_disk(work / split)
         figures[split] = {
             "documents": len(encoded),
-            "bytes": sum(
-                len(text.encode()) for batch in texts_of_split.iter(BATCH_DOCUMENTS) for text in batch["text"]
-            ),
+            "bytes": count_bytes(texts_of_split),
             "tokens": sum(len(chunk.values) for chunk in encoded.data.column("input_ids").chunks),
         }
     stage_done("encode")
 
+    origin = config.tokenizer.pretrained or "the training documents"
     return {
         "format_version": FORMAT_VERSION,
         "options": asdict(config),
         "sources": [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files],
         "documents_read": len(documents),
-        "bytes_read": sum(len(text.encode()) for batch in documents.iter(BATCH_DOCUMENTS) for text in batch["text"] if text),
+        "bytes_read": count_bytes(documents),
         "dropped": dict(dropped),
         "splits": figures,
-        "tokenizer": {"vocab_size": len(tokenizer), "dtype": dtype, "trained_here": config.tokenizer.pretrained is None},
+        "tokenizer": {"from": origin, "vocab_size": len(tokenizer), "dtype": dtype},
         "seconds": seconds,
         "versions": versions(),
     }  # fmt: skip
@@ -192,6 +191,11 @@ def clean_batch(batch: dict[str, list], rule: str) -> dict[str, list]:
     """Columns `text` → cleaned `text` and its `digest`."""
     texts = [RULES[rule](text or "") for text in batch["text"]]
     return {"text": texts, "digest": [digest(text) if text.strip() else EMPTY for text in texts]}
+
+
+def count_bytes(documents: datasets.Dataset) -> int:
+    """UTF-8 bytes of column `text`."""
+    return sum(len((text or "").encode()) for batch in documents.iter(BATCH_DOCUMENTS) for text in batch["text"])
 
 
 def cache_key(config: PrepareConfig, files: list[Path]) -> str:

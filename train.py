@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from utils.batches.batch_plan import plan_batches
 from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader
-from utils.batches.token_dataset import TokenDataset, load_manifest
+from utils.batches.token_dataset import load_manifest, open_split
 from utils.training.checkpoints import TrainState, load_state, load_training_state, save_checkpoint
 from utils.training.evaluation import evaluate, write_text
 from utils.training.launch_check import check_launch, describe_launch
@@ -38,6 +39,7 @@ from utils.training.tracking import RunTracker
 
 def main(config: TrainConfig) -> None:
     started = time.perf_counter()
+    transformers_logging.disable_progress_bar()
     manifest = load_manifest(config.data.dataset)
 
     # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.
@@ -47,10 +49,9 @@ def main(config: TrainConfig) -> None:
     )
     accelerator = Accelerator(
         cpu=use_cpu,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=plan.accumulation, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(plan.accumulation, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
+        project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/tensorboard"),
     )
     check_launch(accelerator, plan)
     torch.set_float32_matmul_precision(config.matmul_precision)
@@ -61,7 +62,7 @@ def main(config: TrainConfig) -> None:
     tokenizer = AutoTokenizer.from_pretrained(Path(config.data.dataset) / "tokenizer")
     pad = pad_token_id(tokenizer)
     train_rows, validation_rows = (
-        build_layout(TokenDataset(config.data.dataset, split), config.data.layout, config.data.sequence_length, pad)
+        build_layout(open_split(config.data.dataset, split), config.data.layout, config.data.sequence_length, pad)
         for split in ("train", "validation")
     )
     train_loader = build_train_loader(
@@ -81,8 +82,8 @@ def main(config: TrainConfig) -> None:
     model = load_model(checkpoint, config.model.attention) if checkpoint else build_model(config.model, tokenizer)
     if config.data.sequence_length > longest_sequence(model):
         raise UserError(
-            f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} positions "
-            f"of {config.model.pretrained}; lower it"
+            f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} "
+            f"positions of {config.model.pretrained}; lower it"
         )
     optimizer = build_optimizer(model, config.optimizer)
     scheduler = build_scheduler(optimizer, config.schedule, max_steps)
@@ -97,9 +98,10 @@ def main(config: TrainConfig) -> None:
         save_environment(Path(config.output), accelerator)
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
+    epochs = max_steps * plan.global_batch_size / len(train_rows)
+    tracker.say(f"model: {type(model).__name__}, {count_parameters(model):,} parameters")
     tracker.say(
-        f"model: {type(model).__name__}, {count_parameters(model):,} parameters; data: {len(train_rows):,} rows of "
-        f"{config.data.sequence_length}, {max_steps * plan.global_batch_size / len(train_rows):.2f} epochs in {max_steps} steps"
+        f"data: {len(train_rows):,} rows of {config.data.sequence_length}; {max_steps} steps, {epochs:.2f} epochs"
     )
     if checkpoint:
         tracker.say(f"resumed from {checkpoint} at step {state.optimizer_step}")

@@ -11,6 +11,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +78,7 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
 
 
 def _config_paths(argv: list[str]) -> list[Path]:
-    paths = [Path(value) for flag, value in zip(argv, argv[1:], strict=False) if flag == "--config"]
+    paths = [Path(value) for flag, value in pairwise(argv) if flag == "--config"]
     return paths + [Path(flag.partition("=")[2]) for flag in argv if flag.startswith("--config=")]
 
 
@@ -156,6 +157,16 @@ def find_problems(config: object) -> list[str]:
         elif isinstance(value, float) and not math.isfinite(value):
             found.append(f"{item.name} is {value}; it must be a finite number")
     return found + (config.problems() if hasattr(config, "problems") else [])
+
+
+def at_least(section: str, config: object, **minimum: float) -> list[str]:
+    """One line per field of `config` that is set and below its minimum."""
+    prefix = section + "." if section else ""
+    return [
+        f"{prefix}{name} is {getattr(config, name)}; it must be at least {low}"
+        for name, low in minimum.items()
+        if getattr(config, name) is not None and getattr(config, name) < low
+    ]
 
 
 def save_config(config: object, path: Path) -> None:

@@ -8,6 +8,8 @@ The defaults are the demo's, so `train.py` runs without any option. `problems()`
 from dataclasses import dataclass, field
 from typing import Literal
 
+from utils.cli import at_least
+
 
 @dataclass
 class DataConfig:
@@ -64,9 +66,8 @@ class ModelConfig:
                 f"model.num_attention_heads ({self.num_attention_heads}) does not divide "
                 f"model.hidden_size ({self.hidden_size})"
             )
-        elif self.architecture == "llama" and self.num_attention_heads > 0:
-            if self.hidden_size // self.num_attention_heads % 2:
-                found.append("model.hidden_size / model.num_attention_heads must be even: rotary positions turn pairs")
+        elif self.architecture == "llama" and self.hidden_size // max(1, self.num_attention_heads) % 2:
+            found.append("model.hidden_size / model.num_attention_heads must be even: rotary positions turn pairs")
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}; it must be at least 0 and less than 1")
         return found
@@ -221,16 +222,6 @@ class TrainConfig:
         if self.model.pretrained is None and self.data.sequence_length > self.model.max_position_embeddings:
             found.append(
                 f"data.sequence_length ({self.data.sequence_length}) is longer than "
-                f"model.max_position_embeddings ({self.model.max_position_embeddings}); lower the first or raise the second"
+                f"model.max_position_embeddings ({self.model.max_position_embeddings}); lower one or raise the other"
             )
         return found
-
-
-def at_least(section: str, config: object, **minimum: float) -> list[str]:
-    """One line per field of `config` that is set and below its minimum."""
-    prefix = section + "." if section else ""
-    return [
-        f"{prefix}{name} is {getattr(config, name)}; it must be at least {low}"
-        for name, low in minimum.items()
-        if getattr(config, name) is not None and getattr(config, name) < low
-    ]

@@ -33,32 +33,18 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 class TokenDataset:
-    """The tokens of one split as one long stream, mapped from disk and never copied as a whole.
+    """The tokens of many documents as one long stream, in place and never copied as a whole.
 
     Attributes:
         offsets: (N + 1,) int64; document i is stream positions offsets[i] to offsets[i + 1].
     """
 
-    def __init__(self, folder: str | Path, split: str) -> None:
-        path = Path(folder) / split
-        try:
-            table = datasets.load_from_disk(str(path))
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise UserError(f"dataset {folder}: the {split} split cannot be read: {error}") from None
-        if not isinstance(table, datasets.Dataset) or table._indices is not None:
-            raise UserError(f"dataset {folder}: the {split} split is not a plain table")
-        # Zero-copy: the buffers of the mapped Arrow files. A slice's first offset need not be 0, hence `first`.
-        self._chunks: list[np.ndarray] = []
-        lengths = []
-        for chunk in table.data.column("input_ids").chunks:
-            chunk_offsets = chunk.offsets.to_numpy()
-            first, last = chunk_offsets[0], chunk_offsets[-1]
-            self._chunks.append(chunk.values.to_numpy(zero_copy_only=True)[first:last])
-            lengths.append(np.diff(chunk_offsets))
-        self.offsets = np.zeros(sum(map(len, lengths)) + 1, dtype=np.int64)
-        if lengths:
-            np.cumsum(np.concatenate(lengths), out=self.offsets[1:])
-        self._chunk_starts = np.cumsum([0, *map(len, self._chunks)], dtype=np.int64)
+    def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray) -> None:
+        """`chunks` make up the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
+        self._chunks = chunks
+        self._chunk_starts = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
+        self.offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=self.offsets[1:])
 
     @property
     def num_documents(self) -> int:
@@ -79,3 +65,20 @@ class TokenDataset:
             start = chunk_start + len(chunk)
             index += 1
         return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
+
+
+def open_split(folder: str | Path, split: str) -> TokenDataset:
+    """`train` or `validation` of a dataset folder, mapped from disk without a copy."""
+    try:
+        table = datasets.load_from_disk(str(Path(folder) / split))
+    except (FileNotFoundError, pa.ArrowInvalid) as error:
+        raise UserError(f"dataset {folder}: the {split} split cannot be read: {error}") from None
+    if not isinstance(table, datasets.Dataset) or table._indices is not None:
+        raise UserError(f"dataset {folder}: the {split} split is not a plain table")
+    chunks, lengths = [], [np.empty(0, np.int64)]
+    for chunk in table.data.column("input_ids").chunks:
+        # Arrow's own buffers. A slice's first offset need not be 0, so the offsets are always applied.
+        offsets = chunk.offsets.to_numpy()
+        chunks.append(chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]])
+        lengths.append(np.diff(offsets))
+    return TokenDataset(chunks, np.concatenate(lengths))

@@ -27,11 +27,10 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
     )
     options = "\n".join(f"- `{key}`: `{value}`" for key, value in manifest["options"].items())
     tokenizer = manifest["tokenizer"]
-    origin = "trained on the training documents" if tokenizer["trained_here"] else "taken as given"
     return (
-        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. `train/` and `validation/` are Arrow tables "
-        f"with one row per document and one column, `input_ids` ({tokenizer['dtype']}); `tokenizer/` opens with "
-        f"`AutoTokenizer` ({tokenizer['vocab_size']:,} entries, {origin}).\n\n"
+        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. `train/` and `validation/` are Arrow "
+        f"tables with one row per document and one column, `input_ids` ({tokenizer['dtype']}); `tokenizer/` opens "
+        f"with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, from {tokenizer['from']}).\n\n"
         f"## Sources\n\n{sources}\n\nTheir licences are their own: look them up before you share this folder.\n\n"
         f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Options\n\n{options}\n"
     )

@@ -65,14 +65,12 @@ def write_text(
     model.eval()
     torch.manual_seed(seed)
     input_ids = torch.tensor([ids], device=model.device)
-    sampling: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    )
     output = model.generate(  # type: ignore[operator]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max(1, min(max_new_tokens, room)),
-        **sampling,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
     )
     model.train(was_training)
     return tokenizer.decode(output[0], skip_special_tokens=True)

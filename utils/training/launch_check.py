@@ -25,8 +25,8 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan) -> None:
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", str(plan.accumulation)):
         raise UserError(
-            f"the launch sets gradient_accumulation_steps {accumulation}, the recipe needs {plan.accumulation}: leave it "
-            "out of the launch; it follows from batch.global_batch_size and batch.per_device_batch_size"
+            f"the launch sets gradient_accumulation_steps {accumulation}, the recipe needs {plan.accumulation}: leave "
+            "it out of the launch; it follows from batch.global_batch_size and batch.per_device_batch_size"
         )
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(
@@ -44,6 +44,12 @@ def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
         f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} process(es) × "
         f"{plan.accumulation} micro-batch(es) × {plan.micro_batch}",
     ]
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if accelerator.device.type == "cpu" and threads * accelerator.num_processes < cores:
+        lines.append(
+            f"hint: {threads * accelerator.num_processes} of {cores} cores in use; --num_cpu_threads_per_process "
+            f"{cores // accelerator.num_processes} after `accelerate launch` uses them all"
+        )
     if accelerator.mixed_precision == "no" and fast_bf16(accelerator.device):
         lines.append("hint: this machine computes bf16 fast; --mixed_precision bf16 after `accelerate launch` uses it")
     return lines

@@ -27,8 +27,8 @@ def build_model(config: ModelConfig, tokenizer: Any) -> PreTrainedModel:
         model = load_model(config.pretrained, config.attention)
         if len(tokenizer) > model.config.vocab_size:
             raise UserError(
-                f"model.pretrained {config.pretrained} knows {model.config.vocab_size} tokens, the dataset's tokenizer has "
-                f"{len(tokenizer)}; prepare the data with --tokenizer.pretrained {config.pretrained}"
+                f"model.pretrained {config.pretrained} knows {model.config.vocab_size} tokens, the dataset's tokenizer "
+                f"has {len(tokenizer)}; prepare the data with --tokenizer.pretrained {config.pretrained}"
             )
     else:
         architecture = architecture_config(config, len(tokenizer), special)

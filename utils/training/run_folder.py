@@ -27,8 +27,8 @@ from utils.training.checkpoints import find_newest_valid, load_state
 
 # What may differ when a run goes on: it changes what is seen or how far it goes, not the path of the weights.
 FREE_TO_CHANGE = (
-    "output", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.", "checkpoint.", "tracking.",
-    "schedule.max_steps", "schedule.num_epochs",
+    "output", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.", "checkpoint.",
+    "tracking.", "schedule.max_steps", "schedule.num_epochs",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -36,8 +36,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "sa
 def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from (None: start afresh) and lines to say, the same on all ranks.
 
-    The main process looks, and hashes the checkpoint; the others are told. Raises `UserError` on all ranks if the folder
-    holds another run, cannot be written, or was not asked to be resumed.
+    The main process looks, and hashes the checkpoint; the others are told. Raises `UserError` on all ranks if the
+    folder holds another run, cannot be written, or was not asked to be resumed.
     """
     found: list[Any] = [None, [], None]
     if accelerator.is_main_process:

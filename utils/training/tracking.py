@@ -95,7 +95,7 @@ class RunTracker:
         }
         for name in config.tracking.trackers:
             try:
-                self.accelerator.log_with = filter_trackers([name], str(self.run / "tensorboard"))
+                self.accelerator.log_with = filter_trackers([name], self.accelerator.logging_dir)
                 self.accelerator.init_trackers(config.tracking.project, config=values, init_kwargs=options)
             except Exception as error:  # a dead network, a refused key: the files go on without it
                 self._drop_tracker(name, error)
@@ -115,9 +115,8 @@ class RunTracker:
 
     def _drop_tracker(self, name: str, error: Exception) -> None:
         self.accelerator.trackers = [item for item in self.accelerator.trackers if item.name != name]
-        self.warn(
-            f"tracker {name} is off from here: {' '.join(str(error).split())[:200]}; metrics.jsonl has everything"
-        )
+        reason = " ".join(str(error).split())[:200]
+        self.warn(f"tracker {name} is off from here: {reason}; metrics.jsonl has everything")
 
 
 def _cut_after(path: Path, step: int) -> None:

@@ -1,0 +1,170 @@
+"""Numbers and text from a run, a checkpoint or an export: loss, perplexity, bits per byte, a continued prompt.
+
+python evaluate.py --model runs/demo --prompt "LOVE, n."
+python evaluate.py --model exports/demo --text_file my_notes.txt
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.cli import UserError, at_least, parse_config, run_script
+
+
+@dataclass
+class EvaluateConfig:
+    """Options of evaluate.py; the defaults are the demo's."""
+
+    model: str = "runs/demo"
+    """Run folder (its best checkpoint), checkpoint folder or export folder."""
+    dataset: str | None = None
+    """Dataset folder whose validation documents are scored. null: the run's own, where the model lies in a run."""
+    text_file: str | None = None
+    """Score this UTF-8 text file, as one document, in place of a dataset."""
+    sequence_length: int | None = None
+    """Positions per row, in tokens. null: the run's own, else the model's longest."""
+    batch_size: int = 32
+    """Sequences per batch."""
+    prompt: str | None = None
+    """Text for the model to continue; empty: the start of a document. null: write nothing."""
+    max_new_tokens: int = 128
+    """Longest continuation, in tokens."""
+    temperature: float = 0.8
+    """Of the sampling; 0 takes the likeliest token."""
+    seed: int = 1234
+    """Seed of the sampling."""
+    compare_with_xz: bool = False
+    """Also compress the scored text with xz -9 and print its bits per byte."""
+    report: str | None = None
+    """JSON file for the figures. null: print only."""
+
+    def problems(self) -> list[str]:
+        found = at_least("", self, sequence_length=2, batch_size=1, max_new_tokens=1, temperature=0, seed=0)
+        if self.dataset is not None and self.text_file is not None:
+            found.append("give dataset or text_file, not both")
+        return found
+
+
+config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else None
+
+import lzma
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from utils.batches.loaders import build_evaluation_loader, build_layout
+from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
+from utils.text.tokenization import encode_documents
+from utils.training.checkpoints import resolve_checkpoint
+from utils.training.evaluation import evaluate, write_text
+from utils.training.modeling import count_parameters, load_model, longest_sequence, pad_token_id
+from utils.training.objectives import CausalObjective
+
+
+def main(config: EvaluateConfig) -> None:
+    transformers_logging.disable_progress_bar()
+    folder, run = locate(Path(config.model))
+    dataset = config.dataset or (run["data"]["dataset"] if run else None)
+    if dataset is None and config.text_file is None and config.prompt is None:
+        raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
+    model = load_model(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}
+    print(f"{folder}: {type(model).__name__}, {report['parameters']:,} parameters")
+
+    if config.text_file is not None or dataset is not None:
+        if config.text_file is not None:
+            tokens, num_bytes = read_text_file(Path(config.text_file), tokenizer)
+            what = config.text_file
+        else:
+            manifest = load_manifest(dataset)
+            if manifest["tokenizer"]["vocab_size"] != len(tokenizer):
+                raise UserError(f"{dataset} was made with another tokenizer than the model's; give --text_file")
+            tokens, num_bytes = open_split(dataset, "validation"), manifest["splits"]["validation"]["bytes"]
+            what = f"{dataset}, validation"
+        report |= {"scored": what, "bytes": num_bytes, **score(config, model, tokenizer, tokens, num_bytes, run)}
+        print(
+            f"{what}: {report['target_tokens']:,} target tokens, {num_bytes:,} bytes\n"
+            f"loss {report['loss']:.4f} nats per token, perplexity {report['perplexity']:.2f}, "
+            f"{report['bits_per_byte']:.3f} bits per byte"
+        )
+        if config.compare_with_xz:
+            report["xz_bits_per_byte"] = xz_bits_per_byte(tokens, tokenizer)
+            saved = 1 - report["bits_per_byte"] / report["xz_bits_per_byte"]
+            print(f"xz -9, same text: {report['xz_bits_per_byte']:.3f} bits per byte; the model needs {saved:.0%} less")
+    if config.prompt is not None:
+        report["text"] = write_text(
+            model, tokenizer, config.prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            seed=config.seed,
+        )  # fmt: skip
+        print(f"---\n{report['text']}\n---")
+    if config.report is not None:
+        Path(config.report).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The folder to load the model from, and the configuration of the run that it lies in, if any."""
+    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        checkpoint = resolve_checkpoint(path)
+        run_config = checkpoint.parent.parent / "config.yaml"
+        return checkpoint, yaml.safe_load(run_config.read_text(encoding="utf-8")) if run_config.is_file() else None
+    if not (path / "config.json").is_file():
+        reason = "is not a run, a checkpoint or an export" if path.exists() else "does not exist"
+        raise UserError(f"{path} {reason}; give --model, or train and export first")
+    return path, None
+
+
+def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
+    """One document of tokens, and its length in bytes."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file holds no text")
+    ids = encode_documents(pa.table({"text": [text]}), tokenizer)["input_ids"].chunk(0).values.to_numpy()
+    return TokenDataset([ids], np.array([len(ids)])), len(text.encode())
+
+
+def score(
+    config: EvaluateConfig, model: PreTrainedModel, tokenizer: Any, tokens: TokenDataset, num_bytes: int,
+    run: dict[str, Any] | None,
+) -> dict[str, float]:  # fmt: skip
+    """Loss in nats per token, perplexity, bits per byte, and the number of target tokens."""
+    length = config.sequence_length or (run["data"]["sequence_length"] if run else longest_sequence(model))
+    if length > longest_sequence(model):
+        raise UserError(f"sequence_length {length} is longer than the model's {longest_sequence(model)} positions")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), dataloader_config=DataLoaderConfiguration(split_batches=True)
+    )
+    layout = build_layout(tokens, run["data"]["layout"] if run else "packed", length, pad_token_id(tokenizer))
+    loader = build_evaluation_loader(layout, config.batch_size * accelerator.num_processes, pad_token_id(tokenizer))
+    objective, loader = accelerator.prepare(CausalObjective(model), loader)
+    result = evaluate(accelerator, objective, loader)
+    return {
+        "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte(num_bytes),
+        "target_tokens": result.num_tokens,
+    }  # fmt: skip
+
+
+def xz_bits_per_byte(tokens: TokenDataset, tokenizer: Any) -> float:
+    """What `xz -9` makes of the same documents, one after the other; needs a tokenizer that decodes exactly."""
+    documents = [
+        tokenizer.decode(tokens.read(int(start), int(stop)), skip_special_tokens=True)
+        for start, stop in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+    ]
+    text = "\n".join(documents).encode()
+    return 8 * len(lzma.compress(text, preset=9)) / len(text)
+
+
+if __name__ == "__main__":
+    run_script(main, config)

@@ -1,0 +1,20 @@
+"""The last lines of `make demo`: what came out of the four commands, and where to look."""
+
+import json
+from pathlib import Path
+
+run = json.loads(Path("runs/demo/summary.json").read_text(encoding="utf-8"))
+scored = json.loads(Path("runs/demo/evaluation.json").read_text(encoding="utf-8"))
+exported = json.loads(Path("exports/demo/export_report.json").read_text(encoding="utf-8"))
+
+print(f"""
+What came out
+  loss on held-out text     {scored["loss"]:.4f} nats per token (best of the run, step {run["best_step"]})
+  perplexity                {scored["perplexity"]:.2f}
+  bits per byte             {scored["bits_per_byte"]:.3f}   (xz -9 on the same text: {scored["xz_bits_per_byte"]:.3f})
+  training speed            {run["tokens_per_second"]:,.0f} tokens per second
+  export                    largest logit difference {exported["max_logit_difference"]:.1e}
+Where to look
+  data/demo/README.md       what the data went through
+  runs/demo/loss.png        the curve; runs/demo/samples.md, what the model wrote on the way
+  exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained""")

@@ -1,0 +1,91 @@
+"""Checkpoint in, transformers model out: saved, reloaded from the disk, and compared with the checkpoint.
+
+    python export.py --checkpoint runs/demo --output exports/demo
+
+The output folder opens with `AutoModelForCausalLM.from_pretrained`; it appears only when its logits agree.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.cli import UserError, parse_config, run_script
+
+
+@dataclass
+class ExportConfig:
+    """Options of export.py; the defaults are the demo's."""
+
+    checkpoint: str = "runs/demo"
+    """Run folder (its best checkpoint) or checkpoint folder."""
+    output: str = "exports/demo"
+    """Folder to write."""
+    max_logit_difference: float = 1e-5
+    """Largest allowed difference between a logit of the checkpoint and of the reloaded export."""
+
+
+config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from utils.training.checkpoints import load_state, resolve_checkpoint
+from utils.training.modeling import count_parameters, load_model, longest_sequence
+
+PROBE_TOKENS = 256
+
+
+def main(config: ExportConfig) -> None:
+    output = Path(config.output)
+    if output.exists():
+        raise UserError(f"{output} exists; remove it, or choose another --output")
+    checkpoint = resolve_checkpoint(config.checkpoint)
+    transformers_logging.disable_progress_bar()
+    model = load_model(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+
+    work = output.with_name(f".{output.name}.exporting")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        # Read back the way a stranger would, without a word about precision or attention.
+        reloaded = AutoModelForCausalLM.from_pretrained(work).eval()
+        difference = largest_logit_difference(model, reloaded)
+        report = {
+            "checkpoint": str(config.checkpoint),
+            "optimizer_step": load_state(checkpoint).optimizer_step,
+            "parameters": count_parameters(model),
+            "max_logit_difference": difference,
+            "allowed_logit_difference": config.max_logit_difference,
+            "options": asdict(config),
+        }
+        (work / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not difference <= config.max_logit_difference:
+            raise UserError(
+                f"the export's logits differ from the checkpoint's by {difference:.2e}, more than "
+                f"--max_logit_difference {config.max_logit_difference:.0e} allows; nothing was written"
+            )
+        work.rename(output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}")
+    print(f"largest logit difference to the checkpoint: {difference:.2e} (allowed {config.max_logit_difference:.0e})")
+
+
+@torch.no_grad()
+def largest_logit_difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Over two rows of random tokens (2, T), every position and entry of the vocabulary; NaN stays NaN."""
+    length = min(PROBE_TOKENS, longest_sequence(model))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    return float((model(input_ids=ids).logits - other(input_ids=ids).logits.float()).abs().max())
+
+
+if __name__ == "__main__":
+    run_script(main, config)
