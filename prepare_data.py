@@ -83,6 +83,7 @@ def main(config: PrepareConfig) -> None:
     if output.exists():
         report_existing(output, key)
         return
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print, our error lines say
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 

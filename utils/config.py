@@ -77,7 +77,7 @@ class ModelConfig:
 class BatchConfig:
     """How many sequences make one update, and how many a device computes at once."""
 
-    global_batch_size: int = 16
+    global_batch_size: int = 8
     """Sequences per optimizer step, over all processes and micro-batches."""
     per_device_batch_size: int | None = None
     """Sequences per micro-batch on one device; trades speed for memory only. null: the device's whole share."""
@@ -90,7 +90,7 @@ class BatchConfig:
 class OptimizerConfig:
     """AdamW."""
 
-    learning_rate: float = 4e-3
+    learning_rate: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices only: never on biases and norm weights."""
@@ -125,7 +125,7 @@ class ScheduleConfig:
     """Steps from 0 to the peak learning rate."""
     min_learning_rate_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
-    max_steps: int | None = 400
+    max_steps: int | None = 800
     """Optimizer steps in all. Give this or num_epochs, and null for the other."""
     num_epochs: float | None = None
     """Passes over the training rows; the last global batch is filled up from the next pass."""
@@ -145,7 +145,7 @@ class ScheduleConfig:
 class EvaluationConfig:
     """Loss on the validation documents, all of them, and what follows from it."""
 
-    every_steps: int = 100
+    every_steps: int = 200
     """Optimizer steps between evaluations; the last step is always evaluated."""
     per_device_batch_size: int = 32
     """Sequences per evaluation batch on one device."""
@@ -165,7 +165,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """What is written so that a run can go on."""
 
-    every_steps: int = 100
+    every_steps: int = 200
     """Optimizer steps between checkpoints; the best and the last step are always saved."""
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
@@ -181,13 +181,13 @@ class CheckpointConfig:
 class TrackingConfig:
     """What a person sees. metrics.jsonl, training.log, loss.png and summary.json are always written."""
 
-    log_every_steps: int = 10
+    log_every_steps: int = 20
     """Optimizer steps between log lines."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])  # type: ignore[arg-type]
     """Trackers beside the files. W&B without a key runs offline."""
     project: str = "plainloop"
     """Project name for the trackers."""
-    sample_every_steps: int = 100
+    sample_every_steps: int = 200
     """Optimizer steps between texts written by the model into samples.md. 0: never."""
     sample_prompt: str = ""
     """Beginning of the sample text. Empty: the start of a document."""

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,14 +88,14 @@ class RunTracker:
 
     def _start_trackers(self, config: TrainConfig, step: int) -> None:
         options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}, "wandb": {}}
-        if "wandb" in config.tracking.trackers:
-            options["wandb"] = self._wandb_options()
         values = {
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in flatten(asdict(config)).items()
         }
         for name in config.tracking.trackers:
             try:
+                if name == "wandb":
+                    options["wandb"] = self._wandb_options()
                 self.accelerator.log_with = filter_trackers([name], self.accelerator.logging_dir)
                 self.accelerator.init_trackers(config.tracking.project, config=values, init_kwargs=options)
             except Exception as error:  # a dead network, a refused key: the files go on without it
@@ -106,12 +107,13 @@ class RunTracker:
 
         id_file = self.run / "wandb_id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
-        if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
-            os.environ["WANDB_MODE"] = "offline"
-            self.warn("W&B has no API key: the run is kept offline; `wandb sync` uploads it later")
+            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
         run_id = id_file.read_text(encoding="utf-8").strip()
-        return {"name": self.run.name, "dir": str(self.run), "id": run_id, "resume": "allow"}
+        options = {"name": self.run.name, "dir": str(self.run), "id": run_id, "resume": "allow"}
+        if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+            options["mode"] = "offline"
+            self.warn("W&B has no API key: the run is kept offline; `wandb sync` uploads it later")
+        return options
 
     def _drop_tracker(self, name: str, error: Exception) -> None:
         self.accelerator.trackers = [item for item in self.accelerator.trackers if item.name != name]

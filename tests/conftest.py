@@ -1,0 +1,83 @@
+"""Helpers: the real scripts in real processes, on real text, with a model small enough to wait for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # tests import `utils` the way the scripts do: from beside them
+
+# A model of 50 thousand parameters on rows of 64: a step takes some 15 ms.
+SMALL = {
+    "data.sequence_length": 64, "model.hidden_size": 32, "model.num_hidden_layers": 2, "model.num_attention_heads": 2,
+    "model.intermediate_size": 64, "model.max_position_embeddings": 64, "batch.global_batch_size": 8,
+    "schedule.warmup_steps": 2, "schedule.max_steps": 10, "tracking.log_every_steps": 1, "tracking.trackers": "[]",
+    "tracking.sample_every_steps": 0, "evaluation.every_steps": 1000, "checkpoint.every_steps": 1000,
+}  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """The environment of a user's shell: nothing of a launcher's, no network."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end; with `check`, its output is shown if it fails."""
+    result = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment() | extra, timeout=400
+    )
+    if check and result.returncode:
+        pytest.fail(f"{command} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
+    return result
+
+
+def script(name: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, name, *arguments, **options)
+
+
+def flags(options: dict[str, object]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def launcher(processes: int) -> list[str]:
+    """`accelerate launch` for CPU processes; one alone needs no launcher."""
+    if processes == 1:
+        return [sys.executable]
+    config_file = "accelerate_configs/cpu_2_processes.yaml"
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
+
+
+def train(output: Path, *, processes: int = 1, name: str = "train.py", **options: object) -> list[dict]:
+    """Train the small model and return metrics.jsonl; option names have `__` for the dot."""
+    settings = SMALL | {"output": output} | {key.replace("__", "."): value for key, value in options.items()}
+    run(*launcher(processes), name, *flags(settings))
+    return metrics(output)
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_losses(records: list[dict]) -> list[float]:
+    return [record["train/loss"] for record in records if "train/loss" in record]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample, prepared by prepare_data.py with its defaults."""
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    script("prepare_data.py", "--output", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run that has come to its end."""
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    train(output, data__dataset=dataset, evaluation__every_steps=5, tracking__sample_every_steps=5)
+    return output

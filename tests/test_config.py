@@ -1,0 +1,128 @@
+"""Configuration: names, types and values, quickly and in one line."""
+
+import dataclasses
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT, run, script
+
+from utils.cli import parse_config
+from utils.config import TrainConfig
+
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parse(*arguments: str) -> TrainConfig:
+    return parse_config(TrainConfig, "", list(arguments))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--model.hiden_size", "3"]], ids=["help", "typo"])
+@pytest.mark.parametrize("name", ["prepare_data.py", "train.py", "export.py", "evaluate.py"])
+def test_help_and_typos_answer_within_a_second(name, arguments):
+    script(name, "--help")  # warms the disk
+    best = min(timed(name, arguments) for _ in range(2))
+    assert best < 1.0
+
+
+def timed(name: str, arguments: list[str]) -> float:
+    started = time.perf_counter()
+    result = script(name, *arguments, check=False)
+    assert (result.returncode == 0) == (arguments == ["--help"])
+    return time.perf_counter() - started
+
+
+def test_help_explains_every_option():
+    text = " ".join(script("train.py", "--help").stdout.split())
+    for section in dataclasses.fields(TrainConfig):
+        for option in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else [section]:
+            assert option.name in text
+    assert "Sequences per optimizer step, over all processes and micro-batches." in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.hiden_size", "3"], "unknown option --model.hiden_size (did you mean --model.hidden_size?)"),
+        (["--optimizer.learning_rat", "3"], "did you mean --optimizer.learning_rate?"),
+        (["--model.hidden_size", "wide"], "model.hidden_size: Expected a int. Got value: wide"),
+        (["--model.architecture", "bert"], "Literal['llama', 'gpt2']"),
+        (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate"),
+        (["somewhere"], "unexpected argument 'somewhere'"),
+        (["--config", "no/such.yaml"], "no/such.yaml: no such file"),
+        (
+            ["--model.dropout", "2", "--seed=-1"],
+            "model.dropout is 2.0; it must be at least 0 and less than 1; seed is -1",
+        ),
+        (
+            ["--data.sequence_length", "512"],
+            "data.sequence_length (512) is longer than model.max_position_embeddings (256)",
+        ),
+        (["--schedule.num_epochs", "3"], "exactly one of schedule.max_steps and schedule.num_epochs"),
+        (["--model.num_attention_heads", "5"], "does not divide model.hidden_size"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments, expected, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and expected in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model: {hidden_siz: 3}", "unknown option model.hidden_siz (did you mean model.hidden_size?)"),
+        ("modl: {hidden_size: 3}", "unknown option modl.hidden_size (did you mean model.hidden_size?)"),
+        ("hidden_size: 3", "did you mean model.hidden_size?"),
+        ("model:\n  hidden_size: 4\n  hidden_size: 5", "line 3: 'hidden_size' stands twice"),
+        ("model: {hidden_size: 3.5}", "model.hidden_size: Expected a int"),
+        ("model: [1", "expected ',' or ']'"),
+        ("only words", "expected `option: value` lines"),
+        ("seed: !!python/object/apply:os.system ['touch hacked']", "could not determine a constructor"),
+    ],
+)
+def test_mistakes_in_a_file_are_reported_under_its_name(text, expected, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        parse("--config", str(path))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and expected in lines[0] and str(path) in lines[0]
+
+
+def test_flags_win_over_files_over_defaults(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optimizer: {learning_rate: 1e-4, weight_decay: 0.3}")
+    config = parse("--config", str(path), "--optimizer.weight_decay", "0.5")
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed) == (1e-4, 0.5, 1234)
+
+
+def test_the_demo_recipe_is_the_default():
+    assert parse("--config", str(ROOT / "configs/demo.yaml")) == TrainConfig()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(path):
+    config = parse("--config", str(path))
+    first = path.read_text().splitlines()[0]
+    assert first == f"# accelerate launch train.py --config configs/{path.name}"
+    given = yaml.safe_load(path.read_text())
+    assert given["output"] == config.output
+
+
+def test_the_lesson_recipe_has_the_lessons_numbers():
+    config = parse("--config", str(ROOT / "configs/lesson.yaml"))
+    model = config.model
+    assert (model.hidden_size, model.num_hidden_layers, model.num_attention_heads) == (768, 12, 12)
+    assert (model.intermediate_size, model.max_position_embeddings, model.dropout) == (3072, 512, 0.1)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (5e-5, 0.01)
+    assert (config.optimizer.max_grad_norm, config.schedule.warmup_steps, config.schedule.num_epochs) == (1.0, 1000, 3)
+    assert config.batch.global_batch_size == 16
+
+
+def test_configuration_needs_no_torch():
+    code = "import sys, utils.config; assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
+    run(sys.executable, "-c", code)
