@@ -115,12 +115,12 @@ def main(config: TrainConfig) -> None:
     last_log = (time.perf_counter(), state.tokens_seen)
     while stop_reason is None:
         step_started = time.perf_counter()
-        set_seed(step_seed(config.seed, state.samples_seen, accelerator.process_index))
-
         # The loss is a mean over the target tokens of the *global* batch, so they are counted before the first
         # backward pass (all ranks; one small reduction).
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
         num_targets = accelerator.reduce(sum(count_targets(batch) for batch in micro_batches), "sum").clamp(min=1)
+        # Dropout starts from here. After the fetch: a loader's first batch draws from the same random numbers.
+        set_seed(step_seed(config.seed, state.samples_seen, accelerator.process_index))
         # `backward` divides by the accumulation and DDP by the number of ranks: both are multiplied back in.
         weight = plan.accumulation * plan.data_parallel_size / num_targets
 

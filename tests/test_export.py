@@ -1,0 +1,162 @@
+"""Exports and evaluations, read by strangers."""
+
+import json
+import lzma
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, flags, run, script, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.batches.token_dataset import load_manifest, open_split
+
+STRANGER = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+assert not any("utils" == name.split(".")[0] for name in sys.modules)
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("A hacker is", return_tensors="pt")
+torch.save(model(**ids).logits, sys.argv[2])
+print(pipeline("text-generation", model=folder)("A hacker is", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+"""
+
+
+@pytest.fixture(scope="module")
+def export(finished_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports") / "export"
+    script("export.py", "--checkpoint", finished_run, "--output", folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_stranger_loads_the_export(architecture, finished_run, export, dataset, tmp_path):
+    if architecture == "gpt2":
+        train(tmp_path / "run", data__dataset=dataset, model__architecture="gpt2", model__initialization="normal")
+        finished_run, export = tmp_path / "run", tmp_path / "export"
+        script("export.py", "--checkpoint", finished_run, "--output", export)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(export, elsewhere / "model")
+    result = run(sys.executable, "-I", "-c", STRANGER, elsewhere / "model", elsewhere / "logits.pt", cwd=elsewhere)
+    assert "A hacker is" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "checkpoints" / "best").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "checkpoints" / "best")
+    with torch.no_grad():
+        logits = model(**tokenizer("A hacker is", return_tensors="pt")).logits
+    assert torch.equal(logits, torch.load(elsewhere / "logits.pt").detach())
+    report = json.loads((export / "export_report.json").read_text())
+    assert report["max_logit_difference"] == 0.0 and report["optimizer_step"] == 10
+    assert not list(export.parent.glob(".*"))
+
+
+def test_an_export_that_differs_is_not_written(finished_run, tmp_path, monkeypatch):
+    """The comparison can fail: with weights damaged between saving and reloading, there is no export."""
+    sys.path.insert(0, str(ROOT))
+    import export as module
+    from utils.cli import UserError
+
+    monkeypatch.setattr(module, "AutoModelForCausalLM", DamagedReader)
+    with pytest.raises(UserError, match="logits differ from the checkpoint's by"):
+        module.main(module.ExportConfig(checkpoint=str(finished_run), output=str(tmp_path / "export")))
+    assert list(tmp_path.iterdir()) == []
+
+
+class DamagedReader:
+    @staticmethod
+    def from_pretrained(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 0] += 0.01
+        return model
+
+
+def test_evaluate_agrees_with_training_and_with_xz(finished_run, export, dataset, tmp_path):
+    """Run and export score what train.py logged; xz's figure is its own on the cleaned text."""
+    summary = json.loads((finished_run / "summary.json").read_text())
+    for name, extra in {
+        "run": [finished_run],
+        "export": [export, "--dataset", dataset, "--sequence_length", "64"],
+    }.items():
+        arguments = ["--model", *extra, "--compare_with_xz", "true", "--report", tmp_path / f"{name}.json"]
+        output = script("evaluate.py", *arguments, "--prompt", "").stdout
+        report = json.loads((tmp_path / f"{name}.json").read_text())
+        assert report["loss"] == pytest.approx(summary["best_loss"], abs=1e-5)
+        assert report["perplexity"] == pytest.approx(math.exp(summary["best_loss"]), rel=1e-4)
+        assert "xz -9" in output and report["text"]
+    tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    tokens = open_split(dataset, "validation")
+    text = "\n".join(
+        tokenizer.decode(tokens.read(a, b), skip_special_tokens=True)
+        for a, b in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)
+    ).encode()
+    documents = load_manifest(dataset)["splits"]["validation"]
+    assert len(text) == documents["bytes"] + documents["documents"] - 1  # the decoded text is the cleaned text
+    compressed = len(lzma.compress(text, preset=9))
+    assert report["xz_bits_per_byte"] == pytest.approx(8 * compressed / len(text))
+
+
+def test_evaluate_scores_a_text_file(export, tmp_path):
+    """Reference: transformers' own loss on the same tokens in one row."""
+    text = "A hacker is a person who enjoys the details of systems."
+    (tmp_path / "note.txt").write_text(text)
+    script("evaluate.py", "--model", export, "--text_file", tmp_path / "note.txt", "--report", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(export).eval(), AutoTokenizer.from_pretrained(export)
+    ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert report["loss"] == pytest.approx(loss, abs=1e-5)
+    assert report["bits_per_byte"] == pytest.approx(loss * (ids.shape[1] - 1) / math.log(2) / len(text), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("export.py", ["--checkpoint", "no/such"], "no such run or checkpoint folder"),
+        ("export.py", ["--checkpoint", "docs"], "not a checkpoint folder"),
+        ("evaluate.py", ["--model", "no/such"], "does not exist"),
+        ("evaluate.py", ["--model", "docs"], "is not a run, a checkpoint or an export"),
+        ("evaluate.py", ["--dataset", "a", "--text_file", "b"], "dataset or text_file, not both"),
+    ],
+)
+def test_mistakes_get_one_line(name, arguments, expected, tmp_path):
+    result = script(name, *arguments, *(["--output", tmp_path / "x"] if name == "export.py" else []), check=False)
+    assert result.returncode == 2 and expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_train_mistakes_get_one_line_and_touch_nothing(dataset, tmp_path):
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset, damaged)
+    (damaged / "train" / "data-00000-of-00001.arrow").write_bytes(b"garbage")
+    cases = [
+        ({"data.dataset": tmp_path / "nowhere"}, "does not exist; make it with: python prepare_data.py"),
+        ({"data.dataset": tmp_path / "occupied"}, "is not a dataset folder"),
+        ({"data.dataset": damaged}, "the train split cannot be read"),
+        ({"output": tmp_path / "occupied"}, "not empty and not a run folder"),
+        ({"output": tmp_path / "file"}, "cannot be made"),
+        ({"model.pretrained": tmp_path / "nowhere"}, "no causal language model can be loaded"),
+        ({"batch.per_device_batch_size": 3}, "1, 2, 4, 8 would fit"),
+    ]
+    for options, expected in cases:
+        settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset} | options
+        result = script("train.py", *flags(settings), check=False)
+        lines = result.stderr.strip().splitlines()
+        assert result.returncode == 2 and len(lines) == 1 and expected in lines[0], (options, result.stderr)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    assert (tmp_path / "occupied" / "thesis.txt").read_text() == "years of work"
+    assert len(list((tmp_path / "occupied").iterdir())) == 1
+
+
+def test_fp16_on_a_cpu_is_refused(dataset, tmp_path):
+    settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset}
+    result = script("train.py", *flags(settings), check=False, ACCELERATE_MIXED_PRECISION="fp16")
+    assert result.returncode == 2 and "fp16 with loss scaling needs a GPU" in result.stderr
+    assert not (tmp_path / "run").exists()
