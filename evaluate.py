@@ -57,7 +57,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from utils.batches.loaders import build_evaluation_loader, build_layout
 from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
@@ -69,7 +68,6 @@ from utils.training.objectives import CausalObjective
 
 
 def main(config: EvaluateConfig) -> None:
-    transformers_logging.disable_progress_bar()
     folder, run = locate(Path(config.model))
     dataset = config.dataset or (run["data"]["dataset"] if run else None)
     if dataset is None and config.text_file is None and config.prompt is None:
@@ -79,16 +77,13 @@ def main(config: EvaluateConfig) -> None:
     report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}
     print(f"{folder}: {type(model).__name__}, {report['parameters']:,} parameters")
 
-    if config.text_file is not None or dataset is not None:
-        if config.text_file is not None:
-            tokens, num_bytes = read_text_file(Path(config.text_file), tokenizer)
-            what = config.text_file
-        else:
-            manifest = load_manifest(dataset)
-            if manifest["tokenizer"]["vocab_size"] != len(tokenizer):
-                raise UserError(f"{dataset} was made with another tokenizer than the model's; give --text_file")
-            tokens, num_bytes = open_split(dataset, "validation"), manifest["splits"]["validation"]["bytes"]
-            what = f"{dataset}, validation"
+    scored = None
+    if config.text_file is not None:
+        scored = (config.text_file, *read_text_file(Path(config.text_file), tokenizer))
+    elif dataset is not None:
+        scored = (f"{dataset}, validation", *read_validation(dataset, tokenizer))
+    if scored is not None:
+        what, tokens, num_bytes = scored
         report |= {"scored": what, "bytes": num_bytes, **score(config, model, tokenizer, tokens, num_bytes, run)}
         print(
             f"{what}: {report['target_tokens']:,} target tokens, {num_bytes:,} bytes\n"
@@ -119,6 +114,14 @@ def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
         reason = "is not a run, a checkpoint or an export" if path.exists() else "does not exist"
         raise UserError(f"{path} {reason}; give --model, or train and export first")
     return path, None
+
+
+def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:
+    """The validation documents of a dataset folder, and their length in bytes."""
+    manifest = load_manifest(dataset)
+    if manifest["tokenizer"]["vocab_size"] != len(tokenizer):
+        raise UserError(f"{dataset} was made with another tokenizer than the model's; score text with --text_file")
+    return open_split(dataset, "validation"), manifest["splits"]["validation"]["bytes"]
 
 
 def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:

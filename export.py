@@ -28,8 +28,7 @@ class ExportConfig:
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from utils.training.checkpoints import load_state, resolve_checkpoint
 from utils.training.modeling import count_parameters, load_model, longest_sequence
@@ -42,7 +41,6 @@ def main(config: ExportConfig) -> None:
     if output.exists():
         raise UserError(f"{output} exists; remove it, or choose another --output")
     checkpoint = resolve_checkpoint(config.checkpoint)
-    transformers_logging.disable_progress_bar()
     model = load_model(checkpoint).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
@@ -79,7 +77,7 @@ def main(config: ExportConfig) -> None:
 
 
 @torch.no_grad()
-def largest_logit_difference(model: torch.nn.Module, other: torch.nn.Module) -> float:
+def largest_logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     """Over two rows of random tokens (2, T), every position and entry of the vocabulary; NaN stays NaN."""
     length = min(PROBE_TOKENS, longest_sequence(model))
     generator = torch.Generator().manual_seed(0)

@@ -147,7 +147,7 @@ def main(config: TrainConfig) -> None:
         if accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow and lowers its scale
             state.skipped += 1
             continue
-        learning_rate = scheduler.get_last_lr()[0]
+        learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
         state.optimizer_step += 1
         step = state.optimizer_step

@@ -1,5 +1,8 @@
 """Helpers: the real scripts in real processes, on real text, with a model small enough to wait for."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -8,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from utils.cli import parse_config, run_script
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # tests import `utils` the way the scripts do: from beside them
+SCRIPT_CONFIGS = ("prepareconfig", "trainconfig", "exportconfig", "evaluateconfig")
 
 # A model of 50 thousand parameters on rows of 64: a step takes some 15 ms.
 SMALL = {
@@ -38,6 +43,30 @@ def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **extra: str
 
 def script(name: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
     return run(sys.executable, name, *arguments, **options)
+
+
+def call(name: str, *arguments: str | Path) -> tuple[int, str, str]:
+    """What `script` does, in this process, where starting one would take most of the time: exit code, stdout, stderr."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    cls = next(item for key, item in vars(module).items() if key.endswith("Config") and key.lower() in SCRIPT_CONFIGS)
+    out, err, argv, sys.argv = io.StringIO(), io.StringIO(), sys.argv, [name, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run_script(module.main, parse_config(cls, module.__doc__))
+        code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+def error_line(name: str, *arguments: str | Path) -> str:
+    """The one line that a script prints on stderr when it refuses, with exit code 2."""
+    code, _, err = call(name, *arguments)
+    lines = err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"{name}: error: "), (code, err)
+    return lines[0]
 
 
 def flags(options: dict[str, object]) -> list[str]:

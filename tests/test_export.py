@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, flags, run, script, train
+from conftest import SMALL, error_line, flags, run, script, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.batches.token_dataset import load_manifest, open_split
@@ -55,7 +55,6 @@ def test_a_stranger_loads_the_export(architecture, finished_run, export, dataset
 
 def test_an_export_that_differs_is_not_written(finished_run, tmp_path, monkeypatch):
     """The comparison can fail: with weights damaged between saving and reloading, there is no export."""
-    sys.path.insert(0, str(ROOT))
     import export as module
     from utils.cli import UserError
 
@@ -124,9 +123,8 @@ def test_evaluate_scores_a_text_file(export, tmp_path):
     ],
 )
 def test_mistakes_get_one_line(name, arguments, expected, tmp_path):
-    result = script(name, *arguments, *(["--output", tmp_path / "x"] if name == "export.py" else []), check=False)
-    assert result.returncode == 2 and expected in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    output = ["--output", tmp_path / "x"] if name == "export.py" else []
+    assert expected in error_line(name, *arguments, *output)
 
 
 def test_train_mistakes_get_one_line_and_touch_nothing(dataset, tmp_path):
@@ -147,9 +145,7 @@ def test_train_mistakes_get_one_line_and_touch_nothing(dataset, tmp_path):
     ]
     for options, expected in cases:
         settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset} | options
-        result = script("train.py", *flags(settings), check=False)
-        lines = result.stderr.strip().splitlines()
-        assert result.returncode == 2 and len(lines) == 1 and expected in lines[0], (options, result.stderr)
+        assert expected in error_line("train.py", *flags(settings))
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
     assert (tmp_path / "occupied" / "thesis.txt").read_text() == "years of work"
     assert len(list((tmp_path / "occupied").iterdir())) == 1

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, call, error_line
 from transformers import AutoTokenizer
 
 from utils.batches.token_dataset import load_manifest, open_split
@@ -19,8 +19,10 @@ SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
 
 
-def prepare(folder: Path, *arguments: str | Path, check: bool = True):
-    return script("prepare_data.py", "--output", folder, "--tokenizer.vocab_size", "400", *arguments, check=check)
+def prepare(folder: Path, *arguments: str | Path) -> str:
+    code, out, err = call("prepare_data.py", "--output", folder, "--tokenizer.vocab_size", "400", *arguments)
+    assert code == 0, err
+    return out
 
 
 def documents(folder: Path, split: str) -> list[str]:
@@ -60,12 +62,14 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
     assert manifest["documents_read"] == 54
     assert manifest["dropped"] == {"exact duplicate": 2, "empty after cleaning": 2}
     assert sum(figures["documents"] for figures in manifest["splits"].values()) == 50
-    assert "exact duplicate" in first.stdout and "bytes/token" in first.stdout and "seconds:" in first.stdout
+    assert "exact duplicate" in first and "bytes/token" in first and "seconds:" in first
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    assert "nothing to do" in prepare(tmp_path / "out", "--sources", f"[{source}]").stdout
+    assert "nothing to do" in prepare(tmp_path / "out", "--sources", f"[{source}]")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    refused = prepare(tmp_path / "out", "--sources", f"[{source}]", "--cleaning", "basic", check=False)
-    assert refused.returncode == 2 and "other sources or options" in refused.stderr
+    refused = error_line(
+        "prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{source}]", "--cleaning", "basic"
+    )
+    assert "other sources or options" in refused
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
 
@@ -160,17 +164,13 @@ def write_bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
 )
 def test_bad_sources_get_one_line_and_leave_nothing(case, tmp_path):
     name, expected = write_bad_sources(tmp_path)[case]
-    result = prepare(tmp_path / "out", "--sources", f"[{tmp_path / name}]", check=False)
-    assert result.returncode == 2
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("prepare_data.py: error: ")
-    assert expected in lines[0] and (case == "one" or Path(name).name in lines[0])
+    line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{tmp_path / name}]")
+    assert expected in line and (case == "one" or Path(name).name in line)
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
-    result = prepare(tmp_path / "out", check=False)
-    assert result.returncode == 2 and "not a dataset folder" in result.stderr
+    assert "not a dataset folder" in error_line("prepare_data.py", "--output", tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "mine"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, flags, launcher, metrics, run, train, train_losses
+from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, train, train_losses
 
 STEPS = 60
 OPTIONS = {
@@ -55,10 +55,19 @@ def weights(output: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.fixture(scope="module")
+def whole_run(dataset, tmp_path_factory) -> Path:
+    """Never stopped, one process."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    run(*command(output, dataset, 1))
+    return output
+
+
 @pytest.mark.parametrize("processes", [1, 2])
-def test_kill_9_and_resume_is_bit_equal(processes, dataset, tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(*command(whole, dataset, processes))
+def test_kill_9_and_resume_is_bit_equal(processes, whole_run, dataset, tmp_path):
+    whole, broken = whole_run if processes == 1 else tmp_path / "whole", tmp_path / "broken"
+    if processes == 2:
+        run(*command(whole, dataset, processes))
     kill_at(25, command(broken, dataset, processes), broken)
     assert not (broken / "summary.json").exists()
     run(*command(broken, dataset, processes, **{"checkpoint.resume": "auto"}))
@@ -74,9 +83,8 @@ def test_kill_9_and_resume_is_bit_equal(processes, dataset, tmp_path):
     assert json.loads((broken / "summary.json").read_text())["finished"] is True
 
 
-def test_a_damaged_checkpoint_is_passed_over(dataset, tmp_path):
-    whole, damaged = tmp_path / "whole", tmp_path / "damaged"
-    run(*command(whole, dataset, 1))
+def test_a_damaged_checkpoint_is_passed_over(whole_run, dataset, tmp_path):
+    damaged = tmp_path / "damaged"
     kill_at(45, command(damaged, dataset, 1), damaged)
     newest = max(path for path in (damaged / "checkpoints").glob("step-*"))
     model = newest / "model.safetensors"
@@ -85,30 +93,26 @@ def test_a_damaged_checkpoint_is_passed_over(dataset, tmp_path):
     model.write_bytes(content)
     result = run(*command(damaged, dataset, 1, **{"checkpoint.resume": "auto"}))
     assert f"{newest} is not valid and is passed over: model.safetensors has changed" in result.stdout
-    assert weights(damaged) == weights(whole)
+    assert weights(damaged) == weights(whole_run)
 
 
 def test_another_run_is_refused_and_untouched(finished_run, dataset):
     before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
-    base = [*launcher(1), "train.py", *flags(SMALL | {"output": finished_run, "data.dataset": dataset})]
+    base = flags(SMALL | {"output": finished_run, "data.dataset": dataset})
     for extra, expected in {
         (): "already holds a run; go on with it by --checkpoint.resume auto",
         ("--checkpoint.resume", "auto", "--optimizer.learning_rate", "1.0"): "optimizer.learning_rate 0.003 → 1.0",
         ("--checkpoint.resume", "auto", "--model.hidden_size", "64"): "model.hidden_size 32 → 64",
     }.items():
-        result = run(*base, *extra, check=False)
-        assert result.returncode == 2
-        assert len(result.stderr.strip().splitlines()) == 1 and expected in result.stderr
+        assert expected in error_line("train.py", *base, *extra)
     assert before == {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
 
 
-def test_resuming_a_finished_run_does_nothing(dataset, tmp_path):
-    train(tmp_path / "run", data__dataset=dataset)
-    before = weights(tmp_path / "run"), metrics(tmp_path / "run")
-    settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset, "checkpoint.resume": "auto"}
-    result = run(*launcher(1), "train.py", *flags(settings))
-    assert "nothing to do" in result.stdout
-    assert before == (weights(tmp_path / "run"), metrics(tmp_path / "run"))
+def test_resuming_a_finished_run_does_nothing(finished_run, dataset):
+    before = weights(finished_run), metrics(finished_run), (finished_run / "summary.json").read_text()
+    settings = SMALL | {"output": finished_run, "data.dataset": dataset, "checkpoint.resume": "auto"}
+    assert "nothing to do" in run(*launcher(1), "train.py", *flags(settings)).stdout
+    assert before == (weights(finished_run), metrics(finished_run), (finished_run / "summary.json").read_text())
 
 
 def test_one_run_on_one_then_two_processes_sees_the_same_samples(dataset, tmp_path):

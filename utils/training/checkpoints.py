@@ -105,7 +105,7 @@ def load_state(checkpoint: Path) -> TrainState:
 
 def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files agree with their hashes, and one line per newer one that was passed over."""
-    problems = []
+    problems: list[str] = []
     for checkpoint in sorted(folder.glob(PREFIX + "*"), reverse=True):
         problem = find_problem(checkpoint)
         if problem is None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
 from utils.config import ModelConfig
@@ -42,9 +43,7 @@ def build_model(config: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
-def architecture_config(
-    config: ModelConfig, vocab_size: int, special: dict[str, int | None]
-) -> LlamaConfig | GPT2Config:
+def architecture_config(config: ModelConfig, vocab_size: int, special: dict[str, Any]) -> LlamaConfig | GPT2Config:
     """transformers' own configuration; `config.dropout` goes to every dropout that the architecture has."""
     if config.architecture == "gpt2":
         return GPT2Config(
@@ -52,7 +51,7 @@ def architecture_config(
             n_head=config.num_attention_heads, n_inner=config.intermediate_size,
             n_positions=config.max_position_embeddings, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
             attn_pdrop=config.dropout, tie_word_embeddings=config.tie_word_embeddings,
-            loss_type="ForCausalLM", **special,
+            **special,
         )  # fmt: skip
     return LlamaConfig(
         vocab_size=vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
@@ -64,11 +63,17 @@ def architecture_config(
 
 def load_model(name: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     """A causal language model in fp32 from a folder (or, for `--model.pretrained`, the Hub)."""
+    transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: no causal language model can be loaded from here: {reason}") from None
+    # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
+    # inputs, and a resumed run is to equal the uninterrupted one.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def pad_token_id(tokenizer: Any) -> int:

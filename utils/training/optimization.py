@@ -29,7 +29,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     Decayed: parameters of two or more dimensions (linear maps, embeddings) that are not a norm's. Chosen by what a
     parameter is and not by its name: lists of names miss every RMSNorm and GPT-2's `ln_1`.
     """
-    decayed, others = {}, {}
+    decayed: dict[int, nn.Parameter] = {}
+    others: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
