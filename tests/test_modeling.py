@@ -40,7 +40,7 @@ def test_packed_and_padded_losses_equal_unpacked_ones(architecture, attention, d
             parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
     tokens, pad, length = open_split(dataset, "train"), pad_token_id(tokenizer), 128
     objective = CausalObjective(model)
-    for layout in (PackedLayout(tokens, length, pad), PaddedLayout(tokens, length, pad)):
+    for layout in (PackedLayout(tokens, length), PaddedLayout(tokens, length, pad)):
         rows = [layout.row(index) for index in (*sample_ids(0, 12, len(layout), seed=3).tolist(), len(layout) - 1)]
         batch = _collate_tensors([*rows, layout.padding_row()], pad)
         loss = logit_error = 0.0
@@ -72,7 +72,7 @@ def pieces(row) -> list[tuple[int, int]]:
 def test_packing_without_restarts_would_be_noticed(dataset, tokenizer):
     """The test above can fail: with plain positions the documents of a row see each other."""
     model = small_model("llama", tokenizer, initialization="normal")
-    batch = _collate_tensors([PackedLayout(open_split(dataset, "train"), 128, 0).row(index) for index in range(8)], 0)
+    batch = _collate_tensors([PackedLayout(open_split(dataset, "train"), 128).row(index) for index in range(8)], 0)
     wrong = batch | {"position_ids": torch.arange(128).expand(8, -1)}
     with torch.no_grad():
         right_loss, wrong_loss = (float(CausalObjective(model)(**item)) for item in (batch, wrong))

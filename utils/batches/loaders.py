@@ -9,8 +9,6 @@ from utils.batches.batch_plan import PADDING_SAMPLE, BatchPlan, EvaluationBatchS
 from utils.batches.packing import Layout, PackedLayout, PaddedLayout, Row, collate
 from utils.batches.token_dataset import TokenDataset
 
-LAYOUTS: dict[str, type[PackedLayout] | type[PaddedLayout]] = {"packed": PackedLayout, "padded": PaddedLayout}
-
 
 class RowDataset(Dataset):
     """A layout as a map-style dataset; `PADDING_SAMPLE` is the row without a target."""
@@ -26,7 +24,10 @@ class RowDataset(Dataset):
 
 
 def build_layout(tokens: TokenDataset, layout: str, sequence_length: int, pad_token_id: int) -> Layout:
-    return LAYOUTS[layout](tokens, sequence_length, pad_token_id)
+    """`packed` or `padded` rows of `sequence_length` positions."""
+    if layout == "packed":
+        return PackedLayout(tokens, sequence_length)
+    return PaddedLayout(tokens, sequence_length, pad_token_id)
 
 
 def build_train_loader(

@@ -11,6 +11,7 @@ import numpy as np
 from utils.batches.token_dataset import TokenDataset
 
 IGNORED = -100
+FILLER = 0  # fills a packed row; any id will do, as it has no target and no document attends to it
 Row = dict[str, np.ndarray]
 
 
@@ -31,8 +32,8 @@ class PackedLayout:
     `position_ids` restart at 0 with every document and every row, by which the model keeps documents apart.
     """
 
-    def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int) -> None:
-        self.tokens, self.sequence_length, self.pad_token_id = tokens, sequence_length, pad_token_id
+    def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
+        self.tokens, self.sequence_length = tokens, sequence_length
 
     def __len__(self) -> int:
         return -(-self.tokens.num_tokens // self.sequence_length)
@@ -55,13 +56,13 @@ class PackedLayout:
         restarts[document_starts[document_starts < length]] = document_starts[document_starts < length]
         restarts[stop - start :] = stop - start  # the padding of the last row counts as a document of its own
         positions = np.arange(length) - np.maximum.accumulate(restarts)
-        return {"input_ids": _padded(ids[: stop - start], length, self.pad_token_id), "shift_labels": labels,
+        return {"input_ids": _padded(ids[: stop - start], length, FILLER), "shift_labels": labels,
                 "position_ids": positions}  # fmt: skip
 
     def padding_row(self) -> Row:
         """A row without a target: it fills up the last batch of an evaluation."""
         length = self.sequence_length
-        return {"input_ids": np.full(length, self.pad_token_id), "shift_labels": np.full(length, IGNORED),
+        return {"input_ids": np.full(length, FILLER), "shift_labels": np.full(length, IGNORED),
                 "position_ids": np.arange(length)}  # fmt: skip
 
 

@@ -1,0 +1,103 @@
+"""The README's commands, run as they stand in a copy of the repository whose demo is cut to a few steps."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from conftest import ROOT, environment, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
+
+
+def make_copy(folder: Path) -> Path:
+    """The tracked files, with 800 steps turned into 6, and somebody's texts beside them."""
+    for name in run("git", "ls-files").stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for name, old, new in (
+        ("utils/config.py", "max_steps: int | None = 800", "max_steps: int | None = 6"),
+        ("configs/demo.yaml", "max_steps: 800", "max_steps: 6"),
+    ):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+    (folder / "my_texts").mkdir()
+    lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines[::10]):
+        (folder / "my_texts" / f"{number}.txt").write_text(json.loads(line)["text"], encoding="utf-8")
+    return folder
+
+
+def test_every_command_runs(tmp_path):
+    copy = make_copy(tmp_path)
+    # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
+    prefix = Path(sys.prefix)
+    extra = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    stamps = [prefix / ".plainloop-installed", prefix / ".plainloop-installed-test"]
+    before = {stamp: stamp.exists() for stamp in stamps}
+    for stamp in stamps:
+        stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
+    outputs = {}
+    for command in COMMANDS:
+        if command == "make test":
+            continue  # this very test is part of it
+        shortened = command.replace("--schedule.max_steps 400", "--schedule.max_steps 6")
+        outputs[command] = run("bash", "-c", shortened, cwd=copy, **extra).stdout
+    for stamp, existed in before.items():
+        if not existed:
+            stamp.unlink()
+    assert "make demo" in outputs and "make test" in COMMANDS
+    last_lines = outputs["make demo"]
+    for words in (
+        "loss on held-out text",
+        "perplexity",
+        "bits per byte",
+        "xz -9",
+        "tokens per second",
+        "largest logit difference",
+    ):
+        assert words in last_lines[-1200:]
+    resumed = next(text for command, text in outputs.items() if "--checkpoint.resume auto" in command)
+    assert "nothing to do" in resumed
+    two = json.loads((copy / "runs/two/environment.json").read_text())[0]
+    assert two["num_processes"] == 2
+    assert "A hacker is" in outputs[next(command for command in COMMANDS if "--prompt" in command)]
+    python = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    assert "A hacker is" in run(sys.executable, "-I", "-c", python, cwd=copy).stdout
+
+
+def test_make_test_runs_every_check():
+    planned = run("make", "--dry-run", "test", VIRTUAL_ENV=str(Path(sys.prefix))).stdout
+    for tool in ("ruff check", "ruff format --check", "mypy", "lint_imports", "pytest"):
+        assert tool in planned
+
+
+def test_a_bare_launch_without_data_says_what_to_run_first(tmp_path):
+    copy = make_copy(tmp_path)
+    result = run(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train.py", cwd=copy, check=False)
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
+    assert errors == [
+        "train.py: error: dataset data/demo does not exist; make it with: python prepare_data.py --output data/demo"
+    ]
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
+
+
+def test_readme_states_the_length_of_the_loop():
+    lines = len((ROOT / "train.py").read_text().splitlines())
+    stated = int(re.search(r"It is (\d+) lines", README)[1])
+    assert abs(lines - stated) <= 10
+
+
+def test_environment_helper_hides_the_launcher():
+    assert not any(name.startswith("ACCELERATE_") for name in environment())

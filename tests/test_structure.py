@@ -1,0 +1,60 @@
+"""Rules of the house that a program can check."""
+
+import ast
+import json
+import re
+import sys
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from conftest import ROOT, run
+
+TRACKED = [ROOT / name for name in run("git", "ls-files").stdout.splitlines() if (ROOT / name).is_file()]
+PYTHON = [path for path in TRACKED if path.suffix == ".py"]
+LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+def test_functions_and_modules_stay_short():
+    for path in PYTHON:
+        source = path.read_text(encoding="utf-8")
+        if path.is_relative_to(ROOT / "utils"):
+            assert len(source.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80 or (path.parent == ROOT and node.name == "main"), (path, node.name, length)
+
+
+def test_the_sample_text_is_what_its_readme_says():
+    readme = (ROOT / "sample_data" / "README.md").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]
+    assert f"{len(records):,} documents" in readme
+    assert f"{sum(len(record['text'].encode()) for record in records) / 1e6:.2f} MB" in readme
+    for origin in ("devil", "jargon"):
+        count = sum(record["id"].startswith(f"{origin}/") for record in records)
+        assert re.search(rf"`{origin}/` \| {count:,} \|", readme)
+    assert len({record["id"] for record in records}) == len(records)
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_launch_files_are_accepted_by_accelerate_and_explained(path):
+    config = load_config_from_file(str(path))
+    values = yaml.safe_load(path.read_text())
+    assert config.num_processes == values["num_processes"] and isinstance(values["mixed_precision"], str)
+    assert f"accelerate launch --config_file accelerate_configs/{path.name}" in "".join(
+        path.read_text().splitlines()[:3]
+    )
+
+
+def test_constraints_are_what_the_tests_run_with():
+    """In an environment made by `make test`, every version is the one in constraints.txt (torch may be another build)."""
+    code = "import importlib.metadata as m; print('\\n'.join(d.name + '==' + d.version for d in m.distributions()))"
+    normal = {
+        name.lower().replace("_", "-"): version.split("+")[0]
+        for name, _, version in (line.partition("==") for line in run(sys.executable, "-c", code).stdout.split())
+    }
+    pins = [line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    differing = {name for name, _, version in pins if normal.get(name.lower().replace("_", "-"), version) != version}
+    assert differing <= {"torch"}
+    assert {"torch", "transformers", "accelerate", "datasets", "tokenizers"} <= {name for name, _, _ in pins}
