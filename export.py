@@ -7,7 +7,7 @@ The output folder opens with `AutoModelForCausalLM.from_pretrained`; it appears 
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.cli import UserError, parse_config, run_script
@@ -59,7 +59,6 @@ def main(config: ExportConfig) -> None:
             "parameters": count_parameters(model),
             "max_logit_difference": difference,
             "allowed_logit_difference": config.max_logit_difference,
-            "options": asdict(config),
         }
         (work / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if not difference <= config.max_logit_difference:

@@ -33,12 +33,11 @@ from utils.training.launch_check import check_launch, describe_launch
 from utils.training.modeling import build_model, count_parameters, load_model, longest_sequence, pad_token_id
 from utils.training.objectives import CausalObjective, count_targets
 from utils.training.optimization import build_optimizer, build_scheduler
-from utils.training.run_folder import open_run, save_environment
+from utils.training.run_folder import open_run, record_launch
 from utils.training.tracking import RunTracker
 
 
 def main(config: TrainConfig) -> None:
-    started = time.perf_counter()
     transformers_logging.disable_progress_bar()
     manifest = load_manifest(config.data.dataset)
 
@@ -93,9 +92,9 @@ def main(config: TrainConfig) -> None:
     if checkpoint:
         load_training_state(checkpoint, accelerator, optimizer, scheduler)
 
+    if accelerator.is_main_process:  # from here on the folder is this run's: whatever can be refused has been
+        record_launch(accelerator, config)
     tracker = RunTracker(accelerator, config, step=state.optimizer_step, max_steps=max_steps)
-    if accelerator.is_main_process:
-        save_environment(Path(config.output), accelerator)
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
     epochs = max_steps * plan.global_batch_size / len(train_rows)
@@ -112,7 +111,7 @@ def main(config: TrainConfig) -> None:
     batches = iter(train_loader)
     stop_reason = "max_steps" if state.optimizer_step >= max_steps else early_stop(state, config)
     evaluation = None
-    last_log = (time.perf_counter(), state.tokens_seen)
+    logged = (state.tokens_seen, state.train_seconds)
     while stop_reason is None:
         step_started = time.perf_counter()
         # The loss is a mean over the target tokens of the *global* batch, so they are counted before the first
@@ -157,23 +156,27 @@ def main(config: TrainConfig) -> None:
         # ---- Once in a while: a log line (all ranks: the loss is a sum over them).
         if step % config.tracking.log_every_steps == 0 or step == 1 or is_last:
             loss = float(accelerator.reduce(loss_sum, "sum") / num_targets)
-            now = time.perf_counter()
             tracker.log({
                 "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": float(grad_norm),
-                "perf/tokens_per_second": (state.tokens_seen - last_log[1]) / (now - last_log[0]),
+                "perf/tokens_per_second": (state.tokens_seen - logged[0]) / (state.train_seconds - logged[1]),
                 "train/epoch": state.samples_seen / len(train_rows),
             }, step)  # fmt: skip
-            last_log = (now, state.tokens_seen)
+            logged = (state.tokens_seen, state.train_seconds)
 
         # ---- Once in a while: the loss on all validation documents (all ranks).
         improved = False
         if step % config.evaluation.every_steps == 0 or is_last:
-            pause = time.perf_counter()
             evaluation = evaluate(accelerator, objective, validation_loader)
             improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
             tracker.log(evaluation.metrics(validation_bytes), step)
-            last_log = (last_log[0] + time.perf_counter() - pause, last_log[1])
         stop_reason = "max_steps" if is_last else early_stop(state, config)
+
+        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
+        if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
+            save_checkpoint(
+                accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
+                keep_last=config.checkpoint.keep_last,
+            )  # fmt: skip
 
         # ---- Once in a while: a text by the model as it is (main process).
         sample_every = config.tracking.sample_every_steps
@@ -184,28 +187,19 @@ def main(config: TrainConfig) -> None:
             )  # fmt: skip
             tracker.sample(text, step)
 
-        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
-        if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
-            save_checkpoint(
-                accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
-                keep_last=config.checkpoint.keep_last,
-            )  # fmt: skip
-
     # ---- The end: what came out, and an orderly way down, without which a gloo rank may abort at exit.
-    if evaluation is None:
+    if evaluation is None:  # this launch had no step left to make
         tracker.say(f"nothing to do: the run had reached its end ({stop_reason}) at step {state.optimizer_step}")
-    else:
-        tracker.say(
-            f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}"
-        )
-        tracker.finish({
-            "finished": True, "reason": stop_reason, "optimizer_step": state.optimizer_step,
-            "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
-            "train_loss": loss, "eval_loss": evaluation.loss, "perplexity": evaluation.perplexity,
-            "bits_per_byte": evaluation.bits_per_byte(validation_bytes), "best_loss": state.best_loss,
-            "best_step": state.best_step, "tokens_per_second": state.tokens_seen / state.train_seconds,
-            "train_seconds": state.train_seconds, "launch_seconds": time.perf_counter() - started,
-        })  # fmt: skip
+        evaluation = evaluate(accelerator, objective, validation_loader)
+    tracker.finish({
+        "finished": True, "reason": stop_reason, "optimizer_step": state.optimizer_step,
+        "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
+        "eval_loss": evaluation.loss, "perplexity": evaluation.perplexity,
+        "bits_per_byte": evaluation.bits_per_byte(validation_bytes), "best_loss": state.best_loss,
+        "best_step": state.best_step, "train_seconds": state.train_seconds,
+        "tokens_per_second": state.tokens_seen / state.train_seconds,
+    })  # fmt: skip
+    tracker.say(f"{stop_reason}; best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}")
     accelerator.wait_for_everyone()
     del batches, model
     objective, optimizer, train_loader, validation_loader = accelerator.free_memory(

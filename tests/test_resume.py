@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -138,3 +139,25 @@ def test_old_checkpoints_go_and_the_best_stays(dataset, tmp_path):
     best = (folder / "best").resolve().name
     assert {path.name for path in folder.glob("step-*")} == {best, "step-00000010", "step-00000012"}
     assert best < "step-00000010"
+
+
+def test_a_run_without_a_valid_checkpoint_is_refused_and_kept(finished_run, dataset, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished_run, output, symlinks=True)
+    for checkpoint in (output / "checkpoints").glob("step-*"):
+        (checkpoint / "optimizer.pt").write_bytes(b"")
+    before = sorted(output.rglob("*"))
+    settings = SMALL | {"output": output, "data.dataset": dataset, "checkpoint.resume": "auto"}
+    assert "no valid checkpoint to go on from" in error_line("train.py", *flags(settings))
+    assert before == sorted(output.rglob("*"))
+
+
+def test_a_final_checkpoint_without_a_summary_gets_one(finished_run, dataset, tmp_path):
+    """Killed between the last checkpoint and the summary."""
+    output = tmp_path / "run"
+    shutil.copytree(finished_run, output, symlinks=True)
+    expected = (output / "summary.json").read_text()
+    (output / "summary.json").unlink()
+    settings = SMALL | {"output": output, "data.dataset": dataset, "checkpoint.resume": "auto"}
+    run(*launcher(1), "train.py", *flags(settings))
+    assert (output / "summary.json").read_text() == expected

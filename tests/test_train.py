@@ -209,3 +209,16 @@ def test_twenty_launches_of_two_processes_end_in_order(dataset, tmp_path):
         codes.append(subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode)
         shutil.rmtree(tmp_path / str(number))
     assert codes == [0] * 20
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(dataset, tmp_path):
+    settings = SMALL | {
+        "output": tmp_path / "run", "data.dataset": dataset, "optimizer.learning_rate": 1e30,
+        "optimizer.max_grad_norm": 0, "checkpoint.every_steps": 1,
+    }  # fmt: skip
+    result = script("train.py", *flags(settings), check=False)
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1 and "the update was not made" in result.stderr
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        assert all(parameter.isfinite().all() for parameter in model.parameters())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 Config = TypeVar("Config")
 
@@ -70,7 +70,7 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
     except ArgumentError as error:
         raise UserError(_one_line(str(error), names)) from None
     namespace.pop("config", None)
-    config = from_dict(cls, namespace)
+    config = cls(**vars(parser.instantiate(namespace)))
     problems = find_problems(config)
     if problems:
         raise UserError("; ".join(problems))
@@ -134,17 +134,6 @@ def _nearest(name: str, names: list[str], dashes: str) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     close = close or [option for option in names if option.endswith("." + name)][:1]
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
-
-
-def from_dict(cls: type[Config], values: Any) -> Config:
-    """Nested mapping or jsonargparse namespace → nested dataclasses."""
-    get = values.get if isinstance(values, (dict, Namespace)) else lambda name: getattr(values, name)
-    arguments = {}
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        value = get(item.name)
-        nested = isinstance(item.type, type) and dataclasses.is_dataclass(item.type)
-        arguments[item.name] = from_dict(item.type, value) if nested else value  # type: ignore[arg-type]
-    return cls(**arguments)
 
 
 def find_problems(config: object) -> list[str]:

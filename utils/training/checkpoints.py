@@ -60,7 +60,7 @@ def save_checkpoint(
     The main process writes; the others wait. Raises `UserError` if the disk refuses; what was saved before stays.
     """
     target = folder / f"{PREFIX}{state.optimizer_step:08d}"
-    if accelerator.is_main_process and not target.exists():
+    if accelerator.is_main_process:
         temporary = folder / f"{TEMPORARY_PREFIX}{target.name}"
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -75,11 +75,13 @@ def save_checkpoint(
             (temporary / "manifest.json").write_text(json.dumps(_describe_files(temporary), indent=2), encoding="utf-8")
             for path in [*temporary.rglob("*"), temporary]:
                 _flush_to_disk(path)
+            if target.exists():  # one that a resume passed over as damaged
+                shutil.rmtree(target)
             temporary.rename(target)
             _flush_to_disk(folder)
             _link(folder / "last", target.name)
-            if state.best_step == state.optimizer_step:
-                _link(folder / "best", target.name)
+            if state.best_step is not None:
+                _link(folder / "best", f"{PREFIX}{state.best_step:08d}")
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error

@@ -57,10 +57,11 @@ def write_text(
 ) -> str:
     """Continue `prompt` (empty: start a document) on this rank alone; returns prompt and continuation.
 
-    Seeds torch's generators: the caller's own random numbers must not depend on their state.
+    Of a prompt longer than the model's positions the end counts. Seeds torch's generators: the caller's own random
+    numbers must not depend on their state.
     """
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
-    room = model.config.max_position_embeddings - len(ids)
+    positions = model.config.max_position_embeddings
+    ids = tokenizer(prompt)["input_ids"][1 - positions :] or [tokenizer.eos_token_id]
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)
@@ -68,7 +69,7 @@ def write_text(
     output = model.generate(  # type: ignore[operator]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max(1, min(max_new_tokens, room)),
+        max_new_tokens=min(max_new_tokens, positions - len(ids)),
         do_sample=temperature > 0,
         temperature=temperature or None,
     )

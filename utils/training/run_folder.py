@@ -7,7 +7,6 @@ environment.json   versions, machine, launch, git commit, one entry per launch
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -43,7 +42,7 @@ def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) ->
     if accelerator.is_main_process:
         try:
             found[:2] = _open_run(Path(config.output), config, dataset_key)
-        except UserError as error:
+        except (UserError, OSError, yaml.YAMLError) as error:
             found[2] = str(error)
     broadcast_object_list(found)
     checkpoint, lines, problem = found
@@ -76,12 +75,11 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
             raise UserError(f"{run} holds another run: {'; '.join(refused)}; choose another --output")
         lines += [f"changed since the last launch: {text}" for _, text in changes]
         checkpoint, problems = find_newest_valid(run / "checkpoints")
+        if problems and checkpoint is None:
+            raise UserError(f"{run} has no valid checkpoint to go on from: {problems[0]}; choose another --output")
         lines += problems
         if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
             raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
-    save_config(config, run / "config.yaml")
-    if checkpoint is None:
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return checkpoint, lines
 
 
@@ -103,8 +101,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def save_environment(run: Path, accelerator: Accelerator) -> None:
-    """Append this launch to environment.json (main process)."""
+def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Write config.yaml, by which the folder is this run's, and append to environment.json (main process)."""
+    run = Path(config.output)
+    save_config(config, run / "config.yaml")
     path = run / "environment.json"
     launches = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     launches.append({

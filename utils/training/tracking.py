@@ -6,6 +6,7 @@ All of it happens on the main process only; on the others every method returns a
 import json
 import logging
 import os
+import re
 import sys
 import uuid
 from dataclasses import asdict
@@ -36,7 +37,8 @@ class RunTracker:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.logger.addHandler(handler)
         self.logger.propagate = False
-        _cut_after(self.run / "metrics.jsonl", step)
+        _cut_metrics(self.run / "metrics.jsonl", step)
+        _cut_samples(self.run / "samples.md", step)
         self.metrics_file = (self.run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
         self._start_trackers(config, step)
@@ -121,8 +123,16 @@ class RunTracker:
         self.warn(f"tracker {name} is off from here: {reason}; metrics.jsonl has everything")
 
 
-def _cut_after(path: Path, step: int) -> None:
-    """Drop lines of later steps than `step`, and a last one that a kill cut short."""
+def _cut_samples(path: Path, step: int) -> None:
+    """Drop the texts of later steps than `step`: the resumed run writes them again."""
+    if path.exists():
+        sections = re.split(r"(?m)^(?=## Step \d+$)", path.read_text(encoding="utf-8"))
+        kept = [text for text in sections if text and int(text.split()[2]) <= step]
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines of later steps than `step`, and a last one that a kill cut short."""
     if not path.exists():
         return
     kept = []
