@@ -1,9 +1,10 @@
 # make demo   from text to a trained, exported model, on two CPU cores in a few minutes
 # make test   lint, types, layers, tests; make test-slow, the tests that take minutes
 #
-# An active virtual environment is used as it is. Without one, .venv is made; where python3 already has a torch (a CUDA,
+# An active virtual environment is used as it is. Without one, .venv is made; where PYTHON3 already has a torch (a CUDA,
 # ROCm or MPS build, say) .venv sees it. A torch that is found is kept; otherwise it comes from constraints.txt.
 
+PYTHON3 ?= python3
 ENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
@@ -35,7 +36,10 @@ test-slow: $(ENV)/.plainloop-installed-test
 $(ENV)/.plainloop-installed: EXTRAS :=
 $(ENV)/.plainloop-installed-test: EXTRAS := [test]
 $(ENV)/.plainloop-installed $(ENV)/.plainloop-installed-test: pyproject.toml constraints.txt
-	test -x $(PYTHON) || python3 -m venv $$(python3 $(HAS_TORCH) && echo --system-site-packages) $(ENV)
+	@test -x $(PYTHON) || $(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make PYTHON3=python3.12 ..."; exit 1; }
+	test -x $(PYTHON) || $(PYTHON3) -m venv $$($(PYTHON3) $(HAS_TORCH) && echo --system-site-packages) $(ENV)
+	$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip
 	$(PYTHON) $(HAS_TORCH) || $(PYTHON) -m pip install --quiet --constraint constraints.txt torch
 	grep -v '^torch==' constraints.txt > $(ENV)/plainloop-constraints.txt
 	$(PYTHON) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(ENV)/plainloop-constraints.txt

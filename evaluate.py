@@ -55,7 +55,7 @@ import pyarrow as pa
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoTokenizer, PreTrainedModel
 
 from utils.batches.loaders import build_evaluation_loader, build_layout
@@ -63,7 +63,7 @@ from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
 from utils.text.tokenization import encode_documents
 from utils.training.checkpoints import resolve_checkpoint
 from utils.training.evaluation import evaluate, write_text
-from utils.training.modeling import count_parameters, load_model, longest_sequence, pad_token_id
+from utils.training.modeling import count_parameters, load_model, longest_sequence, pad_token_id, same_vocabulary
 from utils.training.objectives import CausalObjective
 
 
@@ -72,6 +72,8 @@ def main(config: EvaluateConfig) -> None:
     dataset = config.dataset or (run["data"]["dataset"] if run else None)
     if dataset is None and config.text_file is None and config.prompt is None:
         raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
+    if config.report is not None and not Path(config.report).resolve().parent.is_dir():
+        raise UserError(f"--report {config.report}: there is no folder to write it to")
     model = load_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}
@@ -112,6 +114,8 @@ def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
         return checkpoint, yaml.safe_load(run_config.read_text(encoding="utf-8")) if run_config.is_file() else None
     if not (path / "config.json").is_file():
         reason = "is not a run, a checkpoint or an export" if path.exists() else "does not exist"
+        if (path / "config.yaml").is_file():
+            reason = "is a run without a checkpoint so far"
         raise UserError(f"{path} {reason}; give --model, or train and export first")
     return path, None
 
@@ -119,7 +123,7 @@ def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
 def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:
     """The validation documents of a dataset folder, and their length in bytes."""
     manifest = load_manifest(dataset)
-    if manifest["tokenizer"]["vocab_size"] != len(tokenizer):
+    if not same_vocabulary(tokenizer, Path(dataset) / "tokenizer"):
         raise UserError(f"{dataset} was made with another tokenizer than the model's; score text with --text_file")
     return open_split(dataset, "validation"), manifest["splits"]["validation"]["bytes"]
 
@@ -147,10 +151,11 @@ def score(
     if length > longest_sequence(model):
         raise UserError(f"sequence_length {length} is longer than the model's {longest_sequence(model)} positions")
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), dataloader_config=DataLoaderConfiguration(split_batches=True)
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     layout = build_layout(tokens, run["data"]["layout"] if run else "packed", length, pad_token_id(tokenizer))
-    loader = build_evaluation_loader(layout, config.batch_size * accelerator.num_processes, pad_token_id(tokenizer))
+    loader = build_evaluation_loader(layout, config.batch_size, pad_token_id(tokenizer))
     objective, loader = accelerator.prepare(CausalObjective(model), loader)
     result = evaluate(accelerator, objective, loader)
     return {

@@ -201,10 +201,10 @@ def count_bytes(documents: datasets.Dataset) -> int:
 
 def cache_key(config: PrepareConfig, files: list[Path]) -> str:
     """Hash of all that decides the result: the sources' content, the options, this code's version."""
-    options = asdict(config)
+    options: dict[str, Any] = asdict(config)
     for name in ("sources", "output"):  # where the bytes come from and go to does not change them
         options.pop(name)
-    content = {"stages": STAGES_VERSION, "format": FORMAT_VERSION, "options": options, "versions": versions()}
+    content: dict[str, Any] = {"stages": STAGES_VERSION, "format": FORMAT_VERSION, "options": options}
     content["files"] = [(path.name, file_hash(path)) for path in files]
     if config.tokenizer.pretrained and Path(config.tokenizer.pretrained, "tokenizer.json").is_file():
         content["tokenizer"] = file_hash(Path(config.tokenizer.pretrained, "tokenizer.json"))
@@ -223,8 +223,11 @@ def report_existing(output: Path, key: str) -> None:
 
 
 def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def versions() -> dict[str, str]:

@@ -20,7 +20,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+    set_seed,
+)
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -42,7 +48,7 @@ def main(config: TrainConfig) -> None:
     manifest = load_manifest(config.data.dataset)
 
     # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.
-    use_cpu = not torch.accelerator.is_available()
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     plan = plan_batches(
         config.batch.global_batch_size, config.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
     )
@@ -84,7 +90,7 @@ def main(config: TrainConfig) -> None:
             f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} "
             f"positions of {config.model.pretrained}; lower it"
         )
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, fused=accelerator.scaler is None)
     scheduler = build_scheduler(optimizer, config.schedule, max_steps)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         CausalObjective(model), optimizer, train_loader, validation_loader
@@ -130,12 +136,13 @@ def main(config: TrainConfig) -> None:
                 accelerator.backward(micro_loss * weight)
                 loss_sum += micro_loss.detach()
 
-        # Gradients are the same on all ranks by now, so all of them agree to stop here, before the update.
+        # Gradients are the same on all ranks by now, so all of them agree to stop here, before the update. Looking at
+        # the norm, and at the number of targets below, waits for the device: once per step.
         grad_norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
         if accelerator.scaler is None and not torch.isfinite(grad_norm):
             raise UserError(
                 f"the gradient is {float(grad_norm)} at step {state.optimizer_step + 1}; the update was not made. "
-                "Checkpoints are intact: lower optimizer.learning_rate or look at the data, and start from there"
+                "Start again in another --output with a lower optimizer.learning_rate, or look at the data"
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -143,8 +150,11 @@ def main(config: TrainConfig) -> None:
         state.samples_seen += plan.global_batch_size
         state.tokens_seen += int(num_targets)
         state.train_seconds += time.perf_counter() - step_started
-        if accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow and lowers its scale
+        if accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow and has halved its scale
             state.skipped += 1
+            if accelerator.scaler.get_scale() < 1:
+                raise UserError(f"fp16 overflows at every scale after step {state.optimizer_step}; try bf16, or a lower "
+                                "optimizer.learning_rate from the last checkpoint")  # fmt: skip
             continue
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
@@ -191,6 +201,8 @@ def main(config: TrainConfig) -> None:
     if evaluation is None:  # this launch had no step left to make
         tracker.say(f"nothing to do: the run had reached its end ({stop_reason}) at step {state.optimizer_step}")
         evaluation = evaluate(accelerator, objective, validation_loader)
+        if state.best_loss is None:  # nor had an earlier one come to its first evaluation
+            update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
     tracker.finish({
         "finished": True, "reason": stop_reason, "optimizer_step": state.optimizer_step,
         "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
@@ -201,7 +213,7 @@ def main(config: TrainConfig) -> None:
     })  # fmt: skip
     tracker.say(f"{stop_reason}; best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}")
     accelerator.wait_for_everyone()
-    del batches, model
+    del batches, model, scheduler
     objective, optimizer, train_loader, validation_loader = accelerator.free_memory(
         objective, optimizer, train_loader, validation_loader
     )
@@ -215,11 +227,14 @@ def step_seed(seed: int, samples_seen: int, rank: int) -> int:
 
 
 def update_best(state: TrainState, loss: float, min_delta: float) -> bool:
-    """Whether `loss` (nats per token) improves on the best by more than `min_delta`; counts those that do not."""
-    if state.best_loss is not None and not loss < state.best_loss - min_delta:
+    """Whether `loss` (nats per token) is the lowest so far; counts the evaluations that lower it by too little."""
+    if state.patience_loss is None or loss < state.patience_loss - min_delta:
+        state.patience_loss, state.evaluations_without_improvement = loss, 0
+    else:
         state.evaluations_without_improvement += 1
+    if state.best_loss is not None and not loss < state.best_loss:
         return False
-    state.best_loss, state.best_step, state.evaluations_without_improvement = loss, state.optimizer_step, 0
+    state.best_loss, state.best_step = loss, state.optimizer_step
     return True
 
 

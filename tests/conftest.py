@@ -14,7 +14,12 @@ import pytest
 from utils.cli import parse_config, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT_CONFIGS = ("prepareconfig", "trainconfig", "exportconfig", "evaluateconfig")
+CONFIGS = {
+    "prepare_data": "PrepareConfig",
+    "train": "TrainConfig",
+    "export": "ExportConfig",
+    "evaluate": "EvaluateConfig",
+}
 
 # A model of 50 thousand parameters on rows of 64: a step takes some 15 ms.
 SMALL = {
@@ -26,9 +31,9 @@ SMALL = {
 
 
 def environment() -> dict[str, str]:
-    """The environment of a user's shell: nothing of a launcher's, no network."""
+    """The environment of a user's shell: nothing of a launcher's, no network; the CPU, also where a GPU is present."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
-    return kept | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return kept | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +53,7 @@ def script(name: str, *arguments: str | Path, **options) -> subprocess.Completed
 def call(name: str, *arguments: str | Path) -> tuple[int, str, str]:
     """What `script` does, in this process, where starting one would take most of the time: exit code, stdout, stderr."""
     module = importlib.import_module(name.removesuffix(".py"))
-    cls = next(item for key, item in vars(module).items() if key.endswith("Config") and key.lower() in SCRIPT_CONFIGS)
+    cls = getattr(module, CONFIGS[module.__name__])
     out, err, argv, sys.argv = io.StringIO(), io.StringIO(), sys.argv, [name, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -32,7 +32,7 @@ def test_every_target_is_scored_once(layout, length, lengths):
     rows = layout(tokens, length)
     pairs = []
     for index in range(len(rows)):
-        row = rows.row(index)
+        row = rows[index]
         assert len(row["input_ids"]) <= length
         scored = row["shift_labels"] != IGNORED
         pairs += zip(row["input_ids"][scored].tolist(), row["shift_labels"][scored].tolist(), strict=True)
@@ -49,7 +49,7 @@ def test_packed_positions_restart_with_each_document_and_row(length):
     position_in_document = np.concatenate([np.arange(len(document)) for document in documents])
     rows = PackedLayout(tokens, length)
     for index in range(len(rows)):
-        positions = rows.row(index)["position_ids"]
+        positions = rows[index]["position_ids"]
         start = index * length
         for offset in range(min(length, tokens.num_tokens - start)):
             assert positions[offset] == min(position_in_document[start + offset], offset)
@@ -58,7 +58,7 @@ def test_packed_positions_restart_with_each_document_and_row(length):
 def test_padded_rows_are_masked_and_padded_on_the_right():
     tokens, _ = make_tokens([4, 2])
     rows = PaddedLayout(tokens, 8, PAD)
-    batch = collate([rows.row(0), rows.row(1), rows.padding_row()], PAD)
+    batch = collate([rows[0], rows[1], rows[-1]], PAD)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
     assert batch["input_ids"][1:].tolist() == [[1004, 1005, PAD, PAD], [PAD] * 4]
     assert (batch["shift_labels"][2] == IGNORED).all()

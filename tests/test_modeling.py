@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import AutoTokenizer
 
 from utils.batches.batch_plan import sample_ids
@@ -41,8 +43,8 @@ def test_packed_and_padded_losses_equal_unpacked_ones(architecture, attention, d
     tokens, pad, length = open_split(dataset, "train"), pad_token_id(tokenizer), 128
     objective = CausalObjective(model)
     for layout in (PackedLayout(tokens, length), PaddedLayout(tokens, length, pad)):
-        rows = [layout.row(index) for index in (*sample_ids(0, 12, len(layout), seed=3).tolist(), len(layout) - 1)]
-        batch = _collate_tensors([*rows, layout.padding_row()], pad)
+        rows = [layout[index] for index in (*sample_ids(0, 12, len(layout), seed=3).tolist(), len(layout) - 1)]
+        batch = _collate_tensors([*rows, layout[-1]], pad)
         loss = logit_error = 0.0
         with torch.no_grad():
             logits = model(**{k: v for k, v in batch.items() if k != "shift_labels"}, use_cache=False).logits
@@ -72,7 +74,7 @@ def pieces(row) -> list[tuple[int, int]]:
 def test_packing_without_restarts_would_be_noticed(dataset, tokenizer):
     """The test above can fail: with plain positions the documents of a row see each other."""
     model = small_model("llama", tokenizer, initialization="normal")
-    batch = _collate_tensors([PackedLayout(open_split(dataset, "train"), 128).row(index) for index in range(8)], 0)
+    batch = _collate_tensors([PackedLayout(open_split(dataset, "train"), 128)[index] for index in range(8)], 0)
     wrong = batch | {"position_ids": torch.arange(128).expand(8, -1)}
     with torch.no_grad():
         right_loss, wrong_loss = (float(CausalObjective(model)(**item)) for item in (batch, wrong))
@@ -114,6 +116,20 @@ def test_only_matrices_are_decayed(architecture, tokenizer):
     }
     groups = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scaled_overflow_is_seen_as_skipped_only_without_fusing(fused, tokenizer):
+    """Why train.py does not fuse under fp16: torch's scaler and accelerate's optimizer, on an infinite gradient."""
+    model = small_model("llama", tokenizer)
+    scaler = torch.amp.GradScaler("cpu")
+    Accelerator(cpu=True)
+    optimizer = AcceleratedOptimizer(build_optimizer(model, OptimizerConfig(), fused=fused), scaler=scaler)
+    scaler.scale(sum(parameter.sum() for parameter in model.parameters()) * 1e38).backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert optimizer.step_was_skipped is not fused
 
 
 def test_a_shared_matrix_is_optimized_once(tokenizer):

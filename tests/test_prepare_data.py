@@ -39,7 +39,7 @@ def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
                 for split in ("train", "validation")}  # fmt: skip
     for split, texts in expected.items():
         tokens = open_split(dataset, split)
-        assert tokens.num_documents == len(texts) == load_manifest(dataset)["splits"][split]["documents"]
+        assert len(tokens.offsets) - 1 == len(texts) == load_manifest(dataset)["splits"][split]["documents"]
         for index, text in enumerate(texts):
             ids = tokens.read(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
             assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -105,6 +105,18 @@ def test_the_split_is_stable_when_documents_are_added(tmp_path):
     assert 1 <= len(sides["few"]) <= 25
 
 
+def test_a_given_tokenizers_truncation_and_padding_are_not_applied(tmp_path, dataset):
+    """Its saved limits are those of another use: here they would cut documents without a word."""
+    limited = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    limited.backend_tokenizer.enable_truncation(16)
+    limited.backend_tokenizer.enable_padding(length=16)
+    limited.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    limited.save_pretrained(tmp_path / "limited")
+    shutil.copy(tmp_path / "tokenizer.json", tmp_path / "limited" / "tokenizer.json")
+    prepare(tmp_path / "out", "--tokenizer.pretrained", tmp_path / "limited")
+    assert load_manifest(tmp_path / "out")["splits"] == load_manifest(dataset)["splits"]
+
+
 def test_a_given_tokenizer_is_taken(tmp_path, dataset):
     source = tmp_path / "a.jsonl"
     shutil.copy(SAMPLE, source)
@@ -119,6 +131,7 @@ def test_a_given_tokenizer_is_taken(tmp_path, dataset):
     [
         ("e\u0301te\u0301  two\r\nlines", "été  two\nlines", "été two lines"),
         ("a\x00b\x07c\ufeff\td", "abc\td", "abc d"),
+        ("e\u200b\u0301", "é", "e"),
         ("  indented\nline   \n\n\n\nnext\n", "  indented\nline\n\nnext", "indented line next"),
         ("price: 5 € (*cheap*)", "price: 5 € (*cheap*)", "price: 5 (cheap)"),
         ("می\u200cخواهم", "می\u200cخواهم", "میخواهم"),
@@ -131,10 +144,28 @@ def test_cleaning_rules(raw, standard, basic):
     assert clean_standard(clean_standard(raw)) == clean_standard(raw)
 
 
-def write_bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
-    """name → (source, what the error line must say)"""
+BAD_SOURCES = {  # source, what the error line must say
+    "missing": ("no/such/file.txt", "no such file"),
+    "empty_folder": ("empty_folder", "no .txt"),
+    "empty": ("empty.jsonl", "the file is empty"),
+    "empty_text": ("empty.txt", "split is empty: 1 documents, 1 dropped"),
+    "mixed": ("mixed.jsonl", "not text"),
+    "binary": ("binary.txt", "binary file"),
+    "latin1": ("latin1.txt", "line 2: not UTF-8"),
+    "broken": ("broken.jsonl", "line 3: not a JSON record"),
+    "numbers": ("numbers.jsonl", "holds Value('int64'), not text"),
+    "other": ("other.csv", "no column 'text'; it has title, body"),
+    "fake": ("fake.parquet", "cannot be read as parquet"),
+    "kind": ("book.pdf", "unknown kind"),
+    "one": ("one.jsonl", "split is empty"),
+}
+
+
+def write_bad_sources(folder: Path) -> None:
     (folder / "empty_folder").mkdir()
     (folder / "empty.txt").write_bytes(b"")
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "mixed.jsonl").write_text('{"text": "a"}\n{"text": 5}\n')
     (folder / "binary.txt").write_bytes(b"\x7fELF\0\0\0\1" * 100)
     (folder / "latin1.txt").write_bytes("ein Satz\nnoch einer, schön\n".encode("latin-1"))
     (folder / "broken.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "thr\n')
@@ -143,29 +174,17 @@ def write_bad_sources(folder: Path) -> dict[str, tuple[str, str]]:
     (folder / "fake.parquet").write_text("no parquet")
     (folder / "book.pdf").write_bytes(b"%PDF")
     (folder / "one.jsonl").write_text('{"text": "the only document"}\n')
-    return {
-        "missing": ("no/such/file.txt", "no such file"),
-        "empty_folder": ("empty_folder", "no .txt"),
-        "empty": ("empty.txt", "empty"),
-        "binary": ("binary.txt", "binary file"),
-        "latin1": ("latin1.txt", "line 2: not UTF-8"),
-        "broken": ("broken.jsonl", "line 3: not a JSON record"),
-        "numbers": ("numbers.jsonl", "holds Value('int64'), not text"),
-        "other": ("other.csv", "no column 'text'; it has title, body"),
-        "fake": ("fake.parquet", "cannot be read as parquet"),
-        "kind": ("book.pdf", "unknown kind"),
-        "one": ("one.jsonl", "split is empty"),
-    }
 
 
 @pytest.mark.parametrize(
     "case",
-    ["missing", "empty_folder", "empty", "binary", "latin1", "broken", "numbers", "other", "fake", "kind", "one"],
+    sorted(BAD_SOURCES),
 )
 def test_bad_sources_get_one_line_and_leave_nothing(case, tmp_path):
-    name, expected = write_bad_sources(tmp_path)[case]
+    write_bad_sources(tmp_path)
+    name, expected = BAD_SOURCES[case]
     line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{tmp_path / name}]")
-    assert expected in line and (case == "one" or Path(name).name in line)
+    assert expected in line and ("split is empty" in expected or Path(name).name in line)
     assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
 
 

@@ -7,21 +7,25 @@ import shutil
 import sys
 from pathlib import Path
 
-from conftest import ROOT, environment, run
+import pytest
+from conftest import ROOT, run
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
 
 
-def make_copy(folder: Path) -> Path:
-    """The tracked files, with 800 steps turned into 6, and somebody's texts beside them."""
+TESTED_ELSEWHERE = ("make test", "make test-slow")  # this very test is part of the one; both are planned below
+
+
+def make_copy(folder: Path, max_steps: int) -> Path:
+    """The tracked files, the demo's 800 steps turned into `max_steps`, and somebody's texts beside them."""
     for name in run("git", "ls-files").stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name, old, new in (
-        ("utils/config.py", "max_steps: int | None = 800", "max_steps: int | None = 6"),
-        ("configs/demo.yaml", "max_steps: 800", "max_steps: 6"),
+        ("utils/config.py", "max_steps: int | None = 800", f"max_steps: int | None = {max_steps}"),
+        ("configs/demo.yaml", "max_steps: 800", f"max_steps: {max_steps}"),
     ):
         text = (folder / name).read_text()
         assert old in text
@@ -33,24 +37,30 @@ def make_copy(folder: Path) -> Path:
     return folder
 
 
-def test_every_command_runs(tmp_path):
-    copy = make_copy(tmp_path)
+def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
+    """command → its stdout."""
+    outputs: dict[str, str] = {}
     # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
     prefix = Path(sys.prefix)
     extra = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     stamps = [prefix / ".plainloop-installed", prefix / ".plainloop-installed-test"]
-    before = {stamp: stamp.exists() for stamp in stamps}
-    for stamp in stamps:
-        stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
-    outputs = {}
-    for command in COMMANDS:
-        if command == "make test":
-            continue  # this very test is part of it
-        shortened = command.replace("--schedule.max_steps 400", "--schedule.max_steps 6")
-        outputs[command] = run("bash", "-c", shortened, cwd=copy, **extra).stdout
-    for stamp, existed in before.items():
-        if not existed:
-            stamp.unlink()
+    new_stamps = [stamp for stamp in stamps if not stamp.exists()]
+    try:
+        for stamp in stamps:
+            stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
+        for command in commands:
+            outputs[command] = run("bash", "-c", command, cwd=copy, **extra).stdout
+    finally:
+        for stamp in new_stamps:
+            stamp.unlink(missing_ok=True)
+    return outputs
+
+
+def test_every_command_runs(tmp_path):
+    copy = make_copy(tmp_path, max_steps=6)
+    short = {command: command.replace("--schedule.max_steps 400", "--schedule.max_steps 6") for command in COMMANDS}
+    ran = run_in(copy, [short[command] for command in COMMANDS if command not in TESTED_ELSEWHERE])
+    outputs = {command: ran[short[command]] for command in COMMANDS if command not in TESTED_ELSEWHERE}
     assert "make demo" in outputs and "make test" in COMMANDS
     last_lines = outputs["make demo"]
     for words in (
@@ -71,14 +81,24 @@ def test_every_command_runs(tmp_path):
     assert "A hacker is" in run(sys.executable, "-I", "-c", python, cwd=copy).stdout
 
 
+@pytest.mark.slow
+def test_the_demo_beats_xz_by_a_fifth(tmp_path):
+    """`make demo` at its full length."""
+    run_in(make_copy(tmp_path, max_steps=800), ["make demo"])
+    report = json.loads((tmp_path / "runs/demo/evaluation.json").read_text())
+    assert report["bits_per_byte"] <= 0.8 * report["xz_bits_per_byte"]
+    assert json.loads((tmp_path / "exports/demo/export_report.json").read_text())["max_logit_difference"] <= 1e-5
+
+
 def test_make_test_runs_every_check():
+    assert "-m slow" in run("make", "--dry-run", "test-slow", VIRTUAL_ENV=str(Path(sys.prefix))).stdout
     planned = run("make", "--dry-run", "test", VIRTUAL_ENV=str(Path(sys.prefix))).stdout
     for tool in ("ruff check", "ruff format --check", "mypy", "lint_imports", "pytest"):
         assert tool in planned
 
 
 def test_a_bare_launch_without_data_says_what_to_run_first(tmp_path):
-    copy = make_copy(tmp_path)
+    copy = make_copy(tmp_path, max_steps=6)
     result = run(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train.py", cwd=copy, check=False)
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
@@ -97,7 +117,3 @@ def test_readme_states_the_length_of_the_loop():
     lines = len((ROOT / "train.py").read_text().splitlines())
     stated = int(re.search(r"It is (\d+) lines", README)[1])
     assert abs(lines - stated) <= 10
-
-
-def test_environment_helper_hides_the_launcher():
-    assert not any(name.startswith("ACCELERATE_") for name in environment())

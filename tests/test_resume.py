@@ -9,9 +9,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, train, train_losses
+
+from utils.config import ScheduleConfig
+from utils.training.checkpoints import find_problem
+from utils.training.optimization import learning_rate_factor
 
 STEPS = 60
 OPTIONS = {
@@ -47,8 +52,15 @@ def kill_at(step: int, arguments: list[str], output: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     # The ranks of a launcher are its children, in its session: wait until none is left.
-    while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).stdout.strip():
+    while any(session(pid) == process.pid for pid in psutil.pids()):
         time.sleep(0.01)
+
+
+def session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid) if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE else None
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return None
 
 
 def weights(output: Path) -> str:
@@ -95,6 +107,7 @@ def test_a_damaged_checkpoint_is_passed_over(whole_run, dataset, tmp_path):
     result = run(*command(damaged, dataset, 1, **{"checkpoint.resume": "auto"}))
     assert f"{newest} is not valid and is passed over: model.safetensors has changed" in result.stdout
     assert weights(damaged) == weights(whole_run)
+    assert find_problem(newest) is None or not newest.exists()  # written anew, or rotated away
 
 
 def test_another_run_is_refused_and_untouched(finished_run, dataset):
@@ -126,6 +139,17 @@ def test_one_run_on_one_then_two_processes_sees_the_same_samples(dataset, tmp_pa
     whole = train(tmp_path / "whole", data__dataset=dataset, schedule__shape="constant", schedule__max_steps=12)
     assert len(train_losses(resumed)) == 12
     assert max(abs(a - b) for a, b in zip(train_losses(resumed), train_losses(whole), strict=True)) < 1e-4
+
+
+def test_a_run_that_goes_further_follows_its_new_schedule_at_once(dataset, tmp_path):
+    """Its learning rates after the resume are those of a run of the full length."""
+    train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=6)
+    records = train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=12, checkpoint__resume="auto")
+    expected = learning_rate_factor(ScheduleConfig(warmup_steps=2), 12)
+    rates = {record["step"]: record["train/learning_rate"] for record in records if "train/learning_rate" in record}
+    assert {step: rate for step, rate in rates.items() if step > 6} == {
+        step: pytest.approx(0.003 * expected(step - 1), rel=1e-12) for step in range(7, 13)
+    }
 
 
 def test_old_checkpoints_go_and_the_best_stays(dataset, tmp_path):

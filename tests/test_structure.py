@@ -42,6 +42,7 @@ def test_launch_files_are_accepted_by_accelerate_and_explained(path):
     config = load_config_from_file(str(path))
     values = yaml.safe_load(path.read_text())
     assert config.num_processes == values["num_processes"] and isinstance(values["mixed_precision"], str)
+    assert all("#" in line for line in path.read_text().splitlines()), "a comment per key"
     assert f"accelerate launch --config_file accelerate_configs/{path.name}" in "".join(
         path.read_text().splitlines()[:3]
     )

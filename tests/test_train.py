@@ -60,7 +60,7 @@ def reference_losses(dataset: Path, steps: int, learning_rate: float) -> list[fl
         for ids in map(torch.from_numpy, documents):
             total += model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
         (total / num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)  # below every norm of these steps
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -75,22 +75,25 @@ def test_every_split_of_the_global_batch_gives_the_reference_losses(varied_datas
         records = train(
             tmp_path / name.replace(" ", ""), processes=processes, data__dataset=varied_dataset, data__layout="padded",
             data__sequence_length=256, model__max_position_embeddings=256, batch__per_device_batch_size=per_device,
-            schedule__shape="linear",
+            schedule__shape="linear", optimizer__max_grad_norm=0.2,
         )  # fmt: skip
+        assert min(record["train/grad_norm"] for record in records if "train/grad_norm" in record) > 0.2
         losses = train_losses(records)
         assert len(losses) == 10
         assert max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True)) < 1e-5, name
 
 
-def test_one_and_two_processes_follow_the_same_curve(dataset, tmp_path):
+def test_one_and_two_processes_follow_the_same_curve_on_the_demo(dataset, tmp_path):
+    """The recipe as shipped, by the launch files as shipped: fp32, matmul precision highest, dropout 0."""
     curves = {}
-    for processes in (1, 2):
-        records = train(
-            tmp_path / str(processes), processes=processes, data__dataset=dataset, schedule__max_steps=20,
-            evaluation__every_steps=10,
+    for name, processes in {"cpu": 1, "cpu_2_processes": 2}.items():
+        run(
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml",
+            "train.py", "--config", "configs/demo.yaml", "--output", tmp_path / name, "--data.dataset", dataset,
+            "--schedule.max_steps", "20", "--evaluation.every_steps", "10", "--tracking.log_every_steps", "1",
         )  # fmt: skip
-        curves[processes] = [record.get("train/loss", record.get("eval/loss")) for record in records]
-        assert json.loads((tmp_path / str(processes) / "environment.json").read_text())[0]["num_processes"] == processes
+        curves[processes] = [record.get("train/loss", record.get("eval/loss")) for record in metrics(tmp_path / name)]
+        assert json.loads((tmp_path / name / "environment.json").read_text())[0]["num_processes"] == processes
     assert len(curves[1]) == 22
     assert max(abs(one - two) for one, two in zip(curves[1], curves[2], strict=True)) < 1e-4
 
@@ -155,15 +158,18 @@ def test_a_copy_with_one_line_changed_trains(dataset, tmp_path):
 
 
 def test_early_stopping_stops_after_patience_evaluations(dataset, tmp_path):
-    """A min_delta that no evaluation can reach: the first sets the best, the next two exhaust the patience."""
+    """A min_delta that no evaluation can reach: the first sets the mark, the next two exhaust the patience."""
     output = tmp_path / "run"
     train(
         output, data__dataset=dataset, evaluation__every_steps=2, schedule__max_steps=100,
         evaluation__early_stopping_patience=2, evaluation__early_stopping_min_delta=50.0,
     )  # fmt: skip
     summary = json.loads((output / "summary.json").read_text())
-    assert (summary["reason"], summary["optimizer_step"], summary["best_step"]) == ("early_stopping", 6, 2)
-    assert (output / "checkpoints" / "best").resolve().name == "step-00000002"
+    assert (summary["reason"], summary["optimizer_step"]) == ("early_stopping", 6)
+    # The best is the lowest loss all the same: by how much it must improve is a matter of patience alone.
+    losses = {record["step"]: record["eval/loss"] for record in metrics(output) if "eval/loss" in record}
+    assert summary["best_step"] == min(losses, key=lambda step: losses[step]) == 6
+    assert (output / "checkpoints" / "best").resolve().name == "step-00000006"
     assert (output / "checkpoints" / "last").resolve().name == "step-00000006"
 
 
@@ -174,6 +180,7 @@ def test_trackers_get_what_the_file_gets(dataset, tmp_path):
     records = train(output, data__dataset=dataset, tracking__trackers="[tensorboard,wandb]")
     folder = next(path.parent for path in output.rglob("events.out.tfevents*") if path.parent.name == "plainloop")
     events = EventAccumulator(str(folder)).Reload()
+    assert len([path for path in folder.iterdir() if path.is_file() and "tfevents" in path.name]) == 1  # one writer
     seen = [event.value for event in events.Scalars("train/loss")]
     assert seen == pytest.approx(train_losses(records), rel=1e-6)
     assert list(output.glob("wandb/offline-run-*/run-*.wandb"))

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
+
+from utils.files import replace_text
 
 Config = TypeVar("Config")
 
@@ -38,11 +41,17 @@ def run_script(main: Callable[[Any], None], config: object) -> None:
 
 
 def exit_with(error: Exception) -> None:
+    """Print `error` as one line and end this process with code 2."""
     rank = os.environ.get("RANK", "0")
-    prefix = f"[rank {rank}] " if rank != "0" else ""
+    prefix = ""
+    if rank != "0":  # most mistakes meet all ranks: the launcher ends this one before it says the same again
+        time.sleep(3)
+        prefix = f"[rank {rank}] "
     print(f"{prefix}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
     # Not sys.exit: with collectives under way, interpreter shutdown may wait for peers that are not coming.
-    os._exit(2) if "RANK" in os.environ else sys.exit(2)
+    if "RANK" in os.environ:
+        os._exit(2)
+    sys.exit(2)
 
 
 def parse_config(cls: type[Config], description: str | None, argv: list[str] | None = None) -> Config:
@@ -85,7 +94,7 @@ def _config_paths(argv: list[str]) -> list[Path]:
 def _check_yaml(parser: ArgumentParser, path: Path, names: list[str]) -> None:
     """Parse one file by itself, so that its mistakes are reported under its name."""
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: no such file" if not path.exists() else f"--config {path}: not a file")
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
         if not isinstance(loaded, dict):
@@ -93,7 +102,7 @@ def _check_yaml(parser: ArgumentParser, path: Path, names: list[str]) -> None:
         parser.parse_path(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError) as error:
         raise UserError(f"{path}: {_one_line(str(error), names)}") from None
     except ArgumentError as error:
         raise UserError(f"{path}: {_one_line(str(error), names)}") from None
@@ -105,9 +114,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key_node.value!r} stands twice")
-            seen.add(key_node.value)
+            key = str(key_node.value)
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} stands twice")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -115,6 +125,12 @@ def _one_line(message: str, names: list[str]) -> str:
     """jsonargparse's message on one line, with the nearest option name where a name is unknown."""
     message = " ".join(message.split())
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "")
+    message = re.sub(r"Expected a list\. Got value: (.*)", r"Expected a list. Write '[\1]'", message)
+    message = re.sub(
+        r"Does not validate .*? Subtypes: \[(\w+), NoneType\].*Given value: (.*)",
+        r"Expected \1 or null. Got value: \2",
+        message,
+    )
     if match := re.match(r'Parser key "(.+?)": (.*)', message):
         return f"{match[1]}: {match[2]}"
     if match := re.match(r"unrecognized arguments: (\S+)", message):
@@ -136,15 +152,17 @@ def _nearest(name: str, names: list[str], dashes: str) -> str:
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
-def find_problems(config: object) -> list[str]:
+def find_problems(config: object, section: str = "") -> list[str]:
     """What `problems()` of every section says, and every number that is not finite."""
     found: list[str] = []
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            found += find_problems(value)
+            found += find_problems(value, f"{section}{item.name}.")
+        elif value is None and isinstance(item.type, type):
+            found.append(f"{section}{item.name} is null; it needs a value")
         elif isinstance(value, float) and not math.isfinite(value):
-            found.append(f"{item.name} is {value}; it must be a finite number")
+            found.append(f"{section}{item.name} is {value}; it must be a finite number")
     return found + (config.problems() if hasattr(config, "problems") else [])
 
 
@@ -161,4 +179,4 @@ def at_least(section: str, config: object, **minimum: float) -> list[str]:
 def save_config(config: object, path: Path) -> None:
     """Write the resolved configuration; the file runs again as `--config`."""
     values = dataclasses.asdict(config)  # type: ignore[call-overload]
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    replace_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

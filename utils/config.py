@@ -124,7 +124,7 @@ class ScheduleConfig:
     warmup_steps: int = 40
     """Steps from 0 to the peak learning rate."""
     min_learning_rate_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate at the last step of linear and cosine, as a share of the peak."""
     max_steps: int | None = 800
     """Optimizer steps in all. Give this or num_epochs, and null for the other."""
     num_epochs: float | None = None
@@ -219,6 +219,8 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         found = at_least("", self, seed=0)
+        if self.seed >= 2**32:
+            found.append(f"seed is {self.seed}; it must be less than 2**32")
         if self.model.pretrained is None and self.data.sequence_length > self.model.max_position_embeddings:
             found.append(
                 f"data.sequence_length ({self.data.sequence_length}) is longer than "

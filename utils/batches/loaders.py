@@ -2,29 +2,22 @@
 
 from functools import partial
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from utils.batches.batch_plan import PADDING_SAMPLE, BatchPlan, EvaluationBatchSampler, TrainBatchSampler
-from utils.batches.packing import Layout, PackedLayout, PaddedLayout, Row, collate
+from utils.batches.batch_plan import BatchPlan, EvaluationBatchSampler, TrainBatchSampler
+from utils.batches.packing import PackedLayout, PaddedLayout, Row, collate
 from utils.batches.token_dataset import TokenDataset
+from utils.cli import UserError
 
-
-class RowDataset(Dataset):
-    """A layout as a map-style dataset; `PADDING_SAMPLE` is the row without a target."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.layout.padding_row() if index == PADDING_SAMPLE else self.layout.row(index)
+Layout = PackedLayout | PaddedLayout
 
 
 def build_layout(tokens: TokenDataset, layout: str, sequence_length: int, pad_token_id: int) -> Layout:
-    """`packed` or `padded` rows of `sequence_length` positions."""
+    """`packed` or `padded` rows of `sequence_length` positions; `UserError` if there is nothing to predict."""
+    if not (np.diff(tokens.offsets) > 1).any():
+        raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")
     if layout == "packed":
         return PackedLayout(tokens, sequence_length)
     return PaddedLayout(tokens, sequence_length, pad_token_id)
@@ -39,19 +32,18 @@ def build_train_loader(
     return _build_loader(layout, sampler, pad_token_id, num_workers)
 
 
-def build_evaluation_loader(layout: Layout, batch_size: int, pad_token_id: int, num_workers: int = 0) -> DataLoader:
+def build_evaluation_loader(layout: Layout, batch_size: int, pad_token_id: int) -> DataLoader:
     """Every row once, `batch_size` rows over all ranks at a time."""
-    return _build_loader(layout, EvaluationBatchSampler(len(layout), batch_size), pad_token_id, num_workers)
+    return _build_loader(layout, EvaluationBatchSampler(len(layout), batch_size), pad_token_id, num_workers=0)
 
 
 def _build_loader(layout: Layout, sampler, pad_token_id: int, num_workers: int) -> DataLoader:
     return DataLoader(
-        RowDataset(layout),
+        layout,  # type: ignore[arg-type] # a map-style dataset by its methods
         batch_sampler=sampler,
         collate_fn=partial(_collate_tensors, pad_token_id=pad_token_id),
         num_workers=num_workers,
-        pin_memory=torch.accelerator.is_available(),
-        persistent_workers=False,
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -1,28 +1,18 @@
 """Layouts: how a stream of documents becomes rows of T positions.
 
 Both layouts score every token but the first of each document exactly once: the target of a row's last position is the
-token that the next row begins with, so cutting a document loses no target. Ignored targets are -100.
+token that the next row begins with, so cutting a document loses no target. Ignored targets are -100. A layout is a
+map-style dataset of rows; index `PADDING_SAMPLE` is a row without a target.
 """
-
-from typing import Protocol
 
 import numpy as np
 
+from utils.batches.batch_plan import PADDING_SAMPLE
 from utils.batches.token_dataset import TokenDataset
 
 IGNORED = -100
 FILLER = 0  # fills a packed row; any id will do, as it has no target and no document attends to it
 Row = dict[str, np.ndarray]
-
-
-class Layout(Protocol):
-    """Rows by index."""
-
-    def __len__(self) -> int: ...
-
-    def row(self, index: int) -> Row: ...
-
-    def padding_row(self) -> Row: ...
 
 
 class PackedLayout:
@@ -38,7 +28,9 @@ class PackedLayout:
     def __len__(self) -> int:
         return -(-self.tokens.num_tokens // self.sequence_length)
 
-    def row(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Row:
+        if index == PADDING_SAMPLE:
+            return self._padding_row()
         length = self.sequence_length
         start = index * length
         ids = self.tokens.read(start, start + length + 1)
@@ -59,7 +51,7 @@ class PackedLayout:
         return {"input_ids": _padded(ids[: stop - start], length, FILLER), "shift_labels": labels,
                 "position_ids": positions}  # fmt: skip
 
-    def padding_row(self) -> Row:
+    def _padding_row(self) -> Row:
         """A row without a target: it fills up the last batch of an evaluation."""
         length = self.sequence_length
         return {"input_ids": np.full(length, FILLER), "shift_labels": np.full(length, IGNORED),
@@ -82,7 +74,9 @@ class PaddedLayout:
     def __len__(self) -> int:
         return int(self.rows[-1])
 
-    def row(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Row:
+        if index == PADDING_SAMPLE:
+            return self._padding_row()
         document = int(np.searchsorted(self.rows, index, side="right")) - 1
         start = int(self.tokens.offsets[document]) + (index - int(self.rows[document])) * self.sequence_length
         end_of_document = int(self.tokens.offsets[document + 1])
@@ -92,7 +86,7 @@ class PaddedLayout:
         return {"input_ids": ids[: stop - start], "shift_labels": labels,
                 "attention_mask": np.ones(stop - start, np.int64)}  # fmt: skip
 
-    def padding_row(self) -> Row:
+    def _padding_row(self) -> Row:
         # The one attended position keeps the softmax of the row defined.
         return {"input_ids": np.full(1, self.pad_token_id), "shift_labels": np.full(1, IGNORED),
                 "attention_mask": np.ones(1, np.int64)}  # fmt: skip

@@ -47,10 +47,6 @@ class TokenDataset:
         np.cumsum(lengths, out=self.offsets[1:])
 
     @property
-    def num_documents(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
 

@@ -15,9 +15,8 @@ NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
 
 def clean_standard(text: str) -> str:
     """NFC, unified line ends, no control characters, no trailing space, at most one blank line; indents stay."""
-    text = unicodedata.normalize("NFC", text)
     text = LINE_ENDS.sub("\n", text)
-    text = CONTROL_CHARACTERS.sub("", text)
+    text = unicodedata.normalize("NFC", CONTROL_CHARACTERS.sub("", text))
     text = TRAILING_SPACE.sub("", text)
     return BLANK_LINES.sub("\n\n", text).strip("\n")
 

@@ -1,8 +1,10 @@
-"""Files and folders → one `datasets` table of documents, columns `text` and `source`."""
+"""Files and folders → one `datasets` table of documents, column `text`."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -33,9 +35,9 @@ def find_files(sources: list[str]) -> list[Path]:
             raise UserError(f"{source}: unknown kind of file; expected {', '.join(BUILDERS)}")
         else:
             files.append(path)
-    twice = {path for path in files if files.count(path) > 1}
+    twice = [path for path, count in Counter(files).items() if count > 1]
     if twice:
-        raise UserError(f"{min(twice)}: named twice in sources")
+        raise UserError(f"{twice[0]}: named twice in sources")
     return files
 
 
@@ -47,12 +49,18 @@ def load_documents(files: Iterable[Path], text_column: str, cache_dir: Path) -> 
 def _load_file(path: Path, text_column: str, cache_dir: Path) -> datasets.Dataset:
     builder = BUILDERS[path.suffix.lower()]
     if path.stat().st_size == 0:
+        if builder == "text":  # an empty document, dropped and counted like any other
+            return datasets.Dataset.from_dict(
+                {"text": [""]}, datasets.Features({"text": datasets.Value("large_string")})
+            )
         raise UserError(f"{path}: the file is empty")
     if builder != "parquet":
         with path.open("rb") as file:
             if b"\0" in file.read(SNIFFED_BYTES):
                 raise UserError(f"{path}: a binary file, not text (it holds zero bytes)")
-    options = {"sample_by": "document"} if builder == "text" else {}
+    # In a CSV, "None" or "NA" is a text like any other and not a missing value.
+    by_kind: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}
+    options = by_kind.get(builder, {})
     try:
         table = datasets.load_dataset(
             builder, data_files=str(path), split="train", cache_dir=str(cache_dir), **options
@@ -62,12 +70,10 @@ def _load_file(path: Path, text_column: str, cache_dir: Path) -> datasets.Datase
     column = "text" if builder == "text" else text_column
     if column not in table.column_names:
         raise UserError(f"{path}: no column {column!r}; it has {', '.join(table.column_names)} (see --text_column)")
-    if table.features[column].dtype not in ("string", "large_string"):
+    if getattr(table.features[column], "dtype", None) not in ("string", "large_string"):
         raise UserError(f"{path}: column {column!r} holds {table.features[column]}, not text")
     table = table.select_columns([column]).cast_column(column, datasets.Value("large_string"))
-    if column != "text":
-        table = table.rename_column(column, "text")
-    return table.add_column("source", [path.name] * len(table))
+    return table if column == "text" else table.rename_column(column, "text")
 
 
 def _explain(path: Path, builder: str, error: Exception) -> str:

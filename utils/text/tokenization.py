@@ -15,7 +15,8 @@ PADDING = "<|pad|>"
 
 
 def train_byte_level_bpe(texts: Iterable[list[str]], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (GPT-2's pre-tokenizer): any text encodes without an unknown token and decodes to itself.
+    """Byte-level BPE (GPT-2's pre-tokenizer): any text encodes without an unknown token and decodes to itself
+    (unless it spells out one of the special tokens).
 
     One special token, END_OF_TEXT, stands before and after each document, so that the first word is predicted too.
     The tokenizer adds the one before; the one after is `encode_documents`' work, as a prompt must not end with it.
@@ -51,6 +52,9 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"{name}: only tokenizers with a tokenizer.json (fast ones) are supported")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token, which ends each document")
+    # A saved tokenizer may carry the limits of the model it was made for; here a document is encoded whole.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -48,6 +49,9 @@ class TrainState:
     best_loss: float | None = None
     """Lowest evaluation loss, in nats per token."""
     best_step: int | None = None
+    """Where it was reached; the checkpoint that export.py takes."""
+    patience_loss: float | None = None
+    """The loss that the next evaluation has to beat by early_stopping_min_delta, in nats per token."""
     evaluations_without_improvement: int = 0
 
 
@@ -80,9 +84,10 @@ def save_checkpoint(
             temporary.rename(target)
             _flush_to_disk(folder)
             _link(folder / "last", target.name)
-            if state.best_step is not None:
-                _link(folder / "best", f"{PREFIX}{state.best_step:08d}")
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            best = f"{PREFIX}{state.best_step or 0:08d}"
+            if (folder / best).exists():
+                _link(folder / "best", best)
+        except (OSError, RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
         _remove_old(folder, keep_last)
@@ -97,6 +102,10 @@ def load_training_state(
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     scheduler.load_state_dict(record["scheduler"])
+    # The learning rate is a function of the step: a resumed run that is to go further follows its new schedule at once.
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     if accelerator.scaler is not None and "scaler" in record:
         accelerator.scaler.load_state_dict(record["scaler"])
 

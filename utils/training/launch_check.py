@@ -58,5 +58,7 @@ def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
 def fast_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in fp32: by the CPU's instructions or the GPU's generation."""
     if device.type == "cpu":
-        return any(present for name, present in torch.cpu.get_capabilities().items() if "bf16" in name)
+        return any(
+            present for name, present in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in name
+        )
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -18,7 +19,7 @@ INITIAL_STD = 0.02
 def build_model(config: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     """A model on the CPU in fp32, its special tokens set from the tokenizer; the caller seeds torch first.
 
-    Raises `UserError` if `config.pretrained` cannot be loaded or has fewer embeddings than the tokenizer has entries.
+    Raises `UserError` if `config.pretrained` cannot be loaded or belongs to another tokenizer.
     """
     special = {
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
@@ -26,10 +27,10 @@ def build_model(config: ModelConfig, tokenizer: Any) -> PreTrainedModel:
     }  # fmt: skip
     if config.pretrained is not None:
         model = load_model(config.pretrained, config.attention)
-        if len(tokenizer) > model.config.vocab_size:
+        if len(tokenizer) > model.config.vocab_size or not same_vocabulary(tokenizer, config.pretrained):
             raise UserError(
-                f"model.pretrained {config.pretrained} knows {model.config.vocab_size} tokens, the dataset's tokenizer "
-                f"has {len(tokenizer)}; prepare the data with --tokenizer.pretrained {config.pretrained}"
+                f"model.pretrained {config.pretrained} was trained with another tokenizer than the dataset's; prepare the "
+                f"data with --tokenizer.pretrained {config.pretrained}"
             )
     else:
         architecture = architecture_config(config, len(tokenizer), special)
@@ -66,7 +67,7 @@ def load_model(name: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: no causal language model can be loaded from here: {reason}") from None
     # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
@@ -74,6 +75,14 @@ def load_model(name: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
+
+
+def same_vocabulary(tokenizer: Any, name: str | Path) -> bool:
+    """Whether the tokenizer at `name` has the same entries; True where there is none to compare with."""
+    try:
+        return AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
+    except (OSError, ValueError, KeyError):
+        return True
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -11,15 +11,19 @@ from utils.config import OptimizerConfig, ScheduleConfig
 from utils.training.modeling import is_norm
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only.
+
+    `fused` must be off where gradients are scaled (fp16): a fused step skips an overflow by itself, and accelerate then
+    cannot tell that it was skipped.
+    """
     decayed, others = split_by_decay(model)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+        groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=fused
     )
 
 

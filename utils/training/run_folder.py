@@ -22,9 +22,11 @@ from accelerate.utils import broadcast_object_list
 
 from utils.cli import UserError, save_config
 from utils.config import TrainConfig
+from utils.files import replace_text
 from utils.training.checkpoints import find_newest_valid, load_state
 
-# What may differ when a run goes on: it changes what is seen or how far it goes, not the path of the weights.
+# What may differ when a run goes on: what is seen of it, how the same batch is split, and how far it goes. The last
+# bends a decaying schedule from the resumed step on; every change is printed.
 FREE_TO_CHANGE = (
     "output", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.", "checkpoint.",
     "tracking.", "schedule.max_steps", "schedule.num_epochs",
@@ -42,6 +44,9 @@ def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) ->
     if accelerator.is_main_process:
         try:
             found[:2] = _open_run(Path(config.output), config, dataset_key)
+            before = [launch["mixed_precision"] for launch in past_launches(Path(config.output))][-1:]
+            if before not in ([], [accelerator.mixed_precision]):
+                found[1].append(f"changed since the last launch: precision {before[0]} → {accelerator.mixed_precision}")
         except (UserError, OSError, yaml.YAMLError) as error:
             found[2] = str(error)
     broadcast_object_list(found)
@@ -69,6 +74,8 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
                 f"{run} already holds a run; go on with it by --checkpoint.resume auto, or choose another --output"
             )
         saved = yaml.safe_load(saved_config.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise UserError(f"{saved_config} is damaged; choose another --output")
         changes = _differences(saved, asdict(config))
         refused = [text for name, text in changes if not name.startswith(FREE_TO_CHANGE)]
         if refused:
@@ -106,7 +113,8 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
     run = Path(config.output)
     save_config(config, run / "config.yaml")
     path = run / "environment.json"
-    launches = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    launches = past_launches(run)
+    (run / "summary.json").unlink(missing_ok=True)  # it spoke of the end of an earlier launch
     launches.append({
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -120,7 +128,15 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
         "mixed_precision": accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
     })  # fmt: skip
-    path.write_text(json.dumps(launches, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(launches, indent=2) + "\n")
+
+
+def past_launches(run: Path) -> list[dict[str, Any]]:
+    """environment.json, or nothing where there is none."""
+    try:
+        return json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
 
 
 def _git_commit() -> str | None:

@@ -18,6 +18,7 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
 from utils.config import TrainConfig
+from utils.files import replace_text
 from utils.training.run_folder import flatten
 
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f"}
@@ -67,7 +68,8 @@ class RunTracker:
             try:
                 tracker.log(metrics, step=step)
             except Exception as error:  # whatever a tracker raises, the run matters more
-                self._drop_tracker(tracker.name, error)
+                self.accelerator.trackers.remove(tracker)
+                self._warn_off(tracker.name, error)
 
     def advance(self) -> None:
         if self.is_main:
@@ -85,7 +87,7 @@ class RunTracker:
             return
         self.progress.close()
         self.metrics_file.close()
-        (self.run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
         plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
 
     def _start_trackers(self, config: TrainConfig, step: int) -> None:
@@ -94,14 +96,18 @@ class RunTracker:
             name: value if isinstance(value, int | float | str) else str(value)
             for name, value in flatten(asdict(config)).items()
         }
+        started = []
         for name in config.tracking.trackers:
+            self.accelerator.trackers = []  # `init_trackers` starts all that are in this list, each time
             try:
                 if name == "wandb":
                     options["wandb"] = self._wandb_options()
                 self.accelerator.log_with = filter_trackers([name], self.accelerator.logging_dir)
                 self.accelerator.init_trackers(config.tracking.project, config=values, init_kwargs=options)
+                started += self.accelerator.trackers
             except Exception as error:  # a dead network, a refused key: the files go on without it
-                self._drop_tracker(name, error)
+                self._warn_off(name, error)
+        self.accelerator.trackers = started
 
     def _wandb_options(self) -> dict[str, Any]:
         """The same W&B run for every launch of this folder; offline where there is no key to log in with."""
@@ -117,8 +123,7 @@ class RunTracker:
             self.warn("W&B has no API key: the run is kept offline; `wandb sync` uploads it later")
         return options
 
-    def _drop_tracker(self, name: str, error: Exception) -> None:
-        self.accelerator.trackers = [item for item in self.accelerator.trackers if item.name != name]
+    def _warn_off(self, name: str, error: Exception) -> None:
         reason = " ".join(str(error).split())[:200]
         self.warn(f"tracker {name} is off from here: {reason}; metrics.jsonl has everything")
 
@@ -127,8 +132,9 @@ def _cut_samples(path: Path, step: int) -> None:
     """Drop the texts of later steps than `step`: the resumed run writes them again."""
     if path.exists():
         sections = re.split(r"(?m)^(?=## Step \d+$)", path.read_text(encoding="utf-8"))
-        kept = [text for text in sections if text and int(text.split()[2]) <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        headings = [re.match(r"## Step (\d+)", text) for text in sections]
+        kept = [text for text, found in zip(sections, headings, strict=True) if not found or int(found[1]) <= step]
+        replace_text(path, "".join(kept))
 
 
 def _cut_metrics(path: Path, step: int) -> None:
@@ -142,9 +148,7 @@ def _cut_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(kept))
 
 
 def plot_losses(metrics: Path, image: Path) -> None:
