@@ -139,7 +139,7 @@ def test_the_resolved_configuration_runs_again_with_the_same_losses(finished_run
     assert train_losses(metrics(tmp_path / "again")) == train_losses(metrics(finished_run))
 
 
-def test_a_copy_with_one_line_changed_trains(dataset, tmp_path):
+def test_a_copy_with_one_line_changed_trains(finished_run, dataset, tmp_path):
     """What a user does: copy the script, change a line, launch it."""
     copy = ROOT / "my_train_copy.py"
     text = (ROOT / "train.py").read_text()
@@ -152,7 +152,7 @@ def test_a_copy_with_one_line_changed_trains(dataset, tmp_path):
         doubled = train_losses(train(tmp_path / "copy", name=copy.name, processes=2, data__dataset=dataset))
     finally:
         copy.unlink()
-    plain = train_losses(train(tmp_path / "plain", data__dataset=dataset))
+    plain = train_losses(metrics(finished_run))
     assert doubled[0] == pytest.approx(2 * plain[0], rel=1e-5)
     assert doubled[-1] < doubled[0]
 
@@ -186,8 +186,8 @@ def test_trackers_get_what_the_file_gets(dataset, tmp_path):
     assert list(output.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_bf16_trains_close_to_fp32(dataset, tmp_path):
-    fp32 = train_losses(train(tmp_path / "fp32", data__dataset=dataset))
+def test_bf16_trains_close_to_fp32(finished_run, dataset, tmp_path):
+    fp32 = train_losses(metrics(finished_run))
     settings = SMALL | {"output": tmp_path / "bf16", "data.dataset": dataset}
     run(sys.executable, "train.py", *flags(settings), ACCELERATE_MIXED_PRECISION="bf16")
     bf16 = train_losses(metrics(tmp_path / "bf16"))
