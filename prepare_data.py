@@ -68,7 +68,7 @@ import tokenizers
 from utils.batches.token_dataset import FORMAT_VERSION
 from utils.text.cleaning import RULES
 from utils.text.deduplication import digest, is_validation, iter_first_seen
-from utils.text.report import data_card, table
+from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.sources import find_files, load_documents
 from utils.text.tokenization import encode_documents, load_tokenizer, token_dtype, train_byte_level_bpe
 
@@ -170,7 +170,7 @@ def prepare(config: PrepareConfig, files: list[Path], work: Path, cache_dir: Pat
         }
     stage_done("encode")
 
-    origin = config.tokenizer.pretrained or "the training documents"
+    origin = config.tokenizer.pretrained or TRAINED_HERE
     return {
         "format_version": FORMAT_VERSION,
         "options": asdict(config),

@@ -211,7 +211,9 @@ def main(config: TrainConfig) -> None:
         "best_step": state.best_step, "train_seconds": state.train_seconds,
         "tokens_per_second": state.tokens_seen / state.train_seconds,
     })  # fmt: skip
-    tracker.say(f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}")
+    tracker.say(
+        f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}"
+    )
     accelerator.wait_for_everyone()
     del batches, model, scheduler
     objective, optimizer, train_loader, validation_loader = accelerator.free_memory(

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+TRAINED_HERE = "the training documents"
+
 
 def table(manifest: dict[str, Any]) -> str:
-    """Documents, bytes and tokens; what was dropped and why; seconds per stage."""
+    """Documents, bytes and tokens; what was dropped and why; the tokenizer; seconds per stage."""
     lines = [f"{'':<22}{'documents':>12}{'bytes':>14}{'tokens':>12}{'bytes/token':>13}"]
     lines.append(f"{'read':<22}{manifest['documents_read']:>12,}{manifest['bytes_read']:>14,}")
     for reason, count in manifest["dropped"].items():
@@ -14,6 +16,10 @@ def table(manifest: dict[str, Any]) -> str:
         lines.append(
             f"{split:<22}{figures['documents']:>12,}{figures['bytes']:>14,}{figures['tokens']:>12,}{ratio:>13.2f}"
         )
+    tokenizer, asked = manifest["tokenizer"], manifest["options"]["tokenizer"]["vocab_size"]
+    short = tokenizer["from"] == TRAINED_HERE and tokenizer["vocab_size"] < asked
+    note = f" ({asked:,} asked for: the text has no more pairs to merge)" if short else ""
+    lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
     seconds = manifest["seconds"]
     stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
     lines.append(f"seconds: {stages}; {sum(seconds.values()):.1f} in all")
