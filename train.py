@@ -3,7 +3,7 @@
     accelerate launch train.py --config configs/demo.yaml --model.hidden_size 256
 
 Processes, devices and precision belong to `accelerate launch` (see accelerate_configs/). A run folder holds
-everything about a run; the same command with --checkpoint.resume auto goes on where it stopped, bit for bit.
+everything about a run; the same command with --checkpoint.resume auto goes on from its newest checkpoint, bit for bit.
 """
 
 from utils.cli import UserError, parse_config, run_script
@@ -181,13 +181,6 @@ def main(config: TrainConfig) -> None:
             tracker.log(evaluation.metrics(validation_bytes), step)
         stop_reason = "max_steps" if is_last else early_stop(state, config)
 
-        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
-        if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
-            save_checkpoint(
-                accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
-                keep_last=config.checkpoint.keep_last,
-            )  # fmt: skip
-
         # ---- Once in a while: a text by the model as it is (main process).
         sample_every = config.tracking.sample_every_steps
         if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
@@ -196,6 +189,13 @@ def main(config: TrainConfig) -> None:
                 temperature=0.8, seed=config.seed,
             )  # fmt: skip
             tracker.sample(text, step)
+
+        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
+        if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
+            save_checkpoint(
+                accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
+                keep_last=config.checkpoint.keep_last,
+            )  # fmt: skip
 
     # ---- The end: what came out, and an orderly way down, without which a gloo rank may abort at exit.
     if evaluation is None:  # this launch had no step left to make

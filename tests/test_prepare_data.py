@@ -62,7 +62,12 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
     assert manifest["documents_read"] == 54
     assert manifest["dropped"] == {"exact duplicate": 2, "empty after cleaning": 2}
     assert sum(figures["documents"] for figures in manifest["splits"].values()) == 50
-    assert "exact duplicate" in first and "bytes/token" in first and "seconds:" in first and "400 entries, from the training documents" in first
+    assert (
+        "exact duplicate" in first
+        and "bytes/token" in first
+        and "seconds:" in first
+        and "400 entries, from the training documents" in first
+    )
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert "nothing to do" in prepare(tmp_path / "out", "--sources", f"[{source}]")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}

@@ -226,6 +226,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(dataset, 
     result = script("train.py", *flags(settings), check=False)
     assert result.returncode == 2
     assert len(result.stderr.strip().splitlines()) == 1 and "the update was not made" in result.stderr
-    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+    saved = list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert saved
+    for path in saved:
         model = AutoModelForCausalLM.from_pretrained(path)
         assert all(parameter.isfinite().all() for parameter in model.parameters())

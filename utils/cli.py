@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import time
+import typing
 from argparse import ArgumentError
 from collections.abc import Callable
 from itertools import pairwise
@@ -31,10 +32,10 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[Any], None], config: object) -> None:
-    """Call `main(config)`; a `UserError` becomes one line on stderr and exit code 2 (on every rank that meets it)."""
+    """Call `main(config)`; a `UserError` or `OSError` becomes one line on stderr and exit code 2."""
     try:
         main(config)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError here is a disk or a permission, and names its file
         exit_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -79,6 +80,9 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
     except ArgumentError as error:
         raise UserError(_one_line(str(error), names)) from None
     namespace.pop("config", None)
+    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(item.type) and namespace[item.name] is None:
+            raise UserError(f"{item.name} is null; leave the section out, or give it options")
     config = cls(**vars(parser.instantiate(namespace)))
     problems = find_problems(config)
     if problems:
@@ -155,14 +159,17 @@ def _nearest(name: str, names: list[str], dashes: str) -> str:
 def find_problems(config: object, section: str = "") -> list[str]:
     """What `problems()` of every section says, and every number that is not finite."""
     found: list[str] = []
+    nulls: list[str] = []
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             found += find_problems(value, f"{section}{item.name}.")
-        elif value is None and isinstance(item.type, type):
-            found.append(f"{section}{item.name} is null; it needs a value")
+        elif value is None and type(None) not in typing.get_args(item.type):
+            nulls.append(f"{section}{item.name} is null; it needs a value")
         elif isinstance(value, float) and not math.isfinite(value):
             found.append(f"{section}{item.name} is {value}; it must be a finite number")
+    if nulls:  # `problems()` compares values
+        return found + nulls
     return found + (config.problems() if hasattr(config, "problems") else [])
 
 

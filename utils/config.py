@@ -152,7 +152,8 @@ class EvaluationConfig:
     early_stopping_patience: int | None = None
     """Stop after this many evaluations in a row without improvement. null: never."""
     early_stopping_min_delta: float = 0.0
-    """A loss counts as an improvement when it is lower than the best by more than this, in nats per token."""
+    """For patience, a loss is an improvement when it is lower than at the last one by more than this, in nats per token.
+    The best checkpoint is that of the lowest loss, however little lower."""
 
     def problems(self) -> list[str]:
         return at_least(
@@ -170,8 +171,8 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest valid checkpoint of the run folder, or start if it has none. never: refuse a run
-    folder that is in use."""
+    """auto: go on from the newest valid checkpoint of the run folder; start if it has no checkpoint; refuse if all are
+    damaged. never: refuse a run folder that is in use."""
 
     def problems(self) -> list[str]:
         return at_least("checkpoint", self, every_steps=1, keep_last=1)

@@ -80,9 +80,11 @@ def load_model(name: str | Path, attention: str = "sdpa") -> PreTrainedModel:
 def same_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     """Whether the tokenizer at `name` has the same entries; True where there is none to compare with."""
     try:
-        return AutoTokenizer.from_pretrained(name).get_vocab() == tokenizer.get_vocab()
+        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError, KeyError):
         return True
+    # For a GPT-2 folder without tokenizer files transformers makes one of a single entry.
+    return len(vocabulary) <= 1 or vocabulary == tokenizer.get_vocab()
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -44,10 +44,10 @@ def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) ->
     if accelerator.is_main_process:
         try:
             found[:2] = _open_run(Path(config.output), config, dataset_key)
-            before = [launch["mixed_precision"] for launch in past_launches(Path(config.output))][-1:]
+            before = [launch.get("mixed_precision") for launch in past_launches(Path(config.output))][-1:]
             if before not in ([], [accelerator.mixed_precision]):
                 found[1].append(f"changed since the last launch: precision {before[0]} → {accelerator.mixed_precision}")
-        except (UserError, OSError, yaml.YAMLError) as error:
+        except (UserError, OSError, ValueError, yaml.YAMLError) as error:
             found[2] = str(error)
     broadcast_object_list(found)
     checkpoint, lines, problem = found
@@ -65,7 +65,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         raise UserError(f"run folder {run} cannot be written; choose another --output")
     lines: list[str] = []
     checkpoint = None
-    if any(run.iterdir()):
+    if any(not path.name.startswith(".") for path in run.iterdir()):
         saved_config = run / "config.yaml"
         if not saved_config.is_file():
             raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
@@ -134,9 +134,10 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
 def past_launches(run: Path) -> list[dict[str, Any]]:
     """environment.json, or nothing where there is none."""
     try:
-        return json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        launches = json.loads((run / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
+    return [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
 
 
 def _git_commit() -> str | None:
