@@ -15,7 +15,7 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -41,14 +41,14 @@ def run_script(main: Callable[[Any], None], config: object) -> None:
         sys.exit(130)
 
 
-def exit_with(error: Exception) -> None:
+def exit_with(error: Exception) -> NoReturn:
     """Print `error` as one line and end this process with code 2."""
     rank = os.environ.get("RANK", "0")
     prefix = ""
     if rank != "0":  # most mistakes meet all ranks: the launcher ends this one before it says the same again
         time.sleep(3)
         prefix = f"[rank {rank}] "
-    print(f"{prefix}{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{prefix}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     # Not sys.exit: with collectives under way, interpreter shutdown may wait for peers that are not coming.
     if "RANK" in os.environ:
         os._exit(2)
@@ -62,7 +62,6 @@ def parse_config(cls: type[Config], description: str | None, argv: list[str] | N
         return _parse(cls, description, argv)
     except UserError as error:
         exit_with(error)
-        raise
 
 
 def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Config:

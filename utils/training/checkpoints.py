@@ -58,7 +58,7 @@ class TrainState:
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, state: TrainState, model: PreTrainedModel, tokenizer: Any,
     optimizer: torch.optim.Optimizer, scheduler: LambdaLR, keep_last: int,
-) -> Path:  # fmt: skip
+) -> None:  # fmt: skip
     """Write `folder/step-N` atomically, move the links, then remove what is no longer needed (all ranks call this).
 
     The main process writes; the others wait. Raises `UserError` if the disk refuses; what was saved before stays.
@@ -92,7 +92,6 @@ def save_checkpoint(
             raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
         _remove_old(folder, keep_last)
     accelerator.wait_for_everyone()
-    return target
 
 
 def load_training_state(
