@@ -2,236 +2,302 @@
 
     python prepare_data.py --sources '[my_texts/, notes.jsonl]' --output data/mine
 
-The output folder appears only when it is complete; the same call again finds it up to date and does nothing.
+The output folder appears only when it is complete; the same call again finds it up to date and does nothing. Each stage
+is kept beside the output, so that a killed call goes on where it was, and a changed option redoes what it changes.
 """
 
-import hashlib
-import json
-import shutil
-import sys
-import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
 from utils.cli import UserError, parse_config, run_script
-
-
-@dataclass
-class TokenizerConfig:
-    """The tokenizer: trained on the training documents, or taken as given."""
-
-    pretrained: str | None = None
-    """Folder or Hub name of a tokenizer to take as it is. null: train a byte-level BPE on the training documents."""
-    vocab_size: int = 2048
-    """Entries of a tokenizer trained here, special tokens included."""
-
-    def problems(self) -> list[str]:
-        if self.pretrained is None and self.vocab_size < 258:
-            return [f"tokenizer.vocab_size is {self.vocab_size}; 256 bytes and 2 special tokens need at least 258"]
-        return []
-
-
-@dataclass
-class PrepareConfig:
-    """Options of prepare_data.py; the defaults are the demo's."""
-
-    sources: list[str] = field(default_factory=lambda: ["sample_data/dictionaries.jsonl"])
-    """Files or folders of .txt, .md, .jsonl, .json, .csv or .parquet. A text file is one document."""
-    text_column: str = "text"
-    """Column that holds the text in JSON lines, CSV and parquet."""
-    output: str = "data/demo"
-    """Folder to write."""
-    cleaning: Literal["standard", "basic"] = "standard"
-    """standard: NFC, no control characters, tidy white space, newlines kept. basic: the stricter classroom rule: one
-    line, and only word characters, white space and .,!?;:()-' survive."""
-    validation_fraction: float = 0.1
-    """Share of the documents held out, chosen by a hash of each document's text."""
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-
-    def problems(self) -> list[str]:
-        found = []
-        if not self.sources:
-            found.append("sources is empty; name at least one file or folder")
-        if not 0 < self.validation_fraction < 1:
-            found.append(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
-        return found
-
+from utils.text.recipe import PrepareConfig, resolve_sources
 
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
 
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import datasets
+import numpy as np
 import pyarrow as pa
 import tokenizers
 
-from utils.batches.token_dataset import FORMAT_VERSION
-from utils.text.cleaning import RULES
-from utils.text.deduplication import digest, is_validation, iter_first_seen
+from utils.batches.token_dataset import FORMAT_VERSION, open_split
+from utils.files import hold_lock
+from utils.text.cleaning import CleaningOptions, clean_documents, expand_steps
+from utils.text.deduplication import NUM_HASHES, digest, sketch_documents
+from utils.text.encoding import Encoder, build_encoder
+from utils.text.html_report import collect_details, html_report
+from utils.text.inventory import VERSIONS, describe_files, hash_paths, reading_options, recipe_key, tokenizer_files
+from utils.text.recipe import SourceConfig
 from utils.text.report import TRAINED_HERE, data_card, table
-from utils.text.sources import find_files, load_documents
-from utils.text.tokenization import encode_documents, load_tokenizer, token_dtype, train_byte_level_bpe
-
-STAGES_VERSION = 1  # raise when a stage's result changes, so that older outputs no longer count as up to date
-BATCH_DOCUMENTS = 1000
+from utils.text.selection import Selection, repeat_by_weight, select_documents
+from utils.text.sources import DOCUMENT_FEATURES, check_broken, iter_file_texts, read_sources, save_standard_input
+from utils.text.stages import Stages, load_slices, map_slices, text_bytes
+from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, token_dtype, train_tokenizer
 
 
 def main(config: PrepareConfig) -> None:
     output = Path(config.output)
-    files = find_files(config.sources)
-    key = cache_key(config, files)
-    if output.exists():
-        report_existing(output, key)
-        return
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would print, our error lines say
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-    # Everything is written beside the output and moved there at the end: a killed call leaves nothing half done, and
-    # the next one starts afresh.
-    work = output.with_name(f".{output.name}.preparing")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        manifest = prepare(config, files, work, work / "cache")
-        manifest["key"] = key
-        (work / "README.md").write_text(data_card(output.name, manifest), encoding="utf-8")
-        (work / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(work / "cache")
-        work.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    manifest = load_existing(output)
+    sources = resolve_sources(config)
+    stages = Stages(output.with_name(f".{output.name}.stages"))
+    with hold_lock(stages.folder / "lock") as locked:
+        if not locked:
+            raise UserError(f"{output}: another prepare_data.py is at work on it; wait for its end, or stop it")
+        for source in sources:
+            if source.path == "-":
+                source.path, source.kind = str(stages.folder / "standard_input"), source.kind or "text"
+                save_standard_input(Path(source.path))
+        files = describe_files(
+            sources, manifest.get("files", []), read_again=config.check_hashes, by_size_only=config.stream
+        )
+        key = recipe_key(config, sources, files)
+        if manifest.get("key") == key:
+            print(table(manifest))
+            print(f"{output} is up to date: nothing to do")
+            return
+        if not sys.stderr.isatty():
+            datasets.disable_progress_bars()
+        try:
+            manifest = prepare(config, sources, files, key, stages, output)
+        except OSError as error:
+            raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(table(manifest))
     print(f"wrote {output}: train with `accelerate launch train.py --data.dataset {output}`")
 
 
-def prepare(config: PrepareConfig, files: list[Path], work: Path, cache_dir: Path) -> dict[str, Any]:
-    """Run the stages, write both splits and the tokenizer into `work`, and return the manifest's figures."""
-    seconds: dict[str, float] = {}
-    clock = time.perf_counter()
+def prepare(
+    config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]], key: str, stages: Stages, output: Path
+) -> dict[str, Any]:
+    """Run the stages that have no result yet, put the dataset folder together, and return its manifest."""
+    # ---- Read: all sources, whatever their format, into one table of documents on disk.
+    limit = config.stream_head_documents if config.stream else None
+    contents = [[item["source"], item["name"], item["content"]] for item in files]
+    folder = stages.run(
+        "read", [VERSIONS["read"], [reading_options(source) for source in sources], contents, limit],
+        lambda folder: read_sources(sources, folder, limit),
+    )  # fmt: skip
+    counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
+    check_broken(counts, config.max_broken_share)
+    documents = datasets.Dataset.from_file(str(folder / "documents.arrow"))
 
-    def stage_done(name: str) -> None:
-        nonlocal clock
-        seconds[name] = round(time.perf_counter() - clock, 3)
-        clock = time.perf_counter()
+    # ---- Clean: change the text, or say why the document goes.
+    code_sources = [str(source.name) for source in sources if source.kind == "code"]
+    options = CleaningOptions(**asdict(config.cleaning), code_sources=frozenset(code_sources))
+    folder = stages.run(
+        "clean", [VERSIONS["clean"], asdict(config.cleaning), code_sources],
+        lambda folder: map_slices(
+            documents, text_bytes(documents), lambda batch: clean_table(batch, options), folder / "clean.arrow",
+            features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
+        ),
+    )  # fmt: skip
+    cleaned = load_slices(folder / "clean.arrow")
+    lengths = text_bytes(cleaned)
 
-    documents = load_documents(files, config.text_column, cache_dir)
-    if len(documents) == 0:
-        raise UserError(f"{', '.join(config.sources)}: no documents")
-    stage_done("read")
+    # ---- Sketch: what tells documents that say the same, much shorter than they are.
+    near = config.deduplication.near_threshold is not None
+    folder = stages.run(
+        "sketch", [VERSIONS["sketch"], near],
+        lambda folder: map_slices(
+            cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
+            features=SKETCH_FEATURES[near], num_proc=config.num_proc, description="sketch",
+        ),
+    )  # fmt: skip
+    sketches = load_slices(folder / "sketch.arrow")
 
-    cleaned = documents.map(
-        clean_batch, batched=True, batch_size=BATCH_DOCUMENTS, fn_kwargs={"rule": config.cleaning}, desc="clean"
-    )
-    stage_done("clean")
+    # ---- Select: drop duplicates, hold out documents for validation, keep evaluation text out of training.
+    evaluation_files = config.deduplication.evaluation_files
+    folder = stages.run(
+        "select",
+        [VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files)],
+        lambda folder: select_documents(
+            cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
+            config.validation_fraction, iter_file_texts(evaluation_files, config.text_column),
+        ).save(folder),
+    )  # fmt: skip
+    selection = Selection.load(folder)
+    check_splits(selection, config)
 
-    dropped: Counter[str] = Counter()
-    rows: dict[str, list[int]] = {"train": [], "validation": []}
-    digests = [value for batch in cleaned.select_columns("digest").iter(10_000) for value in batch["digest"]]
-    for index, (value, first) in enumerate(zip(digests, iter_first_seen(digests), strict=True)):
-        if value == EMPTY:
-            dropped["empty after cleaning"] += 1
-        elif not first:
-            dropped["exact duplicate"] += 1
-        else:
-            rows["validation" if is_validation(value, config.validation_fraction) else "train"].append(index)
-    for split, indices in rows.items():
-        if not indices:
+    # ---- Tokenizer: trained on the training documents, or as given.
+    folder = stages.run(
+        "tokenizer", [VERSIONS["tokenizer"], asdict(config.tokenizer), tokenizer_files(config)],
+        lambda folder: make_tokenizer(config, cleaned, lengths, selection, folder),
+    )  # fmt: skip
+
+    # ---- Encode: the token dataset itself, put together beside the output and moved there in one step.
+    partial = stages.folder / ".output.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        shutil.copytree(folder, partial / "tokenizer")
+        tokenizer = load_tokenizer(str(partial / "tokenizer"))
+        samples = sample_by_source(cleaned, selection, sources)
+        encoder = build_encoder(tokenizer, [text for texts in samples.values() for text in texts])
+        rows = {"train": weighted_rows(selection, sources), "validation": np.flatnonzero(selection.validation)}
+        if config.stream:
+            del rows["train"]
+        tokens = {
+            split: encode_split(cleaned.select(indices), lengths[indices], encoder, partial / split)
+            for split, indices in rows.items()
+        }
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "stream": config.stream,
+            "options": asdict(config),
+            "files": files,
+            "documents_read": sum(item["documents"] for item in counts["sources"].values()),
+            "bytes_read": sum(item["bytes"] for item in counts["sources"].values()),
+            "read": counts,
+            "changed": count_changes(cleaned, expand_steps(config.cleaning.steps)),
+            "dropped": selection.count(),
+            "splits": {
+                split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
+                for split, indices in rows.items()
+            },
+            "tokenizer": {
+                "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
+                "dtype": token_dtype(len(tokenizer)).__name__, "sources": describe_tokenizer(tokenizer, samples),
+            },
+            "versions": {library.__name__: library.__version__ for library in (datasets, tokenizers, pa)},
+        }  # fmt: skip
+        if config.keep_dropped:
+            write_dropped(cleaned, selection, partial / "dropped.jsonl")
+        details = collect_details(cleaned, lengths, selection, tokens, rows)
+        (partial / "report.html").write_text(html_report(output.name, manifest, details), encoding="utf-8")
+        (partial / "README.md").write_text(data_card(output.name, manifest), encoding="utf-8")
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        replace_folder(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    stages.remove_unused()
+    return manifest
+
+
+CLEANED_FEATURES = datasets.Features(
+    DOCUMENT_FEATURES | {"reason": datasets.Value("string"), "changed": datasets.Value("uint32")}
+)
+DIGEST_FEATURE = {"digest": datasets.List(datasets.Value("uint8"), length=16)}
+SIGNATURE_FEATURE = {"signature": datasets.List(datasets.Value("uint32"), length=NUM_HASHES)}
+
+
+def clean_table(batch: pa.Table, options: CleaningOptions) -> pa.Table:
+    return pa.Table.from_pydict(clean_documents(batch.to_pydict(), options), schema=CLEANED_FEATURES.arrow_schema)
+
+
+def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
+    """Columns digest and, if `near`, signature."""
+    texts = batch["text"].to_pylist()
+    digests = np.frombuffer(b"".join(map(digest, texts)), np.uint8)
+    columns = {"digest": pa.FixedSizeListArray.from_arrays(digests, 16)}
+    if near:
+        columns["signature"] = pa.FixedSizeListArray.from_arrays(sketch_documents(texts).ravel(), NUM_HASHES)
+    return pa.table(columns)
+
+
+def make_tokenizer(
+    config: PrepareConfig, cleaned: datasets.Dataset, lengths: np.ndarray, selection: Selection, folder: Path
+) -> None:
+    options = config.tokenizer
+    template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
+    if options.pretrained is not None:
+        tokenizer = load_tokenizer(options.pretrained)
+        tokenizer.chat_template = template or tokenizer.chat_template
+    else:
+        texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), options.sample_bytes)
+        tokenizer = train_tokenizer(
+            texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=options.special_tokens,
+            chat_template=template,
+        )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+
+
+def sample_by_source(
+    cleaned: datasets.Dataset, selection: Selection, sources: list[SourceConfig], documents: int = 100
+) -> dict[str, list[str]]:
+    """Training documents spread evenly over each source, for what is measured on a sample."""
+    samples = {}
+    for number, source in enumerate(sources):
+        rows = np.flatnonzero(selection.train & (selection.source == number))
+        chosen = rows[np.linspace(0, len(rows) - 1, min(documents, len(rows))).astype(int)]
+        samples[str(source.name)] = cleaned.select(chosen)["text"][:]
+    return samples
+
+
+def weighted_rows(selection: Selection, sources: list[SourceConfig]) -> np.ndarray:
+    """(n,) int64: the training documents in the order in which they are stored, each as often as its source's weight."""
+    rows = np.flatnonzero(selection.train)
+    weights = np.array([source.weight for source in sources])[selection.source[rows]]
+    return repeat_by_weight(rows, weights, selection.chance[rows])
+
+
+def encode_split(documents: datasets.Dataset, lengths: np.ndarray, encoder: Encoder, folder: Path) -> np.ndarray:
+    """Write `documents` as a split of the token dataset; returns their lengths in tokens (n,)."""
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value(encoder.dtype.__name__))})
+    path = folder.with_suffix(".arrow")
+    map_slices(
+        documents.select_columns(["text"]), lengths, encoder.encode_table, path, features=features,
+        description=f"encode {folder.name}",
+    )  # fmt: skip
+    # The fingerprint is stored in the folder: with one of our own, the same text gives the same bytes.
+    datasets.Dataset(load_slices(path).data, fingerprint=folder.name).save_to_disk(folder)
+    path.unlink()
+    return np.diff(open_split(folder.parent, folder.name).offsets)
+
+
+def count_split(
+    lengths: np.ndarray, tokens: np.ndarray, source: np.ndarray, sources: list[SourceConfig]
+) -> dict[str, Any]:
+    """Documents, bytes and tokens of a split, in all and by source; all arrays (n,)."""
+    columns = {"documents": np.ones_like(tokens), "bytes": lengths, "tokens": tokens}
+    by_source = {
+        str(item.name): {name: int(values[source == number].sum()) for name, values in columns.items()}
+        for number, item in enumerate(sources)
+    }
+    return {name: int(values.sum()) for name, values in columns.items()} | {"sources": by_source}
+
+
+def write_dropped(cleaned: datasets.Dataset, selection: Selection, path: Path) -> None:
+    """The dropped documents, one JSON record per line with the reason."""
+    dropped = cleaned.select(np.flatnonzero(selection.code != 0)).select_columns(["id", "source", "text"])
+    with path.open("w", encoding="utf-8") as file:
+        for record, code in zip(dropped, selection.code[selection.code != 0], strict=True):
+            file.write(json.dumps({"reason": selection.reasons[code], **record}, ensure_ascii=False) + "\n")
+
+
+def count_changes(cleaned: datasets.Dataset, steps: list[str]) -> dict[str, int]:
+    """By step, the number of documents whose text it changed."""
+    changed = cleaned.data.column("changed").to_numpy()
+    return {step: int((changed >> number & 1).sum()) for number, step in enumerate(steps)}
+
+
+def load_existing(output: Path) -> dict[str, Any]:
+    """The manifest of a dataset that is there already, or nothing; refuses a folder that is something else."""
+    path = output / "manifest.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    if output.exists():
+        raise UserError(f"{output} exists and is not a dataset folder; remove it, or choose another --output")
+    return {}
+
+
+def check_splits(selection: Selection, config: PrepareConfig) -> None:
+    for split, kept in (("train", selection.train), ("validation", selection.validation)):
+        if not kept.any():
             raise UserError(
-                f"the {split} split is empty: {len(documents)} documents, {sum(dropped.values())} dropped, "
+                f"the {split} split is empty: {len(selection.code)} documents, {sum(selection.count().values())} dropped, "
                 f"validation_fraction {config.validation_fraction}; give more documents or another fraction"
             )
-    stage_done("deduplicate and split")
-
-    splits = {split: cleaned.select(indices).select_columns("text") for split, indices in rows.items()}
-    if config.tokenizer.pretrained is None:
-        texts = (batch["text"] for batch in splits["train"].iter(BATCH_DOCUMENTS))
-        tokenizer = train_byte_level_bpe(texts, config.tokenizer.vocab_size)
-    else:
-        tokenizer = load_tokenizer(config.tokenizer.pretrained)
-    tokenizer.save_pretrained(work / "tokenizer")
-    stage_done("tokenizer")
-
-    dtype = token_dtype(len(tokenizer)).__name__
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value(dtype))})
-    figures = {}
-    for split, texts_of_split in splits.items():
-        encoded = texts_of_split.with_format("arrow").map(
-            encode_documents, batched=True, batch_size=BATCH_DOCUMENTS, fn_kwargs={"tokenizer": tokenizer},
-            remove_columns=["text"], features=features, desc=f"encode {split}",
-        )  # fmt: skip
-        encoded.with_format(None).save_to_disk(work / split)
-        figures[split] = {
-            "documents": len(encoded),
-            "bytes": count_bytes(texts_of_split),
-            "tokens": sum(len(chunk.values) for chunk in encoded.data.column("input_ids").chunks),
-        }
-    stage_done("encode")
-
-    origin = config.tokenizer.pretrained or TRAINED_HERE
-    return {
-        "format_version": FORMAT_VERSION,
-        "options": asdict(config),
-        "sources": [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_hash(path)} for path in files],
-        "documents_read": len(documents),
-        "bytes_read": count_bytes(documents),
-        "dropped": dict(dropped),
-        "splits": figures,
-        "tokenizer": {"from": origin, "vocab_size": len(tokenizer), "dtype": dtype},
-        "seconds": seconds,
-        "versions": versions(),
-    }  # fmt: skip
 
 
-EMPTY = b""  # in place of a digest: nothing was left of the document
-
-
-def clean_batch(batch: dict[str, list], rule: str) -> dict[str, list]:
-    """Columns `text` → cleaned `text` and its `digest`."""
-    texts = [RULES[rule](text or "") for text in batch["text"]]
-    return {"text": texts, "digest": [digest(text) if text.strip() else EMPTY for text in texts]}
-
-
-def count_bytes(documents: datasets.Dataset) -> int:
-    """UTF-8 bytes of column `text`."""
-    return sum(len((text or "").encode()) for batch in documents.iter(BATCH_DOCUMENTS) for text in batch["text"])
-
-
-def cache_key(config: PrepareConfig, files: list[Path]) -> str:
-    """Hash of all that decides the result: the sources' content, the options, this code's version."""
-    options: dict[str, Any] = asdict(config)
-    for name in ("sources", "output"):  # where the bytes come from and go to does not change them
-        options.pop(name)
-    content: dict[str, Any] = {"stages": STAGES_VERSION, "format": FORMAT_VERSION, "options": options}
-    content["files"] = [(path.name, file_hash(path)) for path in files]
-    if config.tokenizer.pretrained and Path(config.tokenizer.pretrained, "tokenizer.json").is_file():
-        content["tokenizer"] = file_hash(Path(config.tokenizer.pretrained, "tokenizer.json"))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def report_existing(output: Path, key: str) -> None:
-    """Say that `output` is up to date, or refuse to touch what is something else."""
-    manifest_path = output / "manifest.json"
-    manifest = json.loads(manifest_path.read_text(encoding="utf-8")) if manifest_path.is_file() else {}
-    if manifest.get("key") != key:
-        what = "was made from other sources or options" if manifest else "exists and is not a dataset folder"
-        raise UserError(f"{output} {what}; remove it, or choose another --output")
-    print(table(manifest))
-    print(f"{output} is up to date: nothing to do")
-
-
-def file_hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def versions() -> dict[str, str]:
-    return {"datasets": datasets.__version__, "tokenizers": tokenizers.__version__, "pyarrow": pa.__version__}
+def replace_folder(partial: Path, output: Path) -> None:
+    """Put `partial` in the place of `output`; whoever has the old files open keeps them."""
+    if output.exists():
+        old = partial.with_name(".old")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+    partial.rename(output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""Writing small files so that a kill or a full disk leaves the old one or the new one, never half of either."""
+"""Small files that a kill or a full disk leaves whole, and a lock that a kill lets go."""
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -16,3 +19,18 @@ def replace_text(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[bool]:
+    """Whether this process got the lock on `path`; it is let go at the end of the block, or when the process ends.
+
+    `lockf` belongs to the process: worker processes that outlive a killed parent do not keep it, as they would `flock`.
+    """
+    with path.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True

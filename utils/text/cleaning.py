@@ -1,30 +1,311 @@
-"""Cleaning rules: pure functions from text to text."""
+"""Cleaning: a recipe of named steps over batches of documents, each a transformation (text to text) or a filter.
 
+Every transformation is idempotent: applied twice, it does what it does once.
+"""
+
+import difflib
+import ipaddress
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import numpy as np
+
+from utils.text.filters import FILTERS, Verdict, language, length, licence
 
 # Everything in Unicode's categories Cc (controls) but tab and newline, and the zero-width characters that no script
 # needs: ZERO WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D spell words and emoji: kept.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
-LINE_ENDS = re.compile("\r\n?|\u2028|\u2029|\x85")
-TRAILING_SPACE = re.compile(r"[ \t]+$", re.MULTILINE)
+LINE_ENDS = re.compile("\r\n?|[\u2028\u2029\x85]")
 BLANK_LINES = re.compile(r"\n{3,}")
 NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
 
+# Of what ftfy can do, only the repair of text that was decoded by the wrong encoding, C1 controls from Windows-1252
+# included. The rest is off. Straight quotes, letters for ligatures and half for full width (，！ to ,!) are another
+# spelling, in Chinese and Japanese a wrong one, not a repair; &lt; and escape sequences belong to texts about HTML and
+# terminals; line ends, controls and NFC are steps of their own.
+FTFY_OPTIONS: dict[str, Any] = {
+    "fix_encoding": True, "fix_c1_controls": True, "unescape_html": False, "remove_terminal_escapes": False,
+    "fix_latin_ligatures": False, "fix_character_width": False, "uncurl_quotes": False, "fix_line_breaks": False,
+    "fix_surrogates": False, "remove_control_chars": False, "normalization": None,
+}  # fmt: skip
+
+BOILERPLATE_LINE = 120  # characters; what is longer is prose that mentions such things
+_SITE = r"(?:twitter|x|facebook|linked ?in|reddit|pinterest|whatsapp|tumblr|telegram|instagram|youtube|e-?mail)"
+_LINK = (
+    r"(?:home|next|prev(?:ious)?|back|up|top|index|contents|menu|search|help|faqs?|about(?: us)?|contact(?: us)?|site ?map"
+    r"|log ?in|sign ?(?:in|up)|register|privacy(?: policy)?|cookies?(?: policy| settings)?|imprint|legal notice|disclaimer"
+    r"|terms(?: (?:of (?:use|service)|(?:and|&) conditions))?|accessibility|careers|press|blog|advertis(?:e|ing))"
+)
+# Lines that are boilerplate from end to end, in lower case: what such a line holds (looked for first, which costs least)
+# and what it looks like. Prose about cookies or copyright has to survive.
+_BOILERPLATE = [
+    (("|", " · ", " • ", " » ", " / "), rf"[\W_]*{_LINK}(?:[ \t]*[|·•»/][ \t|·•»/]*{_LINK})+[\W_]*"),
+    (("skip to", " top"), r"skip to (?:main |the )?(?:content|navigation)|(?:back|return|go) to (?:the )?top(?: of (?:the )?page)?"),
+    (("terms", "privacy"), r"(?:terms (?:of (?:use|service)|(?:and|&) conditions)|privacy (?:policy|statement))\.?"),
+    (("copyright", "©", "(c)"), r"(?:copyright(?: ?(?:©|\(c\)))?|©|\(c\))[ :]*(?:19|20)\d\d\b.*"),
+    (("all rights reserved",), r".{0,60}\ball rights reserved\b.{0,30}"),
+    (("cookie",), r"(?:this|our) (?:web)?(?:site|page) uses cookies\b.*|(?:accept|reject|manage|allow)(?: all)? cookies\.?"),
+    (("cookie",), r"cookie (?:policy|settings|preferences)\.?|(?:by |we use )(?:.*\b)?cookies\b.*\b(?:experience|(?:web)?site"
+                  r"|browsing|consent|policy|traffic|personali[sz]e|accept|advertis).*"),
+    (("javascript",), r"(?:please )?(?:enable|turn on|activate) javascript\b.*|(?:.{0,40}\b)?javascript "
+                      r"(?:must be|needs to be|is (?:currently )?(?:disabled|required|not enabled))\b.*"),
+    (("share ", "us on "), rf"(?:share|follow|like|find|join)(?: (?:this|us|it|on|to|via|with|page|article|post))*"
+                           rf":? {_SITE}(?:(?:,|/| and| or| on)* {_SITE})*[.!]?|share this(?: (?:page|article|post))?[:.!]?"),
+    (("newsletter",), r"(?:subscribe to|sign up (?:for|to)) (?:our|the) (?:(?:free|weekly|daily|monthly) )*newsletter\b.*"),
+    (("read more", "click here", "leave a ", "advertisement"),
+     r"(?:read more|click here|leave a (?:comment|reply))[ .…»>→]*|advertisement"),
+]  # fmt: skip
+BOILERPLATE = [(hint, re.compile(form)) for hints, form in _BOILERPLATE for hint in hints]
+
+# C4's rules for lines: Raffel et al. 2019, arXiv 1910.10683, section 2.2, and the released code.
+C4_END_MARKS = (".", "!", "?", '"', "”")
+C4_MIN_WORDS = 5
+C4_NOTICES = re.compile(
+    r"javascript|terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies", re.IGNORECASE
+)
+
+EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?!\d+x\.)(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])"
+)  # not icon@2x.png
+IPV4 = re.compile(r"[0-9](?<![\w.].)(?<![A-Za-z]-.)\d{0,2}(?:\.\d{1,3}){3}(?!\w|\.\w|-[A-Za-z])")
+IPV6 = re.compile(  # 2000::/3, the only part of the space that is in public use
+    r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}(?:[0-9A-Fa-f]{1,4}|(?<=::))(?!\w|:\w)"
+)
+VERSION_WORD = re.compile(
+    r"(?:\b(?:versions?|ver|v|rev(?:ision)?|releases?d?|firmware|driver|build|sections?|chapters?)|§)[ \t.:=#\"'(]*\Z",
+    re.IGNORECASE,
+)
+# E.164 allows 15 digits behind the plus sign; with fewer than 8 it may be any number.
+INTERNATIONAL_PHONE = re.compile(r"\+(?<![\w.+].)[1-9](?:[ ./()-]{0,2}\d){7,14}(?!\w|[.,-]\d)")
+# The North American plan: area code and exchange begin with 2 to 9. Behind "(", behind "1-", or bare with - or . between.
+US_PHONE = re.compile(
+    r"[(1-9](?<![\w.+/-].)(?:(?<=\()[2-9]\d\d\)[ -]?|(?<=1)[ .-]\(?[2-9]\d\d\)?[ .-]|(?<=[2-9])\d\d[.-])"
+    r"[2-9]\d\d[ .-]\d{4}(?!\w|[.-]\d)"
+)
+
+
+def fix_unicode(text: str) -> str:
+    """Repair mojibake, UTF-8 that was decoded as another encoding ("schÃ¶n"), by ftfy; line by line, as ftfy does."""
+    if text.isascii():
+        return text
+    import ftfy  # here, so that a configuration can be checked (see `check_steps`) without waiting for it
+
+    return "\n".join(
+        line if line.isascii() else ftfy.fix_text(line, **FTFY_OPTIONS) for line in text.split("\n")
+    )  # fmt: skip
+
+
+def unify_line_ends(text: str) -> str:
+    return text if text.isascii() and "\r" not in text else LINE_ENDS.sub("\n", text)
+
+
+def remove_controls(text: str) -> str:
+    """No control characters and no zero-width ones but the joiners; a carriage return becomes a newline."""
+    return CONTROL_CHARACTERS.sub("", unify_line_ends(text))
+
+
+def nfc(text: str) -> str:
+    """Unicode normalisation form C."""
+    return unicodedata.normalize("NFC", text)
+
+
+def tidy_whitespace(text: str) -> str:
+    """Unified line ends, no trailing space, at most one blank line, none at the ends; indents stay."""
+    text = "\n".join([line.rstrip(" \t") for line in unify_line_ends(text).split("\n")])
+    return BLANK_LINES.sub("\n\n", text).strip("\n")
+
 
 def clean_standard(text: str) -> str:
-    """NFC, unified line ends, no control characters, no trailing space, at most one blank line; indents stay."""
-    text = LINE_ENDS.sub("\n", text)
-    text = unicodedata.normalize("NFC", CONTROL_CHARACTERS.sub("", text))
-    text = TRAILING_SPACE.sub("", text)
-    return BLANK_LINES.sub("\n\n", text).strip("\n")
+    """NFC, unified line ends, no control characters, no trailing space, at most one blank line; indents stay.
+
+    In this order: a removed character may join a letter and its accent, or bare a space at the end of a line.
+    """
+    return tidy_whitespace(nfc(remove_controls(text)))
 
 
 def clean_basic(text: str) -> str:
     """One line of words and plain punctuation; deletes about an eighth of ordinary prose, every newline included."""
-    text = NOT_BASIC.sub("", unicodedata.normalize("NFC", text))
-    return " ".join(text.split())
+    return " ".join(nfc(NOT_BASIC.sub("", nfc(text))).split())
 
 
-RULES: dict[str, Callable[[str], str]] = {"standard": clean_standard, "basic": clean_basic}
+def remove_boilerplate(text: str) -> str:
+    """Without the lines that are a web page's furniture from end to end: cookie notices, copyright, navigation."""
+    lower = text.lower()
+    short = [line if len(line) <= BOILERPLATE_LINE else "" for line in lower.split("\n")]
+    forms = [(hint, form) for hint, form in BOILERPLATE if hint in lower]
+    found = {i for hint, form in forms for i, line in enumerate(short) if hint in line and form.fullmatch(line.strip())}
+    return _keep_lines(text, [i not in found for i in range(len(short))]) if found else text
+
+
+def c4_lines(text: str) -> str:
+    """C4's rules for lines: they end as a sentence does, have five words and are no notice. Blank lines stay."""
+    lines = text.split("\n")
+    keep = [not line.strip() or _is_c4_line(line.strip()) for line in lines]
+    return text if all(keep) else _keep_lines(text, keep)
+
+
+def _is_c4_line(line: str) -> bool:
+    ends = line.endswith(C4_END_MARKS) and not line.endswith("...")
+    return ends and len(line.split(None, C4_MIN_WORDS)) >= C4_MIN_WORDS and not C4_NOTICES.search(line)
+
+
+def _keep_lines(text: str, keep: list[bool]) -> str:
+    return BLANK_LINES.sub("\n\n", "\n".join(compress(text.split("\n"), keep))).strip("\n")
+
+
+def mask_personal_data(text: str) -> str:
+    """E-mail addresses, public IP addresses and phone numbers become <EMAIL>, <IP_ADDRESS> and <PHONE_NUMBER>.
+
+    Private, loopback and documentation addresses stay, as in FineWeb (arXiv 2406.17557). So do four numbers that look
+    like a version: behind a word such as "version" or "section", within a name ("foo-1.2.3.4"), or of one digit each
+    (1.2.3.4, and 8.8.8.8 with it: of the addresses in use about one in 400,000). Phone numbers are international ones
+    with a plus sign and North American ones; others cannot be told from numbers. Names are not looked for.
+    """
+    masked = _mask_once(text)
+    if masked == text:
+        return text
+    # A placeholder can set free what stood against the number before it; no pattern reaches across a line end.
+    lines = zip(text.split("\n"), masked.split("\n"), strict=True)
+    return "\n".join([_mask_until_stable(line) if line != before else line for before, line in lines])
+
+
+def _mask_until_stable(line: str) -> str:
+    while (masked := _mask_once(line)) != line:
+        line = masked
+    return line
+
+
+def _mask_once(text: str) -> str:
+    if "@" in text:
+        text = EMAIL.sub("<EMAIL>", text)
+    text = IPV4.sub(_mask_address, text)
+    if ":" in text:
+        text = IPV6.sub(_mask_address, text)
+    if "+" in text:
+        text = INTERNATIONAL_PHONE.sub(_mask_phone, text)
+    return US_PHONE.sub("<PHONE_NUMBER>", text)
+
+
+def _mask_address(match: re.Match[str]) -> str:
+    found, before = match[0], match.string[max(0, match.start() - 16) : match.start()]
+    if len(found) == len("1.2.3.4") or VERSION_WORD.search(before):
+        return found
+    try:
+        return "<IP_ADDRESS>" if ipaddress.ip_address(found).is_global else found
+    except ValueError:
+        return found
+
+
+def _mask_phone(match: re.Match[str]) -> str:
+    groups = re.findall(r"\d+", match[0])
+    if len(groups) == 1:  # "+12345678" is more often a number
+        is_phone = len(groups[0]) >= 10
+    else:  # one point is a decimal point; after the area code no group has a single digit
+        is_phone = not (len(groups) == 2 and "." in match[0]) and all(len(group) > 1 for group in groups[2:])
+    return "<PHONE_NUMBER>" if is_phone else match[0]
+
+
+TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
+    "fix_unicode": fix_unicode,
+    "remove_controls": remove_controls,
+    "nfc": nfc,
+    "tidy_whitespace": tidy_whitespace,
+    "basic": clean_basic,
+    "remove_boilerplate": remove_boilerplate,
+    "c4_lines": c4_lines,
+    "mask_personal_data": mask_personal_data,
+}
+STANDARD = ["fix_unicode", "remove_controls", "nfc", "tidy_whitespace"]
+PROSE_STEPS = {
+    "remove_boilerplate", "c4_lines", "c4", "gopher_quality", "gopher_repetition", "fineweb", "language",
+}  # fmt: skip
+CODE_STEPS = {"generated_code", "code_lines", "licence"}
+EMPTY = "empty after cleaning"
+
+
+def expand_steps(steps: Iterable[str]) -> list[str]:
+    """The steps by their own names: "standard" stands for those in STANDARD."""
+    return [name for step in steps for name in (STANDARD if step == "standard" else [step])]
+
+
+def check_steps(steps: Iterable[str]) -> list[str]:
+    """What is wrong with a recipe, one line each; nothing heavy is imported."""
+    known = [*TRANSFORMATIONS, *FILTERS]
+    problems, expanded = [], expand_steps(steps)
+    for name in dict.fromkeys(expanded):
+        if name not in known:
+            close = difflib.get_close_matches(name, ["standard", *known], n=1, cutoff=0.5)
+            close = close or [step for step in known if name and name in step][:1]
+            nearest = f" (did you mean {close[0]}?)" if close else ""
+            problems.append(f"cleaning: unknown step {name!r}{nearest}; known are standard, {', '.join(known)}")
+        elif expanded.count(name) > 1:
+            problems.append(f"cleaning: {name} stands twice (standard holds {', '.join(STANDARD)})")
+    return problems
+
+
+@dataclass(frozen=True)
+class CleaningOptions:
+    """A recipe and what its filters ask for."""
+
+    steps: tuple[str, ...] = ("standard",)
+    """Names of TRANSFORMATIONS and FILTERS, in order, or "standard"."""
+    languages: tuple[str, ...] = ("en",)
+    """For `language`: ISO 639-1 codes to keep; empty: any."""
+    min_language_score: float = 0.65
+    """For `language`: what FineWeb asks for (arXiv 2406.17557)."""
+    min_characters: int = 1
+    """For `length`."""
+    max_characters: int | None = None
+    """For `length`; None: any."""
+    licences: tuple[str, ...] = ()
+    """For `licence`: SPDX identifiers to keep, and "NONE" to keep files that state none."""
+    code_sources: frozenset[str] = frozenset()
+    """Values of column `source` whose documents are code: rules for prose pass over these, rules for code over others."""
+
+
+def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[str, Any]:
+    """Columns text, source, id → the same and reason, changed.
+
+    `text` is cleaned, for a dropped document as far as it got; `reason` says why it is dropped and is "" for a kept one;
+    bit i of `changed` (uint32) is set when step i of `expand_steps(options.steps)` changed the text.
+    """
+    filters: dict[str, Callable[[str], Verdict]] = FILTERS | {
+        "language": partial(language, languages=options.languages, min_score=options.min_language_score),
+        "length": partial(length, min_characters=options.min_characters, max_characters=options.max_characters),
+        "licence": partial(licence, licences=options.licences),
+    }
+    steps = list(enumerate(expand_steps(options.steps)))
+    texts, reasons, changes = [], [], []
+    for raw, source in zip(batch["text"], batch["source"], strict=True):
+        text, reason, changed = encodable(raw or ""), "", 0
+        passed_over = PROSE_STEPS if source in options.code_sources else CODE_STEPS
+        for index, name in steps:
+            if name in passed_over:
+                continue
+            if name in TRANSFORMATIONS:
+                before, text = text, TRANSFORMATIONS[name](text)
+                changed |= (text != before) << index
+            elif text.strip() and (verdict := filters[name](text)) is not True:
+                reason = verdict[1]
+                break
+        texts.append(text)
+        reasons.append(reason if text.strip() else EMPTY)
+        changes.append(changed)
+    return {
+        "text": texts, "source": batch["source"], "id": batch["id"], "reason": reasons,
+        "changed": np.array(changes, dtype=np.uint32),
+    }  # fmt: skip
+
+
+def encodable(text: str) -> str:
+    """`text` as UTF-8 can hold it: surrogate pairs become their character, lone surrogates U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -6,37 +6,70 @@ TRAINED_HERE = "the training documents"
 
 
 def table(manifest: dict[str, Any]) -> str:
-    """Documents, bytes and tokens; what was dropped and why; the tokenizer; seconds per stage."""
-    lines = [f"{'':<22}{'documents':>12}{'bytes':>14}{'tokens':>12}{'bytes/token':>13}"]
-    lines.append(f"{'read':<22}{manifest['documents_read']:>12,}{manifest['bytes_read']:>14,}")
-    for reason, count in manifest["dropped"].items():
-        lines.append(f"{'- ' + reason:<22}{count:>12,}")
-    for split, figures in manifest["splits"].items():
-        ratio = figures["bytes"] / figures["tokens"]
-        lines.append(
-            f"{split:<22}{figures['documents']:>12,}{figures['bytes']:>14,}{figures['tokens']:>12,}{ratio:>13.2f}"
-        )
-    tokenizer, asked = manifest["tokenizer"], manifest["options"]["tokenizer"]["vocab_size"]
-    short = tokenizer["from"] == TRAINED_HERE and tokenizer["vocab_size"] < asked
-    note = f" ({asked:,} asked for: the text has no more pairs to merge)" if short else ""
+    """Documents, bytes and tokens; what was changed or dropped and why; the tokenizer."""
+    lines = [f"{'':<34}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}"]
+    read, splits = manifest["read"], manifest["splits"]
+    what = "read (the head of a stream)" if manifest["stream"] else "read"
+    lines.append(f"{what:<34}{manifest['documents_read']:>12,}{manifest['bytes_read']:>16,}")
+    left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
+    lines += [f"{'- ' + reason:<34}{count:>12,}" for reason, count in (left_out | manifest["dropped"]).items()]
+    for split, figures in splits.items():
+        lines.append(_row(split, figures))
+        if len(figures["sources"]) > 1:
+            total = max(figures["tokens"], 1)
+            lines += [
+                _row(f"  {name}", source) + f"{source['tokens'] / total:>7.1%}"
+                for name, source in figures["sources"].items()
+            ]
+    if manifest["stream"]:
+        lines.append("train: not stored; read, cleaned and tokenized while training")
+    changed = {step: count for step, count in manifest["changed"].items() if count}
+    lines.append(
+        "documents changed by: " + (", ".join(f"{step} {count:,}" for step, count in changed.items()) or "none")
+    )
+    tokenizer, options = manifest["tokenizer"], manifest["options"]["tokenizer"]
+    short = tokenizer["from"] == TRAINED_HERE and tokenizer["vocab_size"] < options["vocab_size"]
+    note = f" ({options['vocab_size']:,} asked for: the text has no more pairs to merge)" if short else ""
     lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
-    seconds = manifest["seconds"]
-    stages = ", ".join(f"{stage} {value:.1f}" for stage, value in seconds.items())
-    lines.append(f"seconds: {stages}; {sum(seconds.values()):.1f} in all")
+    for record in read["broken_records"][:5]:
+        lines.append(f"broken: {record['file']}: {record['why']}")
+    if read["broken"] > 5:
+        lines.append(f"broken: {read['broken'] - 5:,} more; see manifest.json")
+    return "\n".join(lines)
+
+
+def _row(name: str, figures: dict[str, Any]) -> str:
+    ratio = figures["bytes"] / figures["tokens"] if figures["tokens"] else 0.0
+    return f"{name:<34}{figures['documents']:>12,}{figures['bytes']:>16,}{figures['tokens']:>16,}{ratio:>13.2f}"
+
+
+def tokenizer_table(manifest: dict[str, Any]) -> str:
+    """How the tokenizer does on a sample of each source."""
+    lines = [f"{'source':<34}{'bytes/token':>12}{'tokens/word':>13}{'unknown':>10}{'round trip':>12}"]
+    for name, figures in manifest["tokenizer"]["sources"].items():
+        lines.append(
+            f"{name:<34}{figures['bytes_per_token']:>12.2f}{figures['fertility']:>13.2f}{figures['unknown_rate']:>10.2%}"
+            f"{figures['round_trip_share']:>12.1%}"
+        )
     return "\n".join(lines)
 
 
 def data_card(name: str, manifest: dict[str, Any]) -> str:
     """README.md of the dataset folder."""
-    sources = "\n".join(
-        f"- `{item['name']}`, {item['bytes']:,} bytes, SHA-256 `{item['sha256']}`" for item in manifest["sources"]
+    files = manifest["files"]
+    listed = "\n".join(
+        f"- {item['source']}: `{item['name']}`, {item['bytes']:,} bytes, `{item['content']}`" for item in files[:20]
     )
+    more = f"\n- and {len(files) - 20:,} more files, listed in `manifest.json`" if len(files) > 20 else ""
     options = "\n".join(f"- `{key}`: `{value}`" for key, value in manifest["options"].items())
     tokenizer = manifest["tokenizer"]
+    train = "The training text is not stored: it is read as training goes. " if manifest["stream"] else ""
+    stored = "`validation/` is" if manifest["stream"] else "`train/` and `validation/` are"
     return (
-        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. `train/` and `validation/` are Arrow "
-        f"tables with one row per document and one column, `input_ids` ({tokenizer['dtype']}); `tokenizer/` opens "
-        f"with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, from {tokenizer['from']}).\n\n"
-        f"## Sources\n\n{sources}\n\nTheir licences are their own: look them up before you share this folder.\n\n"
-        f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Options\n\n{options}\n"
+        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row per "
+        f"document and one column, `input_ids` ({tokenizer['dtype']}); `tokenizer/` opens with `AutoTokenizer` "
+        f"({tokenizer['vocab_size']:,} entries, from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
+        f"## Sources\n\n{listed}{more}\n\nTheir licences are their own: look them up before you share this folder.\n\n"
+        f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Tokenizer\n\n```\n{tokenizer_table(manifest)}\n```\n\n"
+        f"## Options\n\n{options}\n"
     )

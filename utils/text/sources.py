@@ -1,95 +1,307 @@
-"""Files and folders → one `datasets` table of documents, column `text`."""
+"""From an entry of the recipe to its documents: which files, what is inside them, which reader."""
 
+import bz2
+import fnmatch
+import gzip
+import io
+import itertools
 import json
+import lzma
+import sys
+import tarfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
+import pyarrow as pa
+from tqdm import tqdm
 
 from utils.cli import UserError
+from utils.text.readers import READERS, Broken, Document, Record, make_document
+from utils.text.recipe import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
+from utils.text.stages import SLICE_BYTES, SLICE_DOCUMENTS
 
-BUILDERS = {
-    ".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
+DOCUMENT_FEATURES = {
+    "text": datasets.Value("large_string"), "source": datasets.Value("string"), "id": datasets.Value("string"),
 }  # fmt: skip
-SNIFFED_BYTES = 1 << 16
+MAX_BROKEN_LISTED = 1000
+
+CODE_SUFFIXES = frozenset(
+    [
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".cxx",
+        ".hpp",
+        ".cs",
+        ".css",
+        ".dart",
+        ".ex",
+        ".exs",
+        ".go",
+        ".hs",
+        ".java",
+        ".jl",
+        ".js",
+        ".jsx",
+        ".kt",
+        ".lua",
+        ".m",
+        ".ml",
+        ".php",
+        ".pl",
+        ".pm",
+        ".py",
+        ".r",
+        ".rb",
+        ".rs",
+        ".S",
+        ".s",
+        ".scala",
+        ".sh",
+        ".sql",
+        ".swift",
+        ".ts",
+        ".tsx",
+        ".vue",
+        ".zig",
+    ]
+)
+NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # written by programs
 
 
-def find_files(sources: list[str]) -> list[Path]:
-    """The files behind `sources`, sorted within each folder; other kinds of file in a folder are passed over.
+def open_zstd(file: Any, mode: str) -> BinaryIO:
+    """Arrow's reader: python-zstandard's takes a file that was cut off for one that ends there."""
+    return pa.CompressedInputStream(pa.OSFile(str(file)) if isinstance(file, Path) else pa.PythonFile(file), "zstd")
+
+
+OPENERS = {
+    ".gz": gzip.open,
+    ".dz": gzip.open,
+    ".tgz": gzip.open,
+    ".zst": open_zstd,
+    ".xz": lzma.open,
+    ".bz2": bz2.open,
+}
+DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
+
+
+def find_files(source: SourceConfig) -> list[Path]:
+    """The files behind a source with a path, sorted; files of other kinds in a folder are passed over.
 
     Raises `UserError` for a path that does not exist, a file of an unknown kind, a folder with nothing to read.
     """
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.is_file() and item.suffix.lower() in BUILDERS)
-            if not inside:
-                raise UserError(f"{source}: no {', '.join(BUILDERS)} file in this folder")
-            files += inside
-        elif not path.exists():
-            raise UserError(f"{source}: no such file or folder")
-        elif path.suffix.lower() not in BUILDERS:
-            raise UserError(f"{source}: unknown kind of file; expected {', '.join(BUILDERS)}")
-        else:
-            files.append(path)
-    twice = [path for path, count in Counter(files).items() if count > 1]
-    if twice:
-        raise UserError(f"{twice[0]}: named twice in sources")
+    path = Path(str(source.path))
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        if kind_of(source, path.name) is None and not is_tar(path.name):
+            raise UserError(f"{path}: unknown kind of file; expected {known_suffixes()}, or say `kind:` in its entry")
+        return [path]
+    files = sorted(item for item in path.rglob("*") if item.is_file())
+    if not is_saved_dataset(path):
+        files = [item for item in files if is_tar(item.name) or is_wanted(source, str(item.relative_to(path)))]
+    if not files:
+        wanted = f"file like {source.include}" if source.include else f"{known_suffixes(source)} file"
+        raise UserError(f"{path}: no {wanted} in this folder")
     return files
 
 
-def load_documents(files: Iterable[Path], text_column: str, cache_dir: Path) -> datasets.Dataset:
-    """Read `files` into one table that lies on disk under `cache_dir`; raises `UserError` naming file and record."""
-    return datasets.concatenate_datasets([_load_file(path, text_column, cache_dir) for path in files])
+def known_suffixes(source: SourceConfig | None = None) -> str:
+    suffixes = CODE_SUFFIXES if source and source.kind == "code" else KIND_OF_SUFFIX
+    return ", ".join(source.extensions if source and source.extensions else suffixes)
 
 
-def _load_file(path: Path, text_column: str, cache_dir: Path) -> datasets.Dataset:
-    builder = BUILDERS[path.suffix.lower()]
-    if path.stat().st_size == 0:
-        if builder == "text":  # an empty document, dropped and counted like any other
-            return datasets.Dataset.from_dict(
-                {"text": [""]}, datasets.Features({"text": datasets.Value("large_string")})
-            )
-        raise UserError(f"{path}: the file is empty")
-    if builder != "parquet":
-        with path.open("rb") as file:
-            if b"\0" in file.read(SNIFFED_BYTES):
-                raise UserError(f"{path}: a binary file, not text (it holds zero bytes)")
-    # In a CSV, "None" or "NA" is a text like any other and not a missing value.
-    by_kind: dict[str, dict[str, Any]] = {"text": {"sample_by": "document"}, "csv": {"keep_default_na": False}}
-    options = by_kind.get(builder, {})
+def is_tar(name: str) -> bool:
+    return name.lower().endswith(TAR_ENDS)
+
+
+def is_saved_dataset(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def kind_of(source: SourceConfig, name: str) -> str | None:
+    """The kind of the file `name`, compression aside; None if unknown."""
+    return source.kind or KIND_OF_SUFFIX.get(_suffix(name))
+
+
+def is_wanted(source: SourceConfig, name: str) -> bool:
+    """Whether the file `name` of a folder or archive belongs to the source."""
+    if source.include is not None and not fnmatch.fnmatch(name, source.include):
+        return False
+    if source.kind == "code" and source.include is None:
+        suffixes = source.extensions or CODE_SUFFIXES
+        return Path(name).suffix in suffixes and not name.endswith(NOT_CODE)
+    return source.include is not None or _suffix(name) in KIND_OF_SUFFIX
+
+
+def _suffix(name: str) -> str:
+    path = Path(name.lower())
+    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def iter_records(source: SourceConfig, units: Iterable[Path | None]) -> Iterator[Record]:
+    """The documents and the broken records of `units`: the source's files, one saved dataset, or None for the Hub's."""
+    for unit in units:
+        if unit is None:
+            yield from _read_table(load_hub(source), str(source.hub), source)
+        elif unit.is_dir():
+            yield from _read_table(load_saved(unit, source.split), str(unit), source)
+        else:
+            yield from _read_file(source, unit)
+
+
+def reading_units(source: SourceConfig) -> list[Path | None]:
+    """What `iter_records` takes: the parts of a source that can be read one by one."""
+    if source.hub is not None:
+        return [None]
+    path = Path(str(source.path))
+    if path.is_dir() and is_saved_dataset(path):
+        return [path]
+    return list(find_files(source))
+
+
+def _read_file(source: SourceConfig, path: Path) -> Iterator[Record]:
+    records = 0
     try:
-        table = datasets.load_dataset(
-            builder, data_files=str(path), split="train", cache_dir=str(cache_dir), **options
-        )  # fmt: skip
-    except Exception as error:  # `datasets` wraps whatever its reader met; the cause is looked up in the file itself
-        raise UserError(f"{path}: {_explain(path, builder, error)}") from error
-    column = "text" if builder == "text" else text_column
-    if column not in table.column_names:
-        raise UserError(f"{path}: no column {column!r}; it has {', '.join(table.column_names)} (see --text_column)")
-    if getattr(table.features[column], "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"{path}: column {column!r} holds {table.features[column]}, not text")
-    table = table.select_columns([column]).cast_column(column, datasets.Value("large_string"))
-    return table if column == "text" else table.rename_column(column, "text")
+        with _open(path) as stream:
+            for record in _read_tar(source, stream, path) if is_tar(path.name) else _read(source, stream, str(path)):
+                records += 1
+                yield record
+    except DAMAGED as error:
+        reason = str(error) or type(error).__name__
+        yield Broken(str(path), f"damaged or cut off after {records:,} records ({reason})")
 
 
-def _explain(path: Path, builder: str, error: Exception) -> str:
-    """Why `path` cannot be read, with the line where there is one."""
-    cause = error.__cause__ or error
-    if builder != "parquet":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    decoded = line.decode("utf-8")
-                    if path.suffix.lower() == ".jsonl" and decoded.strip():
-                        record = json.loads(decoded)
-                        if not isinstance(record, dict):
-                            return f"line {number}: expected a JSON object, found {type(record).__name__}"
-                except UnicodeDecodeError as problem:
-                    return f"line {number}: not UTF-8 text ({problem.reason} at byte {problem.start} of the line)"
-                except json.JSONDecodeError as problem:
-                    return f"line {number}: not a JSON record ({problem.msg}, column {problem.colno})"
-    return f"cannot be read as {builder}: {' '.join(str(cause).split())[:300]}"
+def _open(path: Path) -> BinaryIO:
+    opener: Any = OPENERS.get(path.suffix.lower(), open)
+    try:
+        return io.BufferedReader(opener(path, "rb"), 1 << 20)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]:
+    kind = kind_of(source, name)
+    assert kind is not None  # `is_wanted` and `find_files` let no other file pass
+    yield from READERS[kind](stream, name, source)
+
+
+def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Record]:
+    with tarfile.open(fileobj=stream, mode="r|") as archive:
+        for member in archive:
+            if member.isfile() and is_wanted(source, member.name):
+                inside: Any = archive.extractfile(member)
+                opener: Any = OPENERS.get(Path(member.name.lower()).suffix)
+                data = io.BufferedReader(opener(inside, "rb") if opener else inside)
+                yield from _read(source, data, f"{path.name}/{member.name}")
+
+
+def load_saved(path: Path, split: str) -> datasets.Dataset:
+    """A folder written by `save_to_disk`; `UserError` if it cannot be read or has no such split."""
+    try:
+        table = datasets.load_from_disk(str(path))
+    except Exception as error:  # the library raises whatever its parts meet
+        raise UserError(f"{path}: cannot be read as a saved dataset: {' '.join(str(error).split())[:200]}") from None
+    if isinstance(table, datasets.DatasetDict):
+        if split not in table:
+            raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, table))}")
+        return table[split]
+    return table
+
+
+def load_hub(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """`load_dataset` of a Hub name, or of a local folder in the Hub's layout."""
+    try:
+        return datasets.load_dataset(
+            str(source.hub), source.config, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    except Exception as error:  # network, names, formats: the library has many kinds
+        raise UserError(f"hub {source.hub}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+
+
+def _read_table(table: Any, name: str, source: SourceConfig) -> Iterator[Record]:
+    for number, record in enumerate(table, start=1):
+        yield make_document(record, name, number, "record", source)
+
+
+def save_standard_input(path: Path) -> None:
+    """Copy standard input to a file, which is then read like any other."""
+    with path.open("wb") as file:
+        while chunk := sys.stdin.buffer.read(1 << 20):
+            file.write(chunk)
+
+
+def iter_documents(source: SourceConfig, units: list[Path | None]) -> Iterator[dict[str, str]]:
+    """For streams: `text`, `source`, `id` of each document; broken records are passed over."""
+    for record in iter_records(source, units):
+        if isinstance(record, Document):
+            yield {"text": record.text, "source": str(source.name), "id": record.id}
+
+
+def read_sources(sources: list[SourceConfig], folder: Path, limit: int | None = None) -> None:
+    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source."""
+    schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
+    counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
+    with (
+        pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+        tqdm(desc="read", unit=" documents", disable=None) as bar,
+    ):
+        for source in sources:
+            figures = counts["sources"][source.name] = {"documents": 0, "bytes": 0}
+            rows: list[Document] = []
+            held = 0
+            for record in itertools.islice(iter_records(source, reading_units(source)), limit):
+                if isinstance(record, Document):
+                    size = len(record.text.encode())
+                    figures["documents"] += 1
+                    figures["bytes"] += size
+                    rows.append(record)
+                    held += size
+                    if held >= SLICE_BYTES or len(rows) >= SLICE_DOCUMENTS:
+                        _write_rows(writer, schema, rows, source)
+                        rows, held = [], 0
+                    bar.update()
+                elif isinstance(record, Broken):
+                    counts["broken"] += 1
+                    if len(counts["broken_records"]) < MAX_BROKEN_LISTED:
+                        counts["broken_records"].append({"file": record.file, "why": record.why})
+                else:
+                    counts["skipped"][record.why] += 1
+            _write_rows(writer, schema, rows, source)
+    (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: SourceConfig) -> None:
+    if rows:
+        texts, ids = zip(*rows, strict=True)
+        columns = [pa.array(texts, pa.large_string()), pa.array([source.name] * len(rows)), pa.array(ids)]
+        writer.write_table(pa.table(columns, schema=schema))
+
+
+def check_broken(counts: dict[str, Any], max_share: float) -> None:
+    """`UserError` if too many records are broken, or if there is no document at all."""
+    documents = sum(figures["documents"] for figures in counts["sources"].values())
+    broken = counts["broken"]
+    if broken > max_share * (documents + broken):
+        first = counts["broken_records"][0]
+        raise UserError(
+            f"{first['file']}: {first['why']}; {broken:,} of {documents + broken:,} records are broken, more than "
+            f"max_broken_share {max_share:g} allows"
+        )
+    if documents == 0:
+        raise UserError(f"no documents in {', '.join(counts['sources'])}")
+
+
+def iter_file_texts(paths: list[str], text_column: str) -> Iterator[list[str]]:
+    """Batches of the texts in evaluation files."""
+    for path in paths:
+        source = SourceConfig(path=path, name=path, text_column=text_column)
+        texts = (document["text"] for document in iter_documents(source, reading_units(source)))
+        while batch := list(itertools.islice(texts, 1000)):
+            yield batch

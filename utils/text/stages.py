@@ -1,0 +1,110 @@
+"""Stages whose results are kept on disk, each under the hash of all that decides it.
+
+A stage's folder exists only when it is complete: it is written beside and renamed. So a killed call loses the stage that
+was under way and no other, and a changed option redoes its own stage and those after it.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+
+SLICE_BYTES = 8 << 20  # text that a function of a stage has in memory at a time
+SLICE_DOCUMENTS = 10_000
+
+
+def hash_json(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Stages:
+    """The stage folders of one output, in order; each key holds the keys before it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._key = ""
+        self._used: list[Path] = []
+
+    def run(self, name: str, decided_by: Any, produce: Callable[[Path], None]) -> Path:
+        """The folder with the stage's result, made by `produce(folder)` unless it is there from an earlier call.
+
+        `decided_by` (JSON) is the stage's version and options.
+        """
+        self._key = hash_json(self._key, name, decided_by)
+        folder = self.folder / f"{name}-{self._key[:16]}"
+        self._used.append(folder)
+        if folder.is_dir():
+            print(f"{name:<12} reused", flush=True)
+            return folder
+        partial = self.folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        started = time.perf_counter()
+        try:
+            partial.mkdir(parents=True)
+            produce(partial)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        print(f"{name:<12} {time.perf_counter() - started:.1f} s", flush=True)
+        return folder
+
+    def remove_unused(self) -> None:
+        """Drop the results of earlier recipes, and what a killed call left."""
+        for path in self.folder.iterdir():
+            if path not in self._used:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def text_bytes(documents: datasets.Dataset) -> np.ndarray:
+    """(N,) int64: UTF-8 bytes of each document's `text`; reads the offsets only."""
+    lengths = [pa.compute.binary_length(chunk).to_numpy() for chunk in documents.data.column("text").chunks]
+    return np.concatenate([np.empty(0, np.int64), *lengths])
+
+
+def iter_slices(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive documents with at most SLICE_BYTES of text, or one document that is longer."""
+    ends = np.cumsum(lengths)
+    start = 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, before + SLICE_BYTES, side="right"))
+        stop = min(max(stop, start + 1), start + SLICE_DOCUMENTS)
+        yield start, stop
+        start = stop
+
+
+def map_slices(
+    documents: datasets.Dataset, lengths: np.ndarray, function: Callable[[pa.Table], pa.Table], path: Path, *,
+    features: datasets.Features, num_proc: int = 1, description: str,
+) -> None:  # fmt: skip
+    """Write `function` of every slice of `documents` to Arrow files at `path`; `load_slices` opens them.
+
+    `datasets.map` does the work; it is given slices of bounded size instead of documents, whose lengths vary a lot.
+    """
+    slices = np.array(list(iter_slices(lengths)), dtype=np.int64).reshape(-1, 2)
+    table = datasets.Dataset.from_dict({"start": slices[:, 0], "stop": slices[:, 1]}).with_format("arrow")
+    tables = documents.with_format("arrow")
+
+    def run(batch: pa.Table) -> pa.Table:
+        return function(tables[batch["start"][0].as_py() : batch["stop"][0].as_py()])
+
+    table.map(
+        run, batched=True, batch_size=1, remove_columns=["start", "stop"], features=features, desc=description,
+        num_proc=num_proc if num_proc > 1 and len(slices) > 1 else None, cache_file_name=str(path),
+        new_fingerprint=path.stem,  # else the function is hashed, and all that it holds
+    )  # fmt: skip
+
+
+def load_slices(path: Path) -> datasets.Dataset:
+    """What `map_slices` wrote, mapped from disk, however many processes wrote it."""
+    return datasets.concatenate_datasets(
+        [datasets.Dataset.from_file(str(file)) for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))]
+    )
