@@ -33,7 +33,7 @@ from utils.text.inventory import VERSIONS, describe_files, hash_paths, reading_o
 from utils.text.recipe import SourceConfig
 from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.selection import Selection, repeat_by_weight, select_documents
-from utils.text.sources import DOCUMENT_FEATURES, check_broken, iter_file_texts, read_sources, save_standard_input
+from utils.text.sources import DOCUMENT_FEATURES, check_broken, iter_file_texts, read_sources, standard_input_in_file
 from utils.text.stages import Stages, load_slices, map_slices, text_bytes
 from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, token_dtype, train_tokenizer
 
@@ -43,27 +43,23 @@ def main(config: PrepareConfig) -> None:
     manifest = load_existing(output)
     sources = resolve_sources(config)
     stages = Stages(output.with_name(f".{output.name}.stages"))
-    with hold_lock(stages.folder / "lock") as locked:
-        if not locked:
-            raise UserError(f"{output}: another prepare_data.py is at work on it; wait for its end, or stop it")
-        for source in sources:
-            if source.path == "-":
-                source.path, source.kind = str(stages.folder / "standard_input"), source.kind or "text"
-                save_standard_input(Path(source.path))
-        files = describe_files(
-            sources, manifest.get("files", []), read_again=config.check_hashes, by_size_only=config.stream
-        )
-        key = recipe_key(config, sources, files)
-        if manifest.get("key") == key:
-            print(table(manifest))
-            print(f"{output} is up to date: nothing to do")
-            return
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        try:
-            manifest = prepare(config, sources, files, key, stages, output)
-        except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+    try:
+        with standard_input_in_file(sources, stages.folder):
+            files = describe_files(
+                sources, manifest.get("files", []), read_again=config.check_hashes, by_size_only=config.stream
+            )
+            key = recipe_key(config, sources, files)
+            if manifest.get("key") == key:
+                print(table(manifest))
+                print(f"{output} is up to date: nothing to do")
+                return
+            stages.folder.mkdir(parents=True, exist_ok=True)
+            with hold_lock(stages.folder / "lock") as locked:
+                if not locked:
+                    raise UserError(f"{output}: another prepare_data.py is at work on it; wait for its end, or stop it")
+                manifest = prepare(config, sources, files, key, stages, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(table(manifest))
     print(f"wrote {output}: train with `accelerate launch train.py --data.dataset {output}`")
 
@@ -72,6 +68,8 @@ def prepare(
     config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]], key: str, stages: Stages, output: Path
 ) -> dict[str, Any]:
     """Run the stages that have no result yet, put the dataset folder together, and return its manifest."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     # ---- Read: all sources, whatever their format, into one table of documents on disk.
     limit = config.stream_head_documents if config.stream else None
     contents = [[item["source"], item["name"], item["content"]] for item in files]
@@ -102,7 +100,7 @@ def prepare(
         "sketch", [VERSIONS["sketch"], near],
         lambda folder: map_slices(
             cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
-            features=SKETCH_FEATURES[near], num_proc=config.num_proc, description="sketch",
+            features=sketch_features(near), num_proc=config.num_proc, description="sketch",
         ),
     )  # fmt: skip
     sketches = load_slices(folder / "sketch.arrow")
@@ -164,6 +162,7 @@ def prepare(
         }  # fmt: skip
         if config.keep_dropped:
             write_dropped(cleaned, selection, partial / "dropped.jsonl")
+        print(f"{'encode':<12} {encoder.note}")
         details = collect_details(cleaned, lengths, selection, tokens, rows)
         (partial / "report.html").write_text(html_report(output.name, manifest, details), encoding="utf-8")
         (partial / "README.md").write_text(data_card(output.name, manifest), encoding="utf-8")
@@ -178,8 +177,13 @@ def prepare(
 CLEANED_FEATURES = datasets.Features(
     DOCUMENT_FEATURES | {"reason": datasets.Value("string"), "changed": datasets.Value("uint32")}
 )
-DIGEST_FEATURE = {"digest": datasets.List(datasets.Value("uint8"), length=16)}
-SIGNATURE_FEATURE = {"signature": datasets.List(datasets.Value("uint32"), length=NUM_HASHES)}
+
+
+def sketch_features(near: bool) -> datasets.Features:
+    features = datasets.Features(digest=datasets.List(datasets.Value("uint8"), length=16))
+    if near:
+        features["signature"] = datasets.List(datasets.Value("uint32"), length=NUM_HASHES)
+    return features
 
 
 def clean_table(batch: pa.Table, options: CleaningOptions) -> pa.Table:

@@ -27,11 +27,13 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from utils.batches.batch_plan import plan_batches
-from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader
+from utils.batches.loaders import Layout, build_evaluation_loader, build_layout, build_train_loader
+from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream
 from utils.batches.token_dataset import load_manifest, open_split
 from utils.training.checkpoints import TrainState, load_state, load_training_state, save_checkpoint
 from utils.training.evaluation import evaluate, write_text
@@ -63,23 +65,37 @@ def main(config: TrainConfig) -> None:
     checkpoint, notes = open_run(accelerator, config, manifest["key"])
     state = load_state(checkpoint) if checkpoint else TrainState(dataset_key=manifest["key"])
 
-    # ---- Data: rows laid out over the mapped token stream; nothing is copied.
+    # ---- Data: rows laid out over the mapped token stream, nothing is copied; or made of a source as it is being read.
     tokenizer = AutoTokenizer.from_pretrained(Path(config.data.dataset) / "tokenizer")
     pad = pad_token_id(tokenizer)
-    train_rows, validation_rows = (
-        build_layout(open_split(config.data.dataset, split), config.data.layout, config.data.sequence_length, pad)
-        for split in ("train", "validation")
-    )
-    train_loader = build_train_loader(
-        train_rows, plan, samples_seen=state.samples_seen, seed=config.seed, pad_token_id=pad,
-        num_workers=config.data.num_workers,
-    )  # fmt: skip
+
+    def lay_out(split: str) -> Layout:
+        rows = open_split(config.data.dataset, split)
+        return build_layout(rows, config.data.layout, config.data.sequence_length, pad)
+
+    validation_rows = lay_out("validation")
+    train_rows = None if manifest.get("stream") else lay_out("train")
+    train_loader: DataLoader | StreamLoader
+    if train_rows is not None:
+        train_loader = build_train_loader(
+            train_rows, plan, samples_seen=state.samples_seen, seed=config.seed, pad_token_id=pad,
+            num_workers=config.data.num_workers,
+        )  # fmt: skip
+    else:
+        check_stream_options(config, plan)
+        from utils.text.streaming import TextStream  # here, as stored tokens need nothing that reads text
+
+        documents = TextStream(manifest["options"], Path(config.data.dataset), config.data.stream_lanes, config.seed)
+        train_loader = StreamLoader(
+            documents, plan, rank=accelerator.process_index, sequence_length=config.data.sequence_length,
+            num_workers=config.data.num_workers, device=accelerator.device, state=state.stream,
+        )  # fmt: skip
     validation_loader = build_evaluation_loader(
         validation_rows, config.evaluation.per_device_batch_size * plan.data_parallel_size, pad
     )
     validation_bytes = manifest["splits"]["validation"]["bytes"]
     max_steps = config.schedule.max_steps or math.ceil(
-        config.schedule.num_epochs * len(train_rows) / plan.global_batch_size  # type: ignore[operator]
+        config.schedule.num_epochs * len(train_rows) / plan.global_batch_size  # type: ignore[operator, arg-type]
     )
 
     # ---- Model: the same seed on every rank, so every rank starts from the same weights.
@@ -103,11 +119,16 @@ def main(config: TrainConfig) -> None:
     tracker = RunTracker(accelerator, config, step=state.optimizer_step, max_steps=max_steps)
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
-    epochs = max_steps * plan.global_batch_size / len(train_rows)
     tracker.say(f"model: {type(model).__name__}, {count_parameters(model):,} parameters")
-    tracker.say(
-        f"data: {len(train_rows):,} rows of {config.data.sequence_length}; {max_steps} steps, {epochs:.2f} epochs"
-    )
+    if train_rows is None:
+        tracker.say(
+            f"data: a stream of {config.data.stream_lanes} lanes, rows of {config.data.sequence_length}; {max_steps} steps"
+        )
+    else:
+        epochs = max_steps * plan.global_batch_size / len(train_rows)
+        tracker.say(
+            f"data: {len(train_rows):,} rows of {config.data.sequence_length}; {max_steps} steps, {epochs:.2f} epochs"
+        )
     if checkpoint:
         tracker.say(f"resumed from {checkpoint} at step {state.optimizer_step}")
 
@@ -169,7 +190,7 @@ def main(config: TrainConfig) -> None:
             tracker.log({
                 "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": float(grad_norm),
                 "perf/tokens_per_second": (state.tokens_seen - logged[0]) / (state.train_seconds - logged[1]),
-                "train/epoch": state.samples_seen / len(train_rows),
+                **({"train/epoch": state.samples_seen / len(train_rows)} if train_rows is not None else {}),
             }, step)  # fmt: skip
             logged = (state.tokens_seen, state.train_seconds)
 
@@ -192,6 +213,8 @@ def main(config: TrainConfig) -> None:
 
         # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
         if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
+            if isinstance(train_loader, StreamLoader):
+                state.stream = train_loader.state()
             save_checkpoint(
                 accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
                 keep_last=config.checkpoint.keep_last,
@@ -211,6 +234,8 @@ def main(config: TrainConfig) -> None:
         "best_step": state.best_step, "train_seconds": state.train_seconds,
         "tokens_per_second": state.tokens_seen / state.train_seconds,
     })  # fmt: skip
+    if state.stream is not None:
+        tracker.say(describe_stream(state.stream))
     tracker.say(
         f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}"
     )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from conftest import ROOT, call, error_line
 from transformers import AutoTokenizer
 
 from utils.batches.token_dataset import load_manifest, open_split
-from utils.text.cleaning import clean_basic, clean_standard
+from utils.text.cleaning import clean_standard
 from utils.text.deduplication import digest, is_validation
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
@@ -34,17 +35,20 @@ def documents(folder: Path, split: str) -> list[str]:
 
 def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
-    cleaned = {digest(text): text for text in map(clean_standard, TEXTS)}
-    expected = {split: [text for key, text in cleaned.items() if is_validation(key, 0.1) == (split == "validation")]
-                for split in ("train", "validation")}  # fmt: skip
-    for split, texts in expected.items():
+    manifest = load_manifest(dataset)
+    cleaned = [clean_standard(text) for text in TEXTS]
+    found = {split: documents(dataset, split) for split in ("train", "validation")}
+    assert len(TEXTS) == sum(map(len, found.values())) + sum(manifest["dropped"].values())
+    for split, texts in found.items():
         tokens = open_split(dataset, split)
-        assert len(tokens.offsets) - 1 == len(texts) == load_manifest(dataset)["splits"][split]["documents"]
+        kept = set(texts)
+        assert texts == list(dict.fromkeys(text for text in cleaned if text in kept))  # in the order of the source, none twice
+        assert len(texts) == manifest["splits"][split]["documents"]
+        assert manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
         for index, text in enumerate(texts):
+            assert is_validation(digest(text), 0.1) == (split == "validation")
             ids = tokens.read(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
             assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        assert documents(dataset, split) == texts
-        assert load_manifest(dataset)["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
 
 
 def test_table_counts_and_a_second_call_does_nothing(tmp_path):
@@ -52,10 +56,10 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
     records = [
         *TEXTS[:50],
         TEXTS[0],
-        TEXTS[1] + "  \n\n",
+        TEXTS[1].upper() + "  \n\n!",
         "",
         " \u200b\n",
-    ]  # two duplicates (one after cleaning), two empty
+    ]  # two duplicates (one but for case and punctuation), two empty
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
     first = prepare(tmp_path / "out", "--sources", f"[{source}]")
     manifest = load_manifest(tmp_path / "out")
@@ -65,17 +69,46 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
     assert (
         "exact duplicate" in first
         and "bytes/token" in first
-        and "seconds:" in first
+        and "tokenizer    0." in first
         and "400 entries, from the training documents" in first
     )
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert "nothing to do" in prepare(tmp_path / "out", "--sources", f"[{source}]")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    refused = error_line(
-        "prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{source}]", "--cleaning", "basic"
-    )
-    assert "other sources or options" in refused
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_the_report_can_be_opened_and_says_what_was_dropped(dataset):
+    page = (dataset / "report.html").read_text(encoding="utf-8")
+    assert "near duplicate" in page.lower() and "src=" not in page and "href=" not in page
+    assert "tokens/word" in (dataset / "README.md").read_text(encoding="utf-8")
+
+
+def test_weights_and_mixtures(tmp_path):
+    """Weight 2 stores each training document twice, a half of them 0.5, none of the validation ones twice."""
+    for name, texts in {"a": TEXTS[:300], "b": TEXTS[300:900], "c": TEXTS[900:1000]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 2), ("b", 0.5), ("c", 0))]
+    prepare(tmp_path / "out", "--sources", json.dumps(sources))
+    prepare(tmp_path / "one", "--sources", json.dumps([source | {"weight": 1} for source in sources]))
+    found, once = (Counter(documents(tmp_path / name, "train")) for name in ("out", "one"))
+    by_source = [{clean_standard(text) for text in TEXTS[start:stop]} & set(once) for start, stop in ((0, 300), (300, 900), (900, 1000))]
+    assert all(found[text] == 2 for text in by_source[0])
+    halved = [found[text] for text in by_source[1]]
+    assert set(halved) == {0, 1} and 0.4 < sum(halved) / len(halved) < 0.6
+    assert not any(found[text] for text in by_source[2])
+    assert documents(tmp_path / "out", "validation") == documents(tmp_path / "one", "validation")
+    figures = load_manifest(tmp_path / "out")["splits"]["train"]
+    assert sum(source["tokens"] for source in figures["sources"].values()) == figures["tokens"]
+    assert figures["sources"]["a"]["documents"] == 2 * len(by_source[0])
+
+
+def test_dropped_documents_can_be_kept_for_reading(tmp_path):
+    prepare(tmp_path / "out", "--keep_dropped", "true", "--cleaning.steps", "[standard, length]",
+            "--cleaning.min_characters", "60")  # fmt: skip
+    dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
+    assert Counter(item["reason"] for item in dropped) == load_manifest(tmp_path / "out")["dropped"]
+    assert all(len(item["text"]) < 60 for item in dropped if item["reason"].startswith("length"))
+    assert {"reason", "id", "source", "text"} == set(dropped[0])
 
 
 def test_every_format_and_a_folder_give_the_same_documents(tmp_path):
@@ -131,35 +164,17 @@ def test_a_given_tokenizer_is_taken(tmp_path, dataset):
         assert (ours.read(0, ours.num_tokens) == theirs.read(0, theirs.num_tokens)).all()
 
 
-@pytest.mark.parametrize(
-    ("raw", "standard", "basic"),
-    [
-        ("e\u0301te\u0301  two\r\nlines", "été  two\nlines", "été two lines"),
-        ("a\x00b\x07c\ufeff\td", "abc\td", "abc d"),
-        ("e\u200b\u0301", "é", "e"),
-        ("  indented\nline   \n\n\n\nnext\n", "  indented\nline\n\nnext", "indented line next"),
-        ("price: 5 € (*cheap*)", "price: 5 € (*cheap*)", "price: 5 (cheap)"),
-        ("می\u200cخواهم", "می\u200cخواهم", "میخواهم"),
-        ("\u200b \n\t", "", ""),
-    ],
-)
-def test_cleaning_rules(raw, standard, basic):
-    assert clean_standard(raw).strip() == standard.strip()
-    assert clean_basic(raw) == basic
-    assert clean_standard(clean_standard(raw)) == clean_standard(raw)
-
-
 BAD_SOURCES = {  # source, what the error line must say
     "missing": ("no/such/file.txt", "no such file"),
     "empty_folder": ("empty_folder", "no .txt"),
-    "empty": ("empty.jsonl", "the file is empty"),
+    "empty": ("empty.jsonl", "the file is empty; 1 of 1 records are broken"),
     "empty_text": ("empty.txt", "split is empty: 1 documents, 1 dropped"),
-    "mixed": ("mixed.jsonl", "not text"),
+    "mixed": ("mixed.jsonl", "line 2: column 'text' holds int, not text"),
     "binary": ("binary.txt", "binary file"),
     "latin1": ("latin1.txt", "line 2: not UTF-8"),
     "broken": ("broken.jsonl", "line 3: not a JSON record"),
-    "numbers": ("numbers.jsonl", "holds Value('int64'), not text"),
-    "other": ("other.csv", "no column 'text'; it has title, body"),
+    "numbers": ("numbers.jsonl", "line 1: column 'text' holds int, not text"),
+    "other": ("other.csv", "line 2: no column 'text'; it has title, body"),
     "fake": ("fake.parquet", "cannot be read as parquet"),
     "kind": ("book.pdf", "unknown kind"),
     "one": ("one.jsonl", "split is empty"),
@@ -190,7 +205,9 @@ def test_bad_sources_get_one_line_and_leave_nothing(case, tmp_path):
     name, expected = BAD_SOURCES[case]
     line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{tmp_path / name}]")
     assert expected in line and ("split is empty" in expected or Path(name).name in line)
-    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+    left = [path.name for path in tmp_path.iterdir() if "out" in path.name]
+    assert left in ([], [".out.stages"])  # the stages that did come to an end
+    assert not left or not list((tmp_path / ".out.stages").glob(".*"))
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):

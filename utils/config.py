@@ -25,8 +25,12 @@ class DataConfig:
     num_workers: int = 0
     """Loader processes per rank. 0 is fastest here: a row is a slice of a mapped file."""
 
+    stream_lanes: int = 8
+    """Streams only: independent sequences of documents that each global batch is taken from, in equal parts. It must
+    divide batch.global_batch_size and be a multiple of the processes; they and their loader workers share the lanes."""
+
     def problems(self) -> list[str]:
-        return at_least("data", self, sequence_length=2, num_workers=0)
+        return at_least("data", self, sequence_length=2, num_workers=0, stream_lanes=1)
 
 
 @dataclass

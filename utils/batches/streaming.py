@@ -22,8 +22,10 @@ from utils.batches.packing import IGNORED, Row
 from utils.cli import UserError
 from utils.config import TrainConfig
 
-Position = dict[str, Any]  # JSON
-Cursor = dict[str, Any]  # a document's position and `token`: how many of its tokens are in earlier rows
+# JSON. `epoch`, `broken` and `last_broken` are what `describe_stream` tells; the rest is the stream's own business.
+Position = dict[str, Any]
+# A document's position and `token`: how many of its tokens are in earlier rows.
+Cursor = dict[str, Any]
 
 
 class EncodedDocument(NamedTuple):
@@ -38,6 +40,7 @@ class EncodedDocument(NamedTuple):
 class DocumentStream(Protocol):
     """What a lane reads. It is sent to the loader's workers, so it opens nothing before `documents` is called."""
 
+    num_lanes: int
     identity: str
     """Changes when the documents or their order do: a position means nothing in another stream."""
 
@@ -111,20 +114,19 @@ class _Lanes(IterableDataset):
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         try:
-            rows = {lane: self._iter_lane(lane) for lane in lanes}
+            parts = [self._iter_lane(lane) for lane in lanes]
             while True:
-                yield [
-                    LaneRows(lane, [row for row, _ in taken], taken[-1][1])
-                    for lane in lanes
-                    for taken in [list(itertools.islice(rows[lane], self.rows_per_lane))]
-                ]
+                yield [next(part) for part in parts]
         except (UserError, OSError) as error:  # as an item: raised, the loader would wrap it in a traceback's text
             yield error
 
-    def _iter_lane(self, lane: int) -> Iterator[tuple[Row, Cursor]]:
+    def _iter_lane(self, lane: int) -> Iterator[LaneRows]:
         position = dict(self.cursors.get(lane, {}))
         token = position.pop("token", 0)
-        return iter_rows(self.stream.documents(lane, position or None), self.sequence_length, token)
+        rows = iter_rows(self.stream.documents(lane, position or None), self.sequence_length, token)
+        while True:
+            taken, cursors = zip(*itertools.islice(rows, self.rows_per_lane), strict=True)
+            yield LaneRows(lane, list(taken), cursors[-1])
 
 
 class StreamLoader:
@@ -137,8 +139,8 @@ class StreamLoader:
     """
 
     def __init__(
-        self, stream: DocumentStream, plan: BatchPlan, *, num_lanes: int, rank: int, sequence_length: int,
-        num_workers: int, device: torch.device, state: dict[str, Any] | None,
+        self, stream: DocumentStream, plan: BatchPlan, *, rank: int, sequence_length: int, num_workers: int,
+        device: torch.device, state: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         """`state` is an earlier `state()`, or None for the beginning; the first step is read at once.
 
@@ -148,27 +150,17 @@ class StreamLoader:
             raise UserError("the stream's sources are not those of the checkpoint: files were added, removed or have "
                             "another size; restore them, or start again in another --output")  # fmt: skip
         self.identity, self.device, self.micro_batch = stream.identity, device, plan.micro_batch
-        lanes = range(rank, num_lanes, plan.data_parallel_size)
+        lanes = range(rank, stream.num_lanes, plan.data_parallel_size)
         self.cursors: dict[int, Cursor] = {lane: state["lanes"][lane] for lane in lanes} if state else {}
-        self._workers = min(num_workers, len(lanes))
-        dataset = _Lanes(stream, lanes, self.cursors, plan.global_batch_size // num_lanes, sequence_length)
+        num_workers = min(num_workers, len(lanes))
+        dataset = _Lanes(stream, lanes, self.cursors, plan.global_batch_size // stream.num_lanes, sequence_length)
         loader = DataLoader(
-            dataset, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is, worker_init_fn=_start_worker,
+            dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else it draws from the numbers that dropout uses
         )  # fmt: skip
-        steps = self._iter_steps(iter(loader))
+        steps = _iter_steps(iter(loader), num_workers)
         # What cannot be read should be known before the run claims its folder.
         self._steps = itertools.chain([next(steps)], steps)
-
-    def _iter_steps(self, items: Iterator[list[LaneRows] | Exception]) -> Iterator[list[LaneRows]]:
-        """The lanes of each step, in order, however many workers there are: they answer in turn, one item per step."""
-        while True:
-            step: list[LaneRows] = []
-            for item in itertools.islice(items, max(1, self._workers)):
-                if isinstance(item, Exception):
-                    raise item
-                step += item
-            yield sorted(step, key=lambda part: part.lane)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for step in self._steps:
@@ -183,6 +175,33 @@ class StreamLoader:
         """JSON: the cursors of all lanes, of this process and the others (all ranks call)."""
         cursors = dict(gather_object(list(self.cursors.items())))
         return {"identity": self.identity, "lanes": [cursors[lane] for lane in sorted(cursors)]}
+
+
+def _iter_steps(items: Iterator[list[LaneRows] | Exception], num_workers: int) -> Iterator[list[LaneRows]]:
+    """The lanes of each step, in order, however many workers there are: they answer in turn, one item per step.
+
+    No method of the loader, which would then be part of a cycle: torch stops workers at once when their last reference
+    goes, but takes 5 seconds for each when the garbage collector finds them.
+    """
+    while True:
+        step: list[LaneRows] = []
+        answers = list(itertools.islice(items, max(1, num_workers)))
+        for answer in answers:
+            if isinstance(answer, Exception):
+                del items
+                raise answer
+            step += answer
+        yield sorted(step, key=lambda part: part.lane)
+
+
+def describe_stream(state: dict[str, Any]) -> str:
+    """How far the lanes have come, and what they could not read, on one line."""
+    epochs = sorted({cursor["epoch"] + 1 for cursor in state["lanes"]})
+    line = f"stream: the lanes are in epoch {' to '.join(map(str, epochs[:: max(1, len(epochs) - 1)]))}"
+    if broken := sum(cursor["broken"] for cursor in state["lanes"]):
+        last = next(cursor["last_broken"] for cursor in state["lanes"] if cursor["broken"])
+        line += f"; {broken:,} times a record that cannot be read was passed over, such as {last}"
+    return line
 
 
 def _as_it_is(item: Any) -> Any:

@@ -6,32 +6,34 @@ Near duplicates are found by MinHash (Broder 1997) and locality-sensitive hashin
   words, J = q / (2 - q) of the shingles are common, q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32 with
   n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557): n = 3 leaves the widest gap
   that 5 % is still clearly on the upper side of, also in texts of 40 words.
-- The threshold 0.55 lies in that gap, and a little nearer to what must be found, as a text of 40 words with one edit
-  more than its share has 0.6. It stands for about a tenth of the words edited.
+- The threshold 0.55 lies in that gap, on its upper side but below the 0.6 that a text of 40 words has with one edit more
+  than its share. It stands for a tenth of the words edited. Two texts that have half of their words in common, such as
+  a licence header, have J = 1/3 and are both kept.
 - 128 hashes in 32 bands of 4 rows: a pair of similarity J meets in a band with probability 1 - (1 - J^4)^32: 0.95 for
   J = 0.55, 0.99 for 0.6, 0.9998 for 0.7, 0.05 for 0.2. (FineWeb's 14 bands of 8 give 0.11, 0.21 and 0.56.) What met is
   compared by all 128 hashes: the share of equal ones estimates J with a standard error below 0.04.
+- Short texts: with 20 words, one edit leaves J = 0.71; with 12, 0.54, so that half of them are kept; with 3 to 8, any
+  edit in the middle makes another text.
 """
 
+import os
 from collections.abc import Sequence
+from functools import cache
 from hashlib import blake2b
 
 import numpy as np
-import pyarrow as pa
 from rensa import RMinHash
 
-from utils.text.shingles import hash_ngrams, hash_words, normalize
+from utils.text.shingles import MULTIPLIER, hash_ngrams, hash_words, normalize
 
 DIGEST_BYTES = 16
 NGRAM = 3
 BANDS, ROWS = 32, 4
 NUM_HASHES = BANDS * ROWS
 THRESHOLD = 0.55
+DRIFT = 0.15
 SEED = 1
-BLOCK = 2**14  # signatures at a time: 8 MB
-
-HIGH_BITS = np.uint64(0xFFFFFFFFFF000000)
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+BLOCK = 2**14  # documents compared at a time, 8 MB of signatures
 
 
 def digest(text: str) -> bytes:
@@ -46,7 +48,7 @@ def is_validation(value: bytes, validation_fraction: float) -> bool:
 
 
 def first_of_each(digests: np.ndarray) -> np.ndarray:
-    """Digests (N, 16) uint8 → (N,) bool: True for the first document of each digest. Peak memory 50 bytes a document."""
+    """Digests (N, 16) uint8 → (N,) bool: True for the first document of each digest. Needs 44 bytes per document meanwhile."""
     order = np.lexsort(np.ascontiguousarray(digests).view(np.uint64).T)  # stable: equal ones stay in their order
     ordered = digests[order]
     first = np.empty(len(digests), bool)
@@ -57,54 +59,69 @@ def first_of_each(digests: np.ndarray) -> np.ndarray:
 
 def sketch_documents(texts: list[str]) -> np.ndarray:
     """MinHash signatures (n, NUM_HASHES) uint32. A text of fewer than NGRAM words has one shingle: all of it."""
-    shingles, counts = hash_ngrams(*hash_words(texts, at_least=NGRAM), NGRAM)
+    _keep_rensa_to_one_thread()
+    return _sketch(*hash_ngrams(*hash_words(texts, at_least=NGRAM), NGRAM))
+
+
+def _sketch(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, NUM_HASHES, SEED)
     return np.array(matrix.to_rows(), np.uint32).reshape(-1, NUM_HASHES)  # the only way out: 6 µs a document
 
 
-def signature_chunks(column: pa.ChunkedArray) -> list[np.ndarray]:
-    """A FixedSizeList<uint32>[NUM_HASHES] column as arrays (n, NUM_HASHES) that share its memory (or map its file)."""
-    return [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, NUM_HASHES) for chunk in column.chunks]
+@cache
+def _keep_rensa_to_one_thread() -> None:
+    """A thread pool does not survive a fork: after a first large call here, a forked worker's (`num_proc` of datasets)
+    would wait for it for ever. The pool takes its size from the environment at that call; with one thread it is not used.
+    """
+    before = os.environ.get("RAYON_NUM_THREADS")
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    _sketch(np.zeros(2**17, np.uint64), np.full(2**10, 2**7))
+    if before is None:
+        del os.environ["RAYON_NUM_THREADS"]
+    else:
+        os.environ["RAYON_NUM_THREADS"] = before
 
 
 def find_near_duplicates(
     signatures: Sequence[np.ndarray], lengths: np.ndarray, candidates: np.ndarray, threshold: float = THRESHOLD
 ) -> np.ndarray:
-    """The document that stands for each one's cluster: the longest, and the first of equally long ones.
+    """For each document, the one that stands for its cluster: the longest, and the first of equally long ones.
 
-    `signatures`: chunks (n_i, NUM_HASHES) whose n_i add up to N; `lengths` (N,); `candidates` (N,) bool. Returns (N,)
-    int64: its own index for each document that is kept, and for each that is no candidate.
+    `signatures`: chunks (n_i, NUM_HASHES) uint32 whose n_i add up to N, mapped from a file, as they are read in order 32
+    times; `lengths` (N,); `candidates` (N,) bool. Returns (N,) int64: its own index for each document that is kept, and
+    for each that is no candidate. Needs 44 (no duplicates) to 62 bytes per document meanwhile.
 
-    Two documents are linked when they meet in a band and at least `threshold` of their hashes are equal; a cluster is
-    all that links connect, so two of its members may be less alike than that.
+    The documents of a bucket, those that agree in a band, are compared each with the one before it: linear in N, also
+    where a million of them share a licence header. What such a bucket hides, others show: a band with one hash that is
+    not of the header is enough. Two documents are linked when at least `threshold` of their hashes are equal (below 0.5
+    the bands begin to miss pairs), and a cluster is all that links connect: two edited copies of a text may be unlike,
+    but both are like the text. What a chain has led astray, less than `threshold` - DRIFT like the document that stands
+    for the cluster, is kept.
     """
     table = _SignatureTable(signatures)
     members = np.flatnonzero(candidates).astype(np.uint32)
-    root = np.arange(len(members), dtype=np.uint32)  # of each member, the first member of its cluster so far
-    following = table.band_keys(candidates, 0)
+    root = np.arange(len(members), dtype=np.uint32)  # of each member, an earlier one of its cluster; see `_join`
     for band in range(BANDS):
-        keys, following = following, table.band_keys(candidates, (band + 1) % BANDS)
-        order, later = _sort_into_buckets(keys, following)
-        del keys
-        # Each document of a bucket is compared with the one before it and with the bucket's first: linear in N, also
-        # where a million documents share a bucket.
-        first = later - 1
-        first[1:][np.diff(later) == 1] = 0
-        np.maximum.accumulate(first, out=first)
+        order, later = _sort_into_buckets(table.band_keys(candidates, band))
         for start in range(0, len(later), BLOCK):
-            pairs = slice(start, start + BLOCK)
-            for earlier in (later[pairs] - 1, first[pairs]):
-                left, right = order[later[pairs]], order[earlier]
-                apart = root[left] != root[right]
-                left, right = left[apart], right[apart]
-                alike = table.similarity(members[left], members[right]) >= threshold
-                _join(root, left[alike], right[alike])
-        del order, later, first
-    del following
-    best = _longest_of_each(root, np.asarray(lengths)[members])
+            part = later[start : start + BLOCK]
+            left, right = order[part], order[part - 1]
+            apart = _find(root, left) != _find(root, right)
+            left, right = left[apart], right[apart]
+            alike = table.similarity(members[left], members[right]) >= threshold
+            _join(root, left[alike], right[alike])
+        del order, later
+
+    root = _find(root, np.arange(len(members), dtype=np.uint32))
+    best = _longest_of_each(root, lengths[members])
     cluster = np.arange(len(candidates))
-    cluster[members] = members[best]
+    represented = np.flatnonzero(best != np.arange(len(members)))
+    for start in range(0, len(represented), BLOCK):
+        part = represented[start : start + BLOCK]
+        left, right = members[part], members[best[part]]
+        alike = table.similarity(left, right) >= threshold - DRIFT
+        cluster[left[alike]] = right[alike]
     return cluster
 
 
@@ -137,34 +154,36 @@ class _SignatureTable:
         rows = np.empty((len(documents), NUM_HASHES), np.uint32)
         block_of = np.searchsorted(self.offsets, documents, side="right") - 1
         order = np.argsort(block_of, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(block_of[order])) + 1):
+        for places in np.split(order, np.flatnonzero(np.diff(block_of[order], prepend=-1)))[1:]:
             block = block_of[places[0]]
             rows[places] = self.blocks[block][documents[places] - self.offsets[block]]
         return rows
 
 
-def _sort_into_buckets(keys: np.ndarray, following: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that brings equal keys together, and the places in it whose key is that of the place before.
-
-    A bucket is what agrees in the high 40 bits. The low 24, which are the next band's, sort within it: those that
-    agree in two bands become neighbours, however many others (with one licence header, say) are in the bucket.
-    """
-    keys &= HIGH_BITS
-    keys |= following >> np.uint64(40)
+def _sort_into_buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order that brings equal keys together, and the places in it whose key is that of the place before."""
     order = np.argsort(keys, kind="stable")
-    buckets = keys[order]
-    buckets >>= np.uint64(24)
-    return order, np.flatnonzero(buckets[1:] == buckets[:-1]) + 1
+    ordered = keys[order]
+    return order, np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
 
 
 def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Union-find over whole arrays: lets root[i] be the smallest index of i's cluster after left[k] and right[k] joined."""
+    """Union-find over whole arrays: joins the clusters of left[k] and right[k]; the smallest member is a cluster's root."""
     while len(left):
-        np.minimum.at(root, np.maximum(root[left], root[right]), np.minimum(root[left], root[right]))
-        while (root[root] != root).any():
-            root[:] = root[root]
-        apart = root[left] != root[right]
+        left, right = _find(root, left), _find(root, right)
+        apart = left != right
         left, right = left[apart], right[apart]
+        np.minimum.at(root, np.maximum(left, right), np.minimum(left, right))
+
+
+def _find(root: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """The roots of these documents; halves the ways of all of them on the way, so that chains cost a logarithm."""
+    while True:
+        parents = root[documents]
+        grandparents = root[parents]
+        if (parents == grandparents).all():
+            return parents
+        root[documents] = grandparents
 
 
 def _longest_of_each(root: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -172,6 +191,7 @@ def _longest_of_each(root: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     longest = np.zeros(len(root), lengths.dtype)
     np.maximum.at(longest, root, lengths)
     is_longest = np.flatnonzero(lengths == longest[root])
-    best = np.full(len(root), len(root))
-    np.minimum.at(best, root[is_longest], is_longest)
+    del longest
+    best = np.full(len(root), len(root), np.uint32)
+    np.minimum.at(best, root[is_longest], is_longest.astype(np.uint32))
     return best[root]

@@ -1,47 +1,24 @@
 """report.html: what a text dataset went through, as one page that needs no other file, no script and no network."""
 
-import difflib
-import html
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
+from utils.text.html_elements import PAGE, STYLE, Html, bar, cut, difference, element, note, percent, shares, table
 from utils.text.report import table as console_table
 from utils.text.selection import Selection
 
-SPLITS = ("train", "validation")
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # of each reason; of each document
-REASONS = 40  # with examples and by source, the most frequent: the language filter knows some 180
 CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; of each cluster; of each member
-COMPARED_CHARACTERS = 4000  # of two near duplicates, as difflib's time grows with the square
-FILES, BROKEN, FAILURES = 50, 20, 3
-BINS = 32  # of bytes per token, at most
-
-
-@dataclass
-class Excerpt:
-    """The beginning of a document."""
-
-    id: str
-    source: str
-    bytes: int
-    text: str
-
-
-@dataclass
-class Cluster:
-    """Near duplicates: the document that stands for them, what became of it, and a few of the others."""
-
-    size: int
-    kept: Excerpt
-    fate: str
-    members: list[Excerpt]
+COMPARED_CHARACTERS = 4000  # of near duplicates, to find where they differ
+REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # that are listed; the language filter alone knows 180 reasons
+NAME, LINE = 60, 200  # characters of a source's name and of a line that a file decides, so that the page stays small
 
 
 @dataclass
@@ -49,7 +26,7 @@ class Histogram:
     """A figure of the stored documents, by split."""
 
     edges: np.ndarray
-    """(B + 1,): bin b holds values from edges[b] to below edges[b + 1]; the outermost also what lies beyond."""
+    """(B + 1,): bin b holds values from edges[b] to below edges[b + 1], the outermost also what lies beyond."""
     counts: dict[str, np.ndarray]
     """(B,) int64: documents in each bin."""
     figures: dict[str, list[float]]
@@ -58,18 +35,17 @@ class Histogram:
 
 @dataclass
 class Details:
-    """What the page shows and the manifest does not hold."""
+    """What the page shows and the manifest does not hold. Documents are mappings: text, source, id, bytes, fate."""
 
-    reasons: list[str]
-    """As in Selection: the first is "", for documents that are kept."""
     sources: list[str]
-    counts: np.ndarray
-    """(reasons, sources) int64: documents."""
-    examples: dict[str, list[Excerpt]]
-    """Dropped documents by reason, the most frequent first."""
-    clusters: list[Cluster]
+    counts: dict[str, np.ndarray]
+    """By reason, the most frequent first, (sources,) int64: documents; "" stands for those that are kept."""
+    examples: dict[str, list[dict[str, Any]]]
+    """Dropped documents by reason."""
+    clusters: list[tuple[int, list[dict[str, Any]]]]
+    """Size of a near-duplicate cluster; the document that stands for it, and a few of the others."""
     cluster_sizes: np.ndarray
-    """(clusters,) int64: the size of every near-duplicate cluster."""
+    """(clusters,) int64: of all of them."""
     lengths: Histogram
     """Tokens per document."""
     ratios: Histogram
@@ -82,46 +58,44 @@ def collect_details(
 ) -> Details:  # fmt: skip
     """Count over all N documents, and fetch the texts of the few that the page shows (160 at most).
 
-    Args:
-        cleaned: columns text, source and id.
-        lengths: (N,) UTF-8 bytes of each text.
-        token_lengths: by split, (n,) tokens of each stored document.
-        rows: by split, (n,) the numbers of these documents in `cleaned`.
+    `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored document;
+    `rows` (n,): its number in `cleaned`.
     """
     numbers, first = np.unique(selection.source, return_index=True)
-    width, height = int(numbers[-1]) + 1, len(selection.reasons)
-    cells = np.bincount(selection.code.astype(np.int64) * width + selection.source, minlength=width * height)
-    counts = cells.reshape(height, width)[:, numbers]
+    shape = len(selection.reasons), int(numbers[-1]) + 1
+    pairs = np.bincount(selection.code.astype(np.int64) * shape[1] + selection.source, minlength=shape[0] * shape[1])
+    by_source = dict(zip(selection.reasons, pairs.reshape(shape)[:, numbers], strict=True))
 
-    def excerpt(row: int, characters: int = EXAMPLE_CHARACTERS) -> Excerpt:
+    def excerpt(row: int, characters: int) -> dict[str, Any]:
         record = cleaned[int(row)]
-        return Excerpt(record["id"], record["source"], int(lengths[row]), _cut(record["text"], characters))
+        kept = "kept in validation" if selection.validation[row] else "kept in train"
+        fate = selection.reasons[selection.code[row]] or kept
+        return record | {"text": cut(record["text"], characters), "bytes": int(lengths[row]), "fate": fate}
 
-    examples = {
-        reason: [excerpt(row) for row in _spread(np.flatnonzero(selection.code == selection.reasons.index(reason)), EXAMPLES)]
-        for reason in list(selection.count())[:REASONS]
-    }  # fmt: skip
+    examples = {}
+    for reason in itertools.islice(selection.count(), REASONS):
+        dropped = np.flatnonzero(selection.code == selection.reasons.index(reason))
+        examples[reason] = [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(dropped, EXAMPLES)]
+
     members = np.flatnonzero(selection.cluster != np.arange(len(selection.cluster)))
     roots, sizes = np.unique(selection.cluster[members], return_counts=True)
     by_size = np.argsort(-sizes, kind="stable")
     clusters = []
     for index in [*by_size[:CLUSTERS], *_spread(np.sort(by_size[CLUSTERS:]), CLUSTERS)]:
-        root = roots[index]
-        fate = selection.reasons[selection.code[root]] or SPLITS[int(selection.validation[root])]
-        others = _spread(members[selection.cluster[members] == root], MEMBERS)
-        texts = [excerpt(row, COMPARED_CHARACTERS) for row in (root, *others)]
-        clusters.append(Cluster(int(sizes[index]) + 1, texts[0], fate, texts[1:]))
+        shown = [roots[index], *_spread(members[selection.cluster[members] == roots[index]], MEMBERS)]
+        clusters.append((int(sizes[index]) + 1, [excerpt(row, COMPARED_CHARACTERS) for row in shown]))
 
     tokens = {split: values for split, values in token_lengths.items() if len(values)}
     ratios = {split: lengths[rows[split]] / values for split, values in tokens.items()}
     return Details(
-        selection.reasons, [cleaned[int(row)]["source"] for row in first], counts, examples, clusters, sizes + 1,
-        _histogram(tokens, _half_octaves(tokens)), _histogram(ratios, _even_steps(ratios)),
-    )  # fmt: skip
-
-
-def _cut(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[:characters] + "…"
+        sources=[cleaned[int(row)]["source"] for row in first],
+        counts={reason: by_source[reason] for reason in ["", *selection.count()]},
+        examples=examples,
+        clusters=clusters,
+        cluster_sizes=sizes + 1,
+        lengths=_histogram(tokens, _half_octaves(tokens)),
+        ratios=_histogram(ratios, _even_steps(ratios)),
+    )
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:
@@ -133,16 +107,14 @@ def _half_octaves(values: dict[str, np.ndarray]) -> np.ndarray:
     """Edges 4, 6, 8, 11, 16, ... around all values, from one power of two to another."""
     low = math.floor(math.log2(min(array.min() for array in values.values())))
     high = math.ceil(math.log2(max(array.max() for array in values.values()) + 1))
-    return np.unique(np.round(2 ** (np.arange(2 * low, 2 * high + 1) / 2)))
+    return np.unique(np.round(2 ** (np.arange(2 * low, 2 * high + 1) / 2))).astype(np.int64)
 
 
 def _even_steps(values: dict[str, np.ndarray]) -> np.ndarray:
-    """Edges between whole numbers around all values but one in a thousand on either side."""
-    least, greatest = np.quantile(np.concatenate(list(values.values())), [0.001, 0.999])
-    low, high, step = math.floor(least), math.floor(greatest) + 1, 0.125
-    while (high - low) / step > BINS:
-        step *= 2
-    return np.arange(low, high + step, step)
+    """Edges of about 16 bins around all values but one in two hundred on either side."""
+    least, greatest = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
+    step = 2.0 ** math.ceil(math.log2(max(greatest - least, 4) / 16))
+    return np.arange(math.floor(least / step), math.floor(greatest / step) + 2) * step
 
 
 def _histogram(values: dict[str, np.ndarray], edges: np.ndarray) -> Histogram:
@@ -151,139 +123,170 @@ def _histogram(values: dict[str, np.ndarray], edges: np.ndarray) -> Histogram:
     return Histogram(edges, counts, figures)
 
 
-# ---- Markup
-
-
-class Html(str):
-    """Markup. Any other string is text, and is escaped where an element takes it in."""
-
-
-# HTML forbids control characters: pictures of them (␀, ␛) stand in their place.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-
-
-def _html(content: object) -> str:
-    if isinstance(content, Html):
-        return content
-    if isinstance(content, int | np.integer):
-        return f"{content:,}"
-    # A file name may hold surrogates, for bytes that are no UTF-8: those cannot be written.
-    return html.escape(str(content).encode(errors="replace").decode().translate(CONTROLS))
-
-
-def _element(tag: str, *content: object, **attributes: object) -> Html:
-    """`class_` and `aria_label` stand for class and aria-label; an attribute that is None is left out."""
-    given = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{_html(str(value))}"' for name, value in attributes.items() if value is not None
-    )  # fmt: skip
-    return Html(f"<{tag}{given}>{''.join(map(_html, content))}</{tag}>")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]], *, text_columns: int = 1, caption: str = "") -> Html:
-    """The first columns hold text, the others figures."""
-
-    def row(tag: str, cells: Sequence[object]) -> Html:
-        classes = itertools.chain(["text"] * text_columns, itertools.repeat("figure"))
-        return _element("tr", *(_element(tag, cell, class_=name) for cell, name in zip(cells, classes, strict=False)), "\n")
-
-    body = (row("td", cells) for cells in rows)
-    content = _element("caption", caption), _element("thead", row("th", head)), _element("tbody", *body)
-    return _element("div", _element("table", *content[not caption :]), class_="wide")
-
-
-def _share(part: float, total: float, greatest: float) -> Html:
-    """`part` of `total` in per cent, on a bar whose full width stands for `greatest`."""
-    share = part / max(total, 1)
-    label = "< 0.1%" if 0 < share < 0.001 else f"{share:.1%}"
-    return _element("div", label, class_="share", style=f"--w:{100 * part / max(greatest, 1):.1f}%")
-
-
-def _bars(what: str, counts: dict[str, int], unit: str, total: int) -> Html:
-    greatest = max(counts.values(), default=0)
-    rows = [(name, count, _share(count, total, greatest)) for name, count in counts.items()]
-    return _table([what, unit, "share"], rows)
-
-
-def _section(title: str, *content: object) -> Html:
-    return _element("section", _element("h2", title), *content)
-
-
-def _note(text: str) -> Html:
-    return _element("p", text, class_="note")
-
-
-# ---- The page
-
-
 def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
     """The page, complete. The same arguments give the same text; what comes from documents or file names is escaped."""
-    title = f"{name}: data report"
-    body = [
-        _header(name, manifest), _filtering(manifest, details), _mixture(manifest), _distributions(details),
-        _examples(details), _clusters(manifest, details), _tokenizer(manifest), _recipe(manifest),
-    ]  # fmt: skip
-    policy = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{policy}<title>{_html(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f"<body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _header(name: str, manifest: dict[str, Any]) -> Html:
-    read, splits = manifest["documents_read"], manifest["splits"]
-    kept = read - sum(manifest["dropped"].values())
-    size, tokens = (sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens"))
-    tiles = {
-        "documents read": (read, _bytes(manifest["bytes_read"])),
-        "documents kept": (kept, f"{kept / max(read, 1):.1%} of those read"),
-        **{f"{split} tokens": (figures["tokens"], f"{figures['documents']:,} documents, {_bytes(figures['bytes'])}")
-           for split, figures in splits.items()},
-        "bytes per token": (f"{size / max(tokens, 1):.2f}", "special tokens counted"),
-        "tokenizer entries": (manifest["tokenizer"]["vocab_size"], f"from {manifest['tokenizer']['from']}"),
+    sections = {
+        "Kept and dropped": _filtering(manifest, details), "Mixture": _mixture(manifest),
+        "Distributions": _distributions(details), "Dropped documents": _examples(details),
+        "Near duplicates": _clusters(manifest, details), "Tokenizer": _tokenizer(manifest), "Recipe": _recipe(manifest),
     }  # fmt: skip
-    stream = [
-        _note(
+    body = (element("section", element("h2", title), *parts) for title, parts in sections.items())
+    return PAGE + "".join([
+        element("title", f"{name}: data report"), element("style", Html(STYLE)), *_header(name, manifest), *body, "\n",
+    ])  # fmt: skip
+
+
+def _header(name: str, manifest: dict[str, Any]) -> Iterator[Html]:
+    read, splits = manifest["documents_read"], manifest["splits"]
+    yield element("h1", "Token dataset ", element("b", name))
+    if manifest["stream"]:
+        yield note(
             f"The training text is a stream: it is read, cleaned and tokenized while training, and not stored. All figures "
-            f"here are those of its head, the first {read:,} documents; of them the validation split is stored."
+            f"here are those of its head: the first documents of each source, {read:,} in all."
         )
-    ]
-    return _element(
-        "header", _element("h1", "Token dataset ", _element("b", name)), *stream[: manifest["stream"]],
-        _element("dl", *(
-            _element("div", _element("dt", what), _element("dd", figure), _element("dd", note, class_="note"))
-            for what, (figure, note) in tiles.items()
-        )),
-    )  # fmt: skip
+    kept = read - sum(manifest["dropped"].values())
+    sums = {key: sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")}
+    parts, tiles = [], [
+        ("documents read", read, f"{manifest['bytes_read'] / 1e6:,.2f} MB of text"),
+        ("documents kept", kept, f"{percent(kept, read)} of those read"),
+        *((f"tokens, {split}", item["tokens"], f"{item['documents']:,} documents, {item['bytes'] / 1e6:,.2f} MB")
+          for split, item in splits.items()),
+        ("bytes per token", f"{sums['bytes'] / max(sums['tokens'], 1):.2f}", "special tokens counted"),
+        ("tokenizer entries", manifest["tokenizer"]["vocab_size"], f"from {manifest['tokenizer']['from']}"),
+    ]  # fmt: skip
+    for what, figure, remark in tiles:
+        parts.append(element("div", element("dt", what), element("dd", figure), element("dd", remark, class_="note")))
+    yield element("dl", *parts)
 
 
-def _bytes(count: int) -> str:
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:,.2f} {unit}"
-    return f"{count:,} bytes"
-
-
-def _filtering(manifest: dict[str, Any], details: Details) -> Html:
-    read, total = manifest["read"], manifest["documents_read"]
-    dropped, kept = manifest["dropped"], total - sum(manifest["dropped"].values())
-    parts = [_bars("", {"kept": kept, "dropped": total - kept}, "documents", total)]
+def _filtering(manifest: dict[str, Any], details: Details) -> Iterator[Html]:
+    read, total, dropped = manifest["read"], manifest["documents_read"], manifest["dropped"]
+    kept = total - sum(dropped.values())
+    yield shares(["", "documents", "share of all read"], {"kept": kept, "dropped": total - kept}, total)
     if dropped:
-        parts += [_element("h3", "Dropped, by reason"), _bars("reason", dropped, "documents", total)]
+        head = ["dropped, by reason", "documents", "of all read", "of the dropped"]
+        yield shares(head, dropped, total, total - kept)
     if dropped and len(details.sources) > 1:
-        by_source = details.counts.sum(axis=0)
-        rows = [(f"all {len(details.reasons) - 1}" if False else "documents read", *by_source)]
-        for reason in ["", *list(dropped)[:REASONS]]:
-            counts = details.counts[details.reasons.index(reason)]
-            rows.append((reason or "kept", *(_heat(a, b) for a, b in zip(counts, by_source, strict=True))))
-        parts += [_element("h3", "Reasons by source"), _table(["", *(_cut(name, 60) for name in details.sources)], rows)]
+        read_from = np.sum(list(details.counts.values()), axis=0)
+        rows = [(reason or "kept", *map(bar, counts, counts, read_from)) for reason, counts in details.counts.items()]
+        yield table(["reason, by source", *(cut(source, NAME) for source in details.sources)], rows[: REASONS + 1])
     changed = {step: count for step, count in manifest["changed"].items() if count}
-    parts.append(_element("h3", "Documents changed, by cleaning step"))
-    parts.append(_bars("step", changed, "documents", total) if changed else _note("No step changed any document."))
+    if changed:
+        yield shares(["changed, by step", "documents", "share of all read"], changed, total)
+    else:
+        yield note("No cleaning step changed a document.")
     if read["skipped"]:
-        parts += [_element("h3", "Skipped records"), _table(["why", "records"], read["skipped"].items())]
+        yield table(["skipped, and why", "records"], read["skipped"].items())
     if read["broken"]:
-        records = [(item["file"], item["why"]) for item in read["broken_records"][:BROKEN]]
-        more = f"The first {len(records):,} of {read['broken']:,}." if read["broken"] > len(records) else ""
-        parts += [_element("h3", "Broken records"), _table(["file", "why"], records, text_columns=2), _note(more)]
-    return _section("Kept and dropped", *parts)
+        records = [(cut(item["file"], LINE), cut(item["why"], LINE)) for item in read["broken_records"][:BROKEN]]
+        yield table([f"broken ({len(records):,} of {read['broken']:,} shown)", "why"], records, text_columns=2)
+
+
+def _mixture(manifest: dict[str, Any]) -> Iterator[Html]:
+    for split, total in manifest["splits"].items():
+        rows = []
+        for source, item in [*total["sources"].items(), ("all", total)]:
+            ratio = f"{item['bytes'] / max(item['tokens'], 1):.2f}"
+            share = bar(percent(item["tokens"], total["tokens"]), item["tokens"], total["tokens"], split)
+            rows.append((cut(source, NAME), item["documents"], item["bytes"], item["tokens"], ratio, share))
+        yield table([split, "documents", "bytes", "tokens", "bytes/token", "share of tokens"], rows)
+
+
+def _distributions(details: Details) -> Iterator[Html]:
+    tokens, ratios = details.lengths.edges.tolist(), details.ratios.edges.tolist()
+    spans = [f"{low:,}" if low + 1 == high else f"{low:,}–{high - 1:,}" for low, high in itertools.pairwise(tokens)]
+    ranges = [f"{low:.2f}–{high:.2f}" for low, high in itertools.pairwise(ratios)]
+    ranges[0], ranges[-1] = f"below {ratios[1]:.2f}", f"from {ratios[-2]:.2f}"
+    yield element(
+        "div", _distribution("tokens per document", 0, details.lengths, spans),
+        _distribution("bytes per token", 2, details.ratios, ranges), class_="halves",
+    )  # fmt: skip
+    yield note("Documents as stored, a repeated one as often as it is; special tokens counted.")
+
+
+def _distribution(what: str, digits: int, histogram: Histogram, labels: list[str]) -> Html:
+    """Figures of each split, and its documents by bin, the splits side by side."""
+    splits = list(histogram.counts)
+    names = ("mean", "median", "95th percentile", "least", "greatest")
+    figures = [
+        (name, *(f"{histogram.figures[split][at]:,.{digits}f}" for split in splits)) for at, name in enumerate(names)
+    ]
+    parts = {split: counts / counts.sum() for split, counts in histogram.counts.items()}
+    greatest = max(part.max() for part in parts.values())
+    bins = [
+        (label, *(bar(percent(part[at], 1), part[at], greatest, split) for split, part in parts.items()))
+        for at, label in enumerate(labels)
+    ]
+    heads = [f"share of {split}" for split in splits]
+    return element("div", table([what, *splits], figures), table([what, *heads], bins))
+
+
+def _examples(details: Details) -> Iterator[Html]:
+    reasons, shown = len(details.counts) - 1, len(details.examples)
+    yield note(f"Up to {EXAMPLES} documents, from all over the corpus, of {shown:,} of {reasons:,} reasons.")
+    for reason, documents in details.examples.items():
+        heading = element("summary", element("b", reason), f" · {details.counts[reason].sum():,} dropped")
+        yield element("details", heading, element("div", *map(_excerpt, documents), class_="thirds"), open="")
+
+
+def _excerpt(document: dict[str, Any], shown: Html | None = None, note: str = "") -> Html:
+    """The beginning of a document with its origin; `shown` in place of its text."""
+    origin = f" · {cut(document['source'], NAME)} · {document['bytes']:,} bytes{note}"
+    text = shown or document["text"] or element("i", "(no text)")
+    caption = element("figcaption", element("code", cut(document["id"], 2 * NAME)), origin)
+    return element("figure", caption, element("blockquote", text, dir="auto"))
+
+
+def _clusters(manifest: dict[str, Any], details: Details) -> Iterator[Html]:
+    sizes = details.cluster_sizes
+    if not len(sizes):
+        off = manifest["options"]["deduplication"]["near_threshold"] is None
+        yield note("Near duplicates were not looked for." if off else "No near duplicates were found.")
+        return
+    yield note(
+        f"{len(sizes):,} clusters hold {sizes.sum():,} documents, the largest {sizes.max():,}. The longest document of each "
+        f"is kept. Below, the {CLUSTERS} largest clusters and {CLUSTERS} others from all over the corpus: first what is kept, "
+        f"then others from where they first differ. Struck out is what only the kept one has, underlined what it has not."
+    )
+    spans = {}
+    for octave, count in enumerate(np.bincount(np.ceil(np.log2(sizes)).astype(np.int64)).tolist()):
+        if count:
+            spans[f"{2 ** (octave - 1) + 1:,}–{2**octave:,}" if octave > 1 else "2"] = count
+    yield shares(["documents in a cluster", "clusters", "share of clusters"], spans, len(sizes))
+    for size, (kept, *others) in details.clusters:
+        beginning = element("span", cut(kept["text"], MEMBER_CHARACTERS))
+        figures = [_excerpt(kept, beginning, f" · {kept['fate']}")]
+        figures += [_excerpt(item, difference(kept["text"], item["text"], MEMBER_CHARACTERS)) for item in others]
+        heading = element("summary", element("b", f"{size:,} documents"))
+        yield element("details", heading, element("div", *figures, class_="quarters"), open="")
+
+
+def _tokenizer(manifest: dict[str, Any]) -> Iterator[Html]:
+    rows, failures = [], []
+    for source, item in manifest["tokenizer"]["sources"].items():
+        figures = [f"{item['bytes_per_token']:.2f}", f"{item['fertility']:.2f}", f"{item['unknown_rate']:.2%}"]
+        rows.append([cut(source, NAME), *figures, f"{item['round_trip_share']:.1%}"])
+        for failure in item.get("round_trip_failures", [])[:FAILURES]:
+            text = failure if isinstance(failure, str) else json.dumps(failure, ensure_ascii=False)
+            failures.append((cut(source, NAME), cut(text, LINE)))
+    yield table(["source, by a sample of it", "bytes/token", "tokens/word", "unknown", "round trip"], rows)
+    if failures:
+        yield table(["source", "text that does not come back from its tokens"], failures, text_columns=2)
+
+
+def _recipe(manifest: dict[str, Any]) -> Iterator[Html]:
+    files, shown = manifest["files"], manifest["files"][:FILES]
+    rows = [(cut(item["source"], NAME), cut(item["name"], LINE), item["content"], item["bytes"]) for item in shown]
+    yield table(["source", f"file ({len(shown):,} of {len(files):,} shown)", "content", "bytes"], rows, text_columns=3)
+    yield table(["option", "value"], _flatten(manifest["options"]), text_columns=2)
+    yield table(["library", "version"], manifest["versions"].items(), text_columns=2)
+    figures = element("pre", console_table(manifest))
+    yield element("details", element("summary", "The figures as plain text"), figures)
+
+
+def _flatten(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, cut(json.dumps(value, ensure_ascii=False), 100 * LINE)

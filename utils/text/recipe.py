@@ -238,14 +238,14 @@ class PrepareConfig:
         found = at_least("", self, num_proc=1, stream_head_documents=10)
         if not self.sources:
             found.append("sources is empty; name at least one file or folder")
-        seen: dict[str, int] = {}
         for number, entry in enumerate(self.sources, start=1):
-            source, problems = parse_source(entry, f"sources entry {number}")
-            found += problems
-            name = str(source and (source.name or source.path or f"{source.hub} {source.config} {source.split}"))
-            if source and name in seen:
-                found.append(f"sources entries {seen[name]} and {number} are both {name}")
-            seen[name] = number
+            found += parse_source(entry, f"sources entry {number}")[1]
+        if self.sources and not found:
+            sources = resolve_sources(self)
+            names = [source.name for source in sources]
+            found += [f"two entries of sources are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+            if not any(source.weight for source in sources):
+                found.append("sources: every weight is 0, so there is nothing to train on")
         if not 0 < self.validation_fraction < 1:
             found.append(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if not 0 <= self.max_broken_share <= 1:

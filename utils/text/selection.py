@@ -1,9 +1,9 @@
 """Which documents are kept and for which split: exact and near duplicates, the held-out share, contamination."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -87,11 +87,11 @@ def select_documents(
     chance = (_as_uint64(digests[:, 8:]) / 2**64).astype(np.float32)
     selection = Selection(reasons, code, validation, cluster, source, chance)
     if config.contamination_overlap is not None:
-        index = build_index(chain(iter_texts(cleaned, lengths, validation), evaluation_texts))
+        index = build_index(itertools.chain(iter_texts(cleaned, lengths, validation), evaluation_texts))
         start = 0
         train = np.flatnonzero(selection.train)
         for texts in iter_texts(cleaned, lengths, selection.train):
-            found = find_contaminated(texts, index, config.contamination_overlap)
+            found = np.array(find_contaminated(texts, index, config.contamination_overlap))
             code[train[start : start + len(texts)][found >= 0]] = reasons.index(CONTAMINATED)
             start += len(texts)
     return selection

@@ -14,6 +14,8 @@ import numpy as np
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplication by it loses no bits
 CACHED_WORDS = 2**17  # some 25 MB per process
 LETTER = re.compile(r"[^\W\d_]")
+# NFKC makes a space and a combining mark of an accent that stands alone, as in ´quoted´.
+LONE_MARKS = re.compile("[ \n\t][\u0300-\u036f\u064b-\u0652\u3099\u309a]+")
 WITHOUT_SPACES = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 
@@ -58,6 +60,8 @@ def split_words(text: str) -> list[str]:
     """
     # Case folding can leave what NFKC would compose again (Unicode, chapter 3.13, on caseless matching).
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    if not folded.isascii():
+        folded = LONE_MARKS.sub(" ", folded)
     return folded.translate(SEPARATED).split() if LETTER.search(folded) else folded.split()
 
 

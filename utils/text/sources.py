@@ -1,12 +1,15 @@
 """From an entry of the recipe to its documents: which files, what is inside them, which reader."""
 
 import bz2
+import contextlib
 import fnmatch
 import gzip
 import io
 import itertools
 import json
 import lzma
+import os
+import shutil
 import sys
 import tarfile
 import zlib
@@ -229,11 +232,21 @@ def _read_table(table: Any, name: str, source: SourceConfig) -> Iterator[Record]
         yield make_document(record, name, number, "record", source)
 
 
-def save_standard_input(path: Path) -> None:
-    """Copy standard input to a file, which is then read like any other."""
-    with path.open("wb") as file:
-        while chunk := sys.stdin.buffer.read(1 << 20):
-            file.write(chunk)
+@contextlib.contextmanager
+def standard_input_in_file(sources: list[SourceConfig], folder: Path) -> Iterator[None]:
+    """Copy standard input to a file, so that a source `-` is read like any other while this lasts."""
+    path = folder / f".pipe-{os.getpid()}" / "standard_input"
+    piped = [source for source in sources if source.path == "-"]
+    for source in piped:
+        source.path, source.kind = str(path), source.kind or "text"
+    try:
+        if piped:
+            path.parent.mkdir(parents=True)
+            with path.open("wb") as file:
+                shutil.copyfileobj(sys.stdin.buffer, file)
+        yield
+    finally:
+        shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def iter_documents(source: SourceConfig, units: list[Path | None]) -> Iterator[dict[str, str]]:

@@ -59,7 +59,7 @@ class Stages:
     def remove_unused(self) -> None:
         """Drop the results of earlier recipes, and what a killed call left."""
         for path in self.folder.iterdir():
-            if path not in self._used:
+            if path not in self._used and path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

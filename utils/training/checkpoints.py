@@ -53,6 +53,8 @@ class TrainState:
     patience_loss: float | None = None
     """The loss that the next evaluation has to beat by early_stopping_min_delta, in nats per token."""
     evaluations_without_improvement: int = 0
+    stream: dict[str, Any] | None = None
+    """Where each lane of a streamed dataset stands (`StreamLoader.state`); None where the data is stored."""
 
 
 def save_checkpoint(

@@ -1,0 +1,273 @@
+"""Encoding text and loading tokens, against the two maps of transformers' run_clm example.
+
+    python benchmarks/prepare_data.py --input corpus/ notes.jsonl     # any sources that prepare_data.py reads
+    python benchmarks/prepare_data.py --quick                         # the sample, in two minutes
+
+The peer tokenizes with one `datasets.map`, and with a second one joins the tokens of each batch and cuts them into blocks
+of 1,024, dropping the rest: what run_clm describes. Both sides start from the same table of cleaned documents on disk, use
+the same tokenizer, one process and all cores, and end with tokens on disk. Each measurement is its own process; the sides
+take turns, and the medians count. Whole runs of prepare_data.py are measured beside, for time and memory: cleaning and
+deduplication have no counterpart in the peer.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BLOCK = 1024
+BATCH = 8
+SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--input", nargs="+", default=[str(SAMPLE)], help="files or folders (default: the sample)")
+    parser.add_argument("--vocab_size", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round, a small vocabulary")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        side, folder = arguments.measure
+        print(json.dumps(MEASUREMENTS[side](Path(folder))))
+        return
+    if arguments.quick:
+        arguments.rounds, arguments.vocab_size = 1, 8192
+    with tempfile.TemporaryDirectory() as folder:
+        report(run(arguments, Path(folder)))
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    command = [
+        sys.executable, str(ROOT / "prepare_data.py"), "--sources", json.dumps([str(Path(p).resolve()) for p in arguments.input]),
+        "--output", str(folder / "dataset"), "--tokenizer.vocab_size", str(arguments.vocab_size),
+    ]  # fmt: skip
+    started = time.perf_counter()
+    peak = run_watched(command)
+    whole_seconds = time.perf_counter() - started
+
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in MEASUREMENTS}
+    for _ in range(arguments.rounds):
+        for side in MEASUREMENTS:
+            process = subprocess.run(
+                [sys.executable, __file__, "--measure", side, str(folder)], capture_output=True, text=True, check=False,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+            if process.returncode:
+                sys.exit(f"{side} failed:\n{process.stderr[-3000:]}")
+            results[side].append(json.loads(process.stdout.splitlines()[-1]))
+    manifest = json.loads((folder / "dataset" / "manifest.json").read_text(encoding="utf-8"))
+    tokens = sum(split["tokens"] for split in manifest["splits"].values())
+    stored = sum(path.stat().st_size for split in manifest["splits"] for path in (folder / "dataset" / split).iterdir())
+    return {
+        "bytes_per_token": stored / tokens,
+        "sides": results,
+        "manifest": manifest,
+        "seconds": whole_seconds,
+        "peak_memory_bytes": peak,
+    }
+
+
+def run_watched(command: list[str]) -> int:
+    """Run a command to its end; its largest anonymous memory in bytes (mapped files are the system's to drop)."""
+    peak = 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    watcher.join()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{errors[-3000:]}")
+    return peak
+
+
+def anonymous_bytes(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def cleaned_documents(folder: Path) -> Any:
+    """The documents of both splits as prepare_data.py cleaned them, in one table on disk."""
+    import numpy as np
+
+    from utils.text.selection import Selection
+    from utils.text.stages import load_slices
+
+    stages = folder / ".dataset.stages"
+    (cleaned,), (selected,) = stages.glob("clean-*"), stages.glob("select-*")
+    return (
+        load_slices(cleaned / "clean.arrow")
+        .select(np.flatnonzero(Selection.load(selected).code == 0))
+        .select_columns(["text"])
+    )
+
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder / "dataset" / "tokenizer")
+
+
+def measure_peer(folder: Path) -> dict[str, Any]:
+    """Two maps, as in run_clm; the result stays on disk for `measure_peer_loader`."""
+    import datasets
+
+    documents, tokenizer = cleaned_documents(folder), tokenizer_of(folder)
+    datasets.disable_progress_bars()
+    out = folder / "peer"
+    out.mkdir(exist_ok=True)
+
+    def tokenize(batch: dict[str, list]) -> Any:
+        return tokenizer(batch["text"])
+
+    def group(batch: dict[str, list]) -> dict[str, list]:
+        joined = {name: [value for values in column for value in values] for name, column in batch.items()}
+        total = len(joined["input_ids"]) // BLOCK * BLOCK
+        blocks = {name: [values[i : i + BLOCK] for i in range(0, total, BLOCK)] for name, values in joined.items()}
+        blocks["labels"] = [list(block) for block in blocks["input_ids"]]
+        return blocks
+
+    started = time.perf_counter()
+    options: dict[str, Any] = {"batched": True, "new_fingerprint": "peer"}
+    tokenized = documents.map(
+        tokenize, remove_columns=["text"], cache_file_name=str(out / "tokenized.arrow"), **options
+    )
+    grouped = tokenized.map(group, cache_file_name=str(out / "grouped.arrow"), **options)
+    seconds = time.perf_counter() - started
+    tokens = sum(len(chunk.values) for chunk in tokenized.data.column("input_ids").chunks)
+    return {
+        "seconds": seconds, "tokens": tokens, "tokens_lost": tokens - len(grouped) * BLOCK,
+        "disk_bytes": (out / "grouped.arrow").stat().st_size,
+    }  # fmt: skip
+
+
+def measure_encoding(folder: Path, *, fast: bool) -> dict[str, Any]:
+    """Plainloop's encoding of the same documents."""
+    from prepare_data import encode_split
+    from utils.text.encoding import build_encoder
+    from utils.text.stages import text_bytes
+    from utils.text.tokenization import load_tokenizer
+
+    import datasets
+
+    datasets.disable_progress_bars()
+    documents, tokenizer = cleaned_documents(folder), load_tokenizer(str(folder / "dataset" / "tokenizer"))
+    lengths = text_bytes(documents.flatten_indices())
+    out = folder / ("ours_fast" if fast else "ours")
+    started = time.perf_counter()
+    encoder = build_encoder(tokenizer, documents[:100]["text"], use_gigatoken=fast)
+    tokens = encode_split(documents, lengths, encoder, out / f"run-{time.time_ns()}" / "train")
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "tokens": int(tokens.sum()), "note": encoder.note}
+
+
+def measure_peer_loader(folder: Path) -> dict[str, Any]:
+    import datasets
+    import torch
+    from transformers import default_data_collator
+
+    grouped = datasets.Dataset.from_file(str(folder / "peer" / "grouped.arrow"))
+    loader = torch.utils.data.DataLoader(grouped, batch_size=BATCH, shuffle=True, collate_fn=default_data_collator)  # type: ignore[arg-type]
+    return time_blocks(loader)
+
+
+def measure_loader(folder: Path) -> dict[str, Any]:
+    from utils.batches.batch_plan import plan_batches
+    from utils.batches.loaders import build_layout, build_train_loader
+    from utils.batches.token_dataset import open_split
+
+    layout = build_layout(open_split(folder / "dataset", "train"), "packed", BLOCK, 0)
+    plan = plan_batches(BATCH, None, 1)
+    loader = build_train_loader(layout, plan, samples_seen=0, seed=0, pad_token_id=0, num_workers=0)
+    return time_blocks(loader)
+
+
+def time_blocks(loader: Any, seconds: float = 5.0) -> dict[str, Any]:
+    """Blocks per second of a loader, in which each batch is looked at; starts again when it comes to its end."""
+    for batch in loader:
+        batch["input_ids"].sum()
+        break
+    blocks, started = 0, time.perf_counter()
+    while True:
+        for batch in loader:
+            blocks += len(batch["input_ids"])
+            elapsed = time.perf_counter() - started
+            if elapsed > seconds:
+                return {"blocks_per_second": blocks / elapsed}
+
+
+MEASUREMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "peer": measure_peer,
+    "tokenizers": partial(measure_encoding, fast=False),
+    "fast": partial(measure_encoding, fast=True),
+    "peer loader": measure_peer_loader,
+    "loader": measure_loader,
+}
+
+
+def report(results: dict[str, Any]) -> None:
+    sides, manifest = results["sides"], results["manifest"]
+
+    def median(side: str, name: str) -> float:
+        return statistics.median(item[name] for item in sides[side])
+
+    speeds = {side: median(side, "tokens") / median(side, "seconds") for side in ("peer", "tokenizers", "fast")}
+    print(f"{'':<26}{'seconds':>10}{'tokens/s':>14}{'ratio':>8}")
+    for side, speed in speeds.items():
+        note = sides[side][0].get("note", "")
+        print(f"{side:<26}{median(side, 'seconds'):>10.2f}{speed:>14,.0f}{speed / speeds['peer']:>8.2f}  {note}")
+    loaders = {side: median(side, "blocks_per_second") for side in ("peer loader", "loader")}
+    for side, speed in loaders.items():
+        print(f"{side:<26}{'':>10}{speed:>14,.0f}{speed / loaders['peer loader']:>8.1f}  blocks of {BLOCK} per second")
+    splits = manifest["splits"].values()
+    tokens, documents = (sum(split[name] for split in splits) for name in ("tokens", "documents"))
+    # The peer counts what the tokenizer gives for each document; ours has an end-of-text token more for each.
+    lost = int(median("peer", "tokens")) + documents - tokens + tokens - int(median("tokenizers", "tokens"))
+    print(f"{'whole run':<26}{results['seconds']:>10.2f}{tokens / results['seconds']:>14,.0f}")
+    print(f"peak anonymous memory of the whole run: {results['peak_memory_bytes']:,} bytes")
+    print(
+        f"on disk: {results['bytes_per_token']:.3f} bytes a token; the peer {median('peer', 'disk_bytes') / tokens:.2f}"
+    )
+    print(
+        f"tokens lost: {lost}; by the peer {int(median('peer', 'tokens_lost')):,} of {int(median('peer', 'tokens')):,}"
+    )
+    print(json.dumps({
+        "ratio_tokenizers": round(speeds["tokenizers"] / speeds["peer"], 3),
+        "ratio_fast": round(speeds["fast"] / speeds["peer"], 3),
+        "bytes_per_token": round(results["bytes_per_token"], 4),
+        "loader_ratio": round(loaders["loader"] / loaders["peer loader"], 1),
+        "tokens_lost": lost,
+        "peak_memory_bytes": results["peak_memory_bytes"],
+        "tokens": tokens,
+        "whole_run_tokens_per_second": round(tokens / results["seconds"]),
+        "whole_run_seconds": round(results["seconds"], 2),
+        "fast_note": sides["fast"][0]["note"],
+        "rounds": len(sides["peer"]),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

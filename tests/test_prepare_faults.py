@@ -1,0 +1,192 @@
+"""prepare_data.py when things go wrong: killed, out of disk, called twice, fed with what no one would write by hand."""
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, environment, error_line, script
+from test_prepare_data import TEXTS, prepare
+
+from utils.batches.token_dataset import load_manifest, open_split
+
+STAGES = ["read", "clean", "sketch", "select", "tokenizer"]
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "prepare_data.py", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*")) if path.is_file()
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_at_five_moments_the_next_call_goes_on_and_gives_the_same_bytes(tmp_path):
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": f"{text} {copy}"}) + "\n" for copy in range(2) for text in TEXTS))
+    options = ["--sources", f"[{source}]", "--tokenizer.vocab_size", "1000"]
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    script("prepare_data.py", "--output", reference / "out", *options)
+    expected = hashes(reference / "out")
+    for stage in STAGES:
+        folder = tmp_path / stage
+        folder.mkdir()
+        process = start("--output", folder / "out", *options)
+        assert process.stdout
+        for line in process.stdout:  # the stage has ended, the next one is under way
+            if line.startswith(stage):
+                break
+        time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (folder / "out").exists()
+        finished = script("prepare_data.py", "--output", folder / "out", *options).stdout
+        assert f"{stage:<12} reused" in finished
+        assert hashes(folder / "out") == expected
+        assert [path.name for path in (folder / ".out.stages").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_second_call_at_the_same_time_refuses_and_the_first_ends_well(tmp_path):
+    options = ["--output", tmp_path / "out", "--tokenizer.vocab_size", "400"]
+    first = start(*options)
+    assert first.stdout
+    first.stdout.readline()  # it is at work: the first stage has ended
+    first.send_signal(signal.SIGSTOP)
+    second = script("prepare_data.py", *options, check=False)
+    assert second.returncode == 2 and "another prepare_data.py is at work on it" in second.stderr
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate()
+    assert first.returncode == 0, errors
+    assert load_manifest(tmp_path / "out")["documents_read"] == len(TEXTS)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str):
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("size", ["1M", "3M", "6M"])
+def test_a_full_disk_gets_one_line_and_keeps_what_was_there(size, tmp_path):
+    """1 MB is full while reading, 3 MB while cleaning, 6 MB while sketching."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, size):
+        prepare(disk / "old", "--sources", f"[{write_lines(tmp_path / 'few.jsonl', TEXTS[:60])}]")
+        before = hashes(disk / "old")
+        line = error_line("prepare_data.py", "--output", disk / "new", "--tokenizer.vocab_size", "400")
+        assert "cannot write" in line and "No space left" in line
+        assert hashes(disk / "old") == before and not (disk / "new").exists()
+        assert not list((disk / ".new.stages").glob(".*"))
+    prepare(tmp_path / "new")  # the same call with room
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_damaged_files_among_good_ones_are_named_and_left_out(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_lines(folder / "good.jsonl", TEXTS[:400])
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(write_lines(tmp_path / "a", TEXTS[400:600]).read_bytes())[:-100])
+    (folder / "empty.jsonl").write_bytes(b"")
+    (folder / "empty.txt").write_bytes(b"")
+    (folder / "latin1.txt").write_bytes("schön\n".encode("latin-1"))
+    with (folder / "long.jsonl").open("wb") as file:
+        file.write(b'{"text": "' + b"x" * (40 << 20) + b'"}\n')
+        file.write(json.dumps({"text": TEXTS[700]}).encode() + b"\n")
+    out = prepare(tmp_path / "out", "--sources", f"[{folder}]")
+    manifest = load_manifest(tmp_path / "out")
+    named = {Path(item["file"]).name: item["why"] for item in manifest["read"]["broken_records"]}
+    assert named.keys() == {"cut.jsonl.gz", "empty.jsonl", "latin1.txt", "long.jsonl"}
+    assert "damaged or cut off" in named["cut.jsonl.gz"] and "line 1: longer than" in named["long.jsonl"]
+    assert all(f"{folder / name}: {why}" in out for name, why in named.items())
+    assert manifest["dropped"]["empty after cleaning"] == 1
+    assert 400 < manifest["documents_read"] <= 602
+    strict = error_line("prepare_data.py", "--output", tmp_path / "no", "--sources", f"[{folder}]",
+                        "--max_broken_share", "0.001")  # fmt: skip
+    assert "4 of" in strict and "records are broken" in strict and not (tmp_path / "no").exists()
+
+
+def test_a_document_of_one_very_long_line_goes_through(tmp_path):
+    """No space, no line end: nothing may be quadratic in it."""
+    write_lines(tmp_path / "a.jsonl", [*TEXTS[:60], "x" * 3_000_000, "ab" * 1_000_000])
+    started = time.perf_counter()
+    prepare(tmp_path / "out", "--sources", f"[{tmp_path / 'a.jsonl'}]")
+    assert time.perf_counter() - started < 60
+    assert load_manifest(tmp_path / "out")["documents_read"] == 62
+
+
+@pytest.mark.slow
+def test_a_million_documents_of_one_word(tmp_path):
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for number in range(1_000_000):
+            file.write(f'{{"text": "w{number % 900_000}"}}\n')
+    prepare(tmp_path / "out", "--sources", f"[{tmp_path / 'a.jsonl'}]")
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest["dropped"] == {"exact duplicate": 100_000}
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 900_000
+    assert len(open_split(tmp_path / "out", "train").offsets) - 1 == manifest["splits"]["train"]["documents"]
+
+
+def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:300])
+
+    def call(*options: str) -> dict[str, bool]:
+        lines = prepare(tmp_path / "out", "--sources", f"[{source}]", *options).splitlines()
+        return {stage: any(line == f"{stage:<12} reused" for line in lines) for stage in STAGES}
+
+    assert not any(call().values())
+    first = hashes(tmp_path / "out")
+    assert list(call("--cleaning.steps", "[standard, mask_personal_data]").values()) == [True, False, False, False, False]
+    assert list(call("--deduplication.near_threshold", "0.9").values()) == [True, False, False, False, False]
+    assert list(call("--tokenizer.algorithm", "unigram").values()) == [True, True, True, False, False]
+    assert list(call("--validation_fraction", "0.2").values()) == [True, True, True, False, False]
+    call()
+    assert hashes(tmp_path / "out") == first  # back to the first recipe: the same bytes
+
+
+def test_size_and_time_stand_in_for_the_content_unless_hashes_are_asked_for(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:100])
+    options = ["--sources", f"[{source}]"]
+    prepare(tmp_path / "out", *options)
+    stat = source.stat()
+    source.write_text(source.read_text().replace("the", "teh"))
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # what a size and a time cannot show
+    first = load_manifest(tmp_path / "out")
+    assert "nothing to do" in prepare(tmp_path / "out", *options)
+    assert "wrote" in prepare(tmp_path / "out", *options, "--check_hashes", "true")
+    os.utime(source)  # another time, the same content: read again, and found to be the same
+    assert "nothing to do" in prepare(tmp_path / "out", *options)
+    assert load_manifest(tmp_path / "out")["key"] != first["key"]
+
+
+def test_standard_input_is_a_source(tmp_path):
+    arguments = [sys.executable, "prepare_data.py", "--output", str(tmp_path / "out"), "--tokenizer.vocab_size", "400",
+                 "--sources", "[{path: '-', kind: json, name: pipe}]"]  # fmt: skip
+    data = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:100])
+    for expected in ("wrote", "nothing to do"):
+        done = subprocess.run(arguments, cwd=ROOT, env=environment(), input=data, capture_output=True, text=True)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr
+    assert load_manifest(tmp_path / "out")["splits"]["train"]["sources"].keys() == {"pipe"}
