@@ -51,7 +51,6 @@ config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else No
 import lzma
 
 import numpy as np
-import pyarrow as pa
 import torch
 import yaml
 from accelerate import Accelerator
@@ -60,7 +59,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from utils.batches.loaders import build_evaluation_loader, build_layout
 from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
-from utils.text.tokenization import encode_documents
+from utils.text.encoding import Encoder
 from utils.training.checkpoints import resolve_checkpoint
 from utils.training.evaluation import evaluate, write_text
 from utils.training.modeling import count_parameters, load_model, longest_sequence, pad_token_id, same_vocabulary
@@ -138,7 +137,7 @@ def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not text.strip():
         raise UserError(f"{path}: the file holds no text")
-    ids = encode_documents(pa.table({"text": [text]}), tokenizer)["input_ids"].chunk(0).values.to_numpy()
+    ids, _ = Encoder(tokenizer)([text])
     return TokenDataset([ids], np.array([len(ids)])), len(text.encode())
 
 
@@ -155,7 +154,7 @@ def score(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     layout = build_layout(tokens, run["data"]["layout"] if run else "packed", length, pad_token_id(tokenizer))
-    loader = build_evaluation_loader(layout, config.batch_size, pad_token_id(tokenizer))
+    loader = build_evaluation_loader(layout, config.batch_size)
     objective, loader = accelerator.prepare(CausalObjective(model), loader)
     result = evaluate(accelerator, objective, loader)
     return {

@@ -78,7 +78,7 @@ def main(config: TrainConfig) -> None:
     train_loader: DataLoader | StreamLoader
     if train_rows is not None:
         train_loader = build_train_loader(
-            train_rows, plan, samples_seen=state.samples_seen, seed=config.seed, pad_token_id=pad,
+            train_rows, plan, samples_seen=state.samples_seen, seed=config.seed,
             num_workers=config.data.num_workers,
         )  # fmt: skip
     else:
@@ -91,7 +91,7 @@ def main(config: TrainConfig) -> None:
             num_workers=config.data.num_workers, device=accelerator.device, state=state.stream,
         )  # fmt: skip
     validation_loader = build_evaluation_loader(
-        validation_rows, config.evaluation.per_device_batch_size * plan.data_parallel_size, pad
+        validation_rows, config.evaluation.per_device_batch_size * plan.data_parallel_size
     )
     validation_bytes = manifest["splits"]["validation"]["bytes"]
     max_steps = config.schedule.max_steps or math.ceil(
@@ -127,7 +127,8 @@ def main(config: TrainConfig) -> None:
     else:
         epochs = max_steps * plan.global_batch_size / len(train_rows)
         tracker.say(
-            f"data: {len(train_rows):,} rows of {config.data.sequence_length}; {max_steps} steps, {epochs:.2f} epochs"
+            f"data: {len(train_rows):,} rows of {config.data.sequence_length}, {train_rows.utilisation:.2%} used; "
+            f"{max_steps} steps, {epochs:.2f} epochs"
         )
     if checkpoint:
         tracker.say(f"resumed from {checkpoint} at step {state.optimizer_step}")

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 BLOCK = 1024
-BATCH = 8
+BATCH = 32
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 
 
@@ -201,7 +201,7 @@ def measure_loader(folder: Path) -> dict[str, Any]:
 
     layout = build_layout(open_split(folder / "dataset", "train"), "packed", BLOCK, 0)
     plan = plan_batches(BATCH, None, 1)
-    loader = build_train_loader(layout, plan, samples_seen=0, seed=0, pad_token_id=0, num_workers=0)
+    loader = build_train_loader(layout, plan, samples_seen=0, seed=0, num_workers=0)
     return time_blocks(loader)
 
 

@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from utils.batches.batch_plan import EvaluationBatchSampler, TrainBatchSampler, permute, plan_batches, sample_ids
-from utils.batches.packing import IGNORED, PackedLayout, PaddedLayout, collate
+from utils.batches.batch_plan import (
+    PADDING_SAMPLE,
+    EvaluationBatchSampler,
+    TrainBatchSampler,
+    permute,
+    plan_batches,
+    sample_ids,
+)
+from utils.batches.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
 from utils.batches.token_dataset import TokenDataset
 from utils.cli import UserError
 
@@ -24,7 +31,7 @@ def make_tokens(lengths: list[int], chunk_sizes: list[int] | None = None) -> tup
     return TokenDataset(chunks, np.array(lengths)), np.split(stream, np.cumsum(lengths)[:-1])
 
 
-@pytest.mark.parametrize("layout", [PackedLayout, partial(PaddedLayout, pad_token_id=PAD)])
+@pytest.mark.parametrize("layout", [PackedLayout, BestFitLayout, partial(PaddedLayout, pad_token_id=PAD)])
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 64])
 @pytest.mark.parametrize("lengths", [[1], [2], [7, 1, 1, 0, 3, 16, 5], [5, 5, 5], [33], [8, 8], [3, 0, 0, 8, 1]])
 def test_every_target_is_scored_once(layout, length, lengths):
@@ -32,8 +39,8 @@ def test_every_target_is_scored_once(layout, length, lengths):
     rows = layout(tokens, length)
     pairs = []
     for index in range(len(rows)):
-        row = rows[index]
-        assert len(row["input_ids"]) <= length
+        row = rows.__getitems__([index])
+        assert row["input_ids"].shape[0] == 1 and row["input_ids"].shape[1] <= length
         scored = row["shift_labels"] != IGNORED
         pairs += zip(row["input_ids"][scored].tolist(), row["shift_labels"][scored].tolist(), strict=True)
     expected = [
@@ -49,7 +56,7 @@ def test_packed_positions_restart_with_each_document_and_row(length):
     position_in_document = np.concatenate([np.arange(len(document)) for document in documents])
     rows = PackedLayout(tokens, length)
     for index in range(len(rows)):
-        positions = rows[index]["position_ids"]
+        positions = rows.__getitems__([index])["position_ids"][0]
         start = index * length
         for offset in range(min(length, tokens.num_tokens - start)):
             assert positions[offset] == min(position_in_document[start + offset], offset)
@@ -58,7 +65,7 @@ def test_packed_positions_restart_with_each_document_and_row(length):
 def test_padded_rows_are_masked_and_padded_on_the_right():
     tokens, _ = make_tokens([4, 2])
     rows = PaddedLayout(tokens, 8, PAD)
-    batch = collate([rows[0], rows[1], rows[-1]], PAD)
+    batch = rows.__getitems__([0, 1, PADDING_SAMPLE])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
     assert batch["input_ids"][1:].tolist() == [[1004, 1005, PAD, PAD], [PAD] * 4]
     assert (batch["shift_labels"][2] == IGNORED).all()

@@ -1,5 +1,6 @@
 """Models, layouts and optimization against independent references."""
 
+import itertools
 import math
 
 import pytest
@@ -7,18 +8,20 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers import AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
-from utils.batches.batch_plan import sample_ids
-from utils.batches.loaders import _collate_tensors
-from utils.batches.packing import IGNORED, PackedLayout, PaddedLayout
+from utils.batches.batch_plan import PADDING_SAMPLE, sample_ids
+from utils.batches.loaders import build_layout, to_tensors
+from utils.batches.packing import IGNORED
 from utils.batches.token_dataset import open_split
-from utils.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from utils.config import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from utils.training.modeling import build_model, pad_token_id
-from utils.training.objectives import CausalObjective, count_targets
+from utils.training.objectives import CausalObjective, count_targets, document_mask
 from utils.training.optimization import build_optimizer, build_scheduler, learning_rate_factor, split_by_decay
 
 ATTENTIONS = ModelConfig.__dataclass_fields__["attention"].type.__args__  # every one that can be chosen
+LAYOUTS = DataConfig.__dataclass_fields__["layout"].type.__args__
+LENGTH = 128  # positions per row
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
 
 
@@ -32,53 +35,117 @@ def small_model(architecture: str, tokenizer, **options):
     return build_model(ModelConfig(architecture=architecture, **SMALL, **options), tokenizer).eval()
 
 
+def bert(attention: str, tokenizer):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), **SMALL, max_position_embeddings=LENGTH)
+    return AutoModelForMaskedLM.from_config(config, attn_implementation=attention).eval()
+
+
+def scale_up(model):
+    """Away from the initialisation, where any attention gives near the same."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
+    return model
+
+
+def sample_batch(layout: str, dataset, tokenizer) -> dict[str, torch.Tensor]:
+    """12 rows of the shuffled order, the first, the last and one of padding."""
+    rows = build_layout(open_split(dataset, "train"), layout, LENGTH, pad_token_id(tokenizer))
+    indices = [*sample_ids(0, 12, len(rows), seed=3).tolist(), 0, len(rows) - 1, PADDING_SAMPLE]
+    return to_tensors(rows.__getitems__(indices))
+
+
+def pieces(batch) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of each document's piece that has a target."""
+    found = []
+    for row in range(len(batch["input_ids"])):
+        if "attention_mask" in batch:
+            edges = [0, int(batch["attention_mask"][row].sum())]
+        else:
+            edges = [*(batch["position_ids"][row] == 0).nonzero()[:, 0].tolist(), LENGTH]
+        found += [(row, *edge) for edge in itertools.pairwise(edges)]
+    return [
+        (row, start, stop) for row, start, stop in found if (batch["shift_labels"][row, start:stop] != IGNORED).any()
+    ]
+
+
+def piecewise(batch, logits, piece_loss) -> tuple[float, float]:
+    """(largest logit error, sum of losses) of a batch's pieces, each by itself, without padding, positions or mask.
+
+    `piece_loss` is transformers' own mean over the targets of one piece, from its ids and targets (1, n).
+    """
+    error = loss = 0.0
+    for row, start, stop in pieces(batch):
+        ids, labels = batch["input_ids"][row : row + 1, start:stop], batch["shift_labels"][row : row + 1, start:stop]
+        alone, mean = piece_loss(ids, labels)
+        error = max(error, float((alone[0] - logits[row, start:stop]).abs().max()))
+        loss += float(mean) * int((labels != IGNORED).sum())
+    return error, loss
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_packed_and_padded_losses_equal_unpacked_ones(architecture, attention, dataset, tokenizer):
+@torch.no_grad()
+def test_losses_in_rows_equal_those_of_single_pieces(architecture, attention, layout, dataset, tokenizer):
     """Reference: transformers' own loss on each piece of a document by itself, without padding."""
-    model = small_model(architecture, tokenizer, attention=attention, initialization="normal")
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from the initialisation, where any attention gives near the same
-            parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
-    tokens, pad, length = open_split(dataset, "train"), pad_token_id(tokenizer), 128
-    objective = CausalObjective(model)
-    for layout in (PackedLayout(tokens, length), PaddedLayout(tokens, length, pad)):
-        rows = [layout[index] for index in (*sample_ids(0, 12, len(layout), seed=3).tolist(), len(layout) - 1)]
-        batch = _collate_tensors([*rows, layout[-1]], pad)
-        loss = logit_error = 0.0
-        with torch.no_grad():
-            logits = model(**{k: v for k, v in batch.items() if k != "shift_labels"}, use_cache=False).logits
-            for row, values in enumerate(rows):
-                for start, stop in pieces(values):
-                    ids = torch.from_numpy(values["input_ids"][start:stop])[None]
-                    labels = torch.from_numpy(values["shift_labels"][start:stop])[None]
-                    out = model(input_ids=ids, use_cache=False)
-                    logit_error = max(logit_error, float((out.logits[0] - logits[row, start:stop]).abs().max()))
-                    count = int((labels != IGNORED).sum())
-                    if count:
-                        mean = model.loss_function(out.logits, None, len(tokenizer), shift_labels=labels)
-                        loss += float(mean) * count
-            ours = float(objective(**batch))
-        assert abs(ours - loss) / int(count_targets(batch)) < 1e-5
-        assert logit_error < 1e-5 * max(1.0, float(logits.abs().max()))
+    model = scale_up(small_model(architecture, tokenizer, attention=attention, initialization="normal"))
+    batch = sample_batch(layout, dataset, tokenizer)
 
+    def piece_loss(ids, labels):
+        logits = model(input_ids=ids, use_cache=False).logits
+        return logits, model.loss_function(logits, None, len(tokenizer), shift_labels=labels)
 
-def pieces(row) -> list[tuple[int, int]]:
-    """(start, stop) of each document's piece in a row."""
-    if "attention_mask" in row:
-        return [(0, int(row["attention_mask"].sum()))]
-    starts = [index for index, position in enumerate(row["position_ids"]) if position == 0]
-    return list(zip(starts, [*starts[1:], len(row["position_ids"])], strict=True))
+    logits = model(**{k: v for k, v in batch.items() if k != "shift_labels"}, use_cache=False).logits
+    error, loss = piecewise(batch, logits, piece_loss)
+    assert len(pieces(batch)) > len(batch["input_ids"]) or layout == "padded"
+    assert abs(float(CausalObjective(model)(**batch)) - loss) / int(count_targets(batch)) < 1e-5
+    assert error < 1e-5 * max(1.0, float(logits.abs().max()))
 
 
 def test_packing_without_restarts_would_be_noticed(dataset, tokenizer):
     """The test above can fail: with plain positions the documents of a row see each other."""
     model = small_model("llama", tokenizer, initialization="normal")
-    batch = _collate_tensors([PackedLayout(open_split(dataset, "train"), 128)[index] for index in range(8)], 0)
-    wrong = batch | {"position_ids": torch.arange(128).expand(8, -1)}
+    batch = sample_batch("packed", dataset, tokenizer)
+    wrong = batch | {"position_ids": torch.arange(LENGTH).expand(len(batch["input_ids"]), -1)}
     with torch.no_grad():
         right_loss, wrong_loss = (float(CausalObjective(model)(**item)) for item in (batch, wrong))
     assert abs(right_loss - wrong_loss) / int(count_targets(batch)) > 1e-4
+
+
+@pytest.mark.parametrize("layout", ["packed", "best_fit"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@torch.no_grad()
+def test_an_encoder_keeps_documents_apart_by_the_document_mask(attention, layout, dataset, tokenizer):
+    """Reference: BERT's own loss on each piece by itself. Without the mask its documents do see each other."""
+    model = scale_up(bert(attention, tokenizer))
+    batch = sample_batch(layout, dataset, tokenizer)
+    labels, positions = batch["shift_labels"], batch["position_ids"]  # any target will do
+
+    def piece_loss(ids, labels):
+        out = model(input_ids=ids, labels=labels)
+        return out.logits, out.loss
+
+    def errors(mask):
+        out = model(input_ids=batch["input_ids"], position_ids=positions, attention_mask=mask, labels=labels)
+        error, loss = piecewise(batch, out.logits, piece_loss)
+        return error / float(out.logits.abs().max()), abs(float(out.loss) - loss / int(count_targets(batch)))
+
+    logit_error, loss_error = errors(document_mask(positions))
+    assert logit_error < 1e-5 and loss_error < 1e-5
+    logit_error, loss_error = errors(None)
+    assert logit_error > 0.1 and loss_error > 5e-5
+
+
+def test_document_mask_is_what_a_plain_loop_says():
+    positions = torch.tensor([[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 0, 1]])
+    mask = document_mask(positions)
+    assert mask.shape == (3, 1, 6, 6) and mask.dtype == torch.float32
+    for row, of_row in enumerate(positions.tolist()):
+        for i, j in itertools.product(range(6), repeat=2):
+            apart = any(of_row[between] == 0 for between in range(min(i, j) + 1, max(i, j) + 1))
+            assert mask[row, 0, i, j] == (torch.finfo(torch.float32).min if apart else 0)
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])

@@ -19,12 +19,13 @@ class DataConfig:
     """Folder written by prepare_data.py."""
     sequence_length: int = 256
     """Positions per row (T), in tokens."""
-    layout: Literal["packed", "padded"] = "packed"
-    """packed: documents end to end in rows without padding, each attending to itself only. padded: one document, or
-    one piece of a longer one, per row, with an attention_mask. Neither drops a token."""
+    layout: Literal["packed", "best_fit", "padded"] = "packed"
+    """packed: documents end to end, cut every T tokens, each attending to itself only. best_fit: likewise, but only
+    documents longer than T are cut, and a row may have a few free positions. padded: one document, or one piece of a
+    longer one, per row, with an attention_mask. None of them loses a target."""
     num_workers: int = 0
-    """Loader processes per rank. 0 is fastest here: a row is a slice of a mapped file."""
-
+    """Loader processes per rank. 0 is fastest for stored data: a row is a slice of a mapped file. Those of a stream, at
+    most one per lane, read and tokenize beside the training."""
     stream_lanes: int = 8
     """Streams only: independent sequences of documents that each global batch is taken from, in equal parts. It must
     divide batch.global_batch_size and be a multiple of the processes; they and their loader workers share the lanes."""

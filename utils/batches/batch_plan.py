@@ -15,6 +15,7 @@ from utils.cli import UserError
 
 PADDING_SAMPLE = -1
 ROUNDS = 6
+SAMPLES_AHEAD = 4096  # computed at a time: for a few alone, the calls would cost more than the arithmetic
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -94,8 +95,9 @@ class TrainBatchSampler:
         self.seed, self.samples_seen = seed, samples_seen
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in itertools.count(self.samples_seen, self.batch_size):
-            yield sample_ids(start, self.batch_size, self.num_samples, self.seed).tolist()
+        ahead = -(-SAMPLES_AHEAD // self.batch_size) * self.batch_size
+        for start in itertools.count(self.samples_seen, ahead):
+            yield from sample_ids(start, ahead, self.num_samples, self.seed).reshape(-1, self.batch_size).tolist()
 
 
 class EvaluationBatchSampler:

@@ -1,9 +1,13 @@
 """Layouts: how a stream of documents becomes rows of T positions.
 
-Both layouts score every token but the first of each document exactly once: the target of a row's last position is the
-token that the next row begins with, so cutting a document loses no target. Ignored targets are -100. A layout is a
-map-style dataset of rows; index `PADDING_SAMPLE` is a row without a target.
+No layout loses a target: every token but its document's first is a target exactly once. The target of a row's last
+position is the token that follows it in the document, wherever that token itself is laid. Ignored targets are -100.
+A layout is a map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
 """
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -11,97 +15,217 @@ from utils.batches.batch_plan import PADDING_SAMPLE
 from utils.batches.token_dataset import TokenDataset
 
 IGNORED = -100
-FILLER = 0  # fills a packed row; any id will do, as it has no target and no document attends to it
-Row = dict[str, np.ndarray]
+WINDOW = 2**17  # documents laid out at a time, so that only what is kept grows; another number is another layout
+Row = dict[str, np.ndarray]  # name → (T,)
+Batch = dict[str, np.ndarray]  # name → (B, T)
 
 
 class PackedLayout:
     """Documents end to end, cut every T tokens.
 
-    A row is `input_ids`, `shift_labels` (the next token of the same document) and `position_ids`, each (T,).
-    `position_ids` restart at 0 with every document and every row, by which the model keeps documents apart.
+    A batch is `input_ids`, `shift_labels` (the next token of the same document) and `position_ids`, each (B, T) int64.
+    `position_ids` restart at 0 with every document and every row, by which a model keeps documents apart. The free
+    positions at the end of a row count as a document of their own.
     """
 
     def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
         self.tokens, self.sequence_length = tokens, sequence_length
+        self.columns = np.arange(sequence_length)
 
     def __len__(self) -> int:
         return -(-self.tokens.num_tokens // self.sequence_length)
 
-    def __getitem__(self, index: int) -> Row:
-        if index == PADDING_SAMPLE:
-            return self._padding_row()
+    @property
+    def utilisation(self) -> float:
+        """The share of positions that hold a token, at most 1."""
+        return self.tokens.num_tokens / (len(self) * self.sequence_length)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The rows `indices` (B,) as one batch; PyTorch's loaders ask for many samples at once by this name."""
+        length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
+        spans = [row * length if row != PADDING_SAMPLE else end for row in indices]
+        buffer = self.tokens.gather(spans, [start + length + 1 for start in spans])
+        starts = np.array(spans)
+        # The documents that begin behind a row's first position, up to just behind its last; empty ones included.
+        first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
+        ends = np.concatenate([offsets[i:j] for i, j in zip(first.tolist(), last.tolist(), strict=True)])
+        ends += (np.arange(len(starts)) * length - starts).repeat(last - first)
+        return self._batch(buffer, end - starts, ends)
+
+    def _batch(self, buffer: np.ndarray, used: np.ndarray, ends: np.ndarray) -> Batch:
+        """The batch of a `buffer` of B × (T + 1) tokens: each row with the one that follows it.
+
+        In row i, the tokens behind the first used[i] are no document's. `ends` are the places behind each document's
+        last token, counted over the (B, T) positions.
+        """
         length = self.sequence_length
-        start = index * length
-        ids = self.tokens.read(start, start + length + 1)
-        stop = min(start + length, self.tokens.num_tokens)
-        offsets = self.tokens.offsets
-        first = int(np.searchsorted(offsets, start, side="right"))
-        last = int(np.searchsorted(offsets, start + length, side="right"))
-        document_starts = offsets[first:last] - start  # those within [1, length], empty documents included
+        buffer = buffer.reshape(-1, length + 1)
+        labels = buffer[:, 1:].astype(np.int64)
+        labels.reshape(-1)[ends - 1] = IGNORED  # what follows is another document
+        if used.min() <= length:
+            labels[self.columns + 1 >= used[:, None]] = IGNORED
+        restarts = np.concatenate([np.arange(len(labels) + 1) * length, ends])
+        restarts.sort()
+        positions = (restarts[:-1] % length).repeat(restarts[1:] - restarts[:-1]).reshape(labels.shape)
+        np.subtract(self.columns, positions, out=positions)
+        return {"input_ids": buffer[:, :-1].astype(np.int64), "shift_labels": labels, "position_ids": positions}
 
-        labels = np.full(length, IGNORED, np.int64)
-        labels[: len(ids) - 1] = ids[1:]
-        labels[document_starts - 1] = IGNORED  # the token after a document's last is another document's
 
-        restarts = np.zeros(length, np.int64)
-        restarts[document_starts[document_starts < length]] = document_starts[document_starts < length]
-        restarts[stop - start :] = stop - start  # the padding of the last row counts as a document of its own
-        positions = np.arange(length) - np.maximum.accumulate(restarts)
-        return {"input_ids": _padded(ids[: stop - start], length, FILLER), "shift_labels": labels,
-                "position_ids": positions}  # fmt: skip
+class BestFitLayout(PackedLayout):
+    """Whole documents; one longer than T is cut into full rows and a rest, which is laid like a whole document.
 
-    def _padding_row(self) -> Row:
-        """A row without a target: it fills up the last batch of an evaluation."""
-        length = self.sequence_length
-        return {"input_ids": np.full(length, FILLER), "shift_labels": np.full(length, IGNORED),
-                "position_ids": np.arange(length)}  # fmt: skip
+    In windows of consecutive documents, these go where they leave the least space, the longest first. Rows below
+    `num_shared` hold documents: row r those of members[first_member[r] : first_member[r + 1]], of a long one its rest.
+    The rows from there on are full rows of the long documents, first_full[i + 1] - first_full[i] of document long[i].
+    """
+
+    def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
+        super().__init__(tokens, sequence_length)
+        id_type = np.min_scalar_type(len(tokens.offsets))  # 4 bytes for 1e9 documents
+        members, first_member = [np.empty(0, id_type)], [np.zeros(1, id_type)]
+        long, first_full = [np.empty(0, id_type)], [np.zeros(1, np.int64)]
+        num_members = num_full = 0
+        for start, lengths in document_windows(tokens):
+            filled = np.flatnonzero(lengths)
+            full, rest = np.divmod(lengths[filled] - 1, sequence_length)
+            order, sizes = best_fit_decreasing(rest + 1, sequence_length)
+            members.append((start + filled[order]).astype(id_type))
+            first_member.append((num_members + sizes.cumsum()).astype(id_type))
+            long.append((start + filled[full > 0]).astype(id_type))
+            first_full.append(num_full + full[full > 0].cumsum())
+            num_members += len(order)
+            num_full += int(full.sum())
+        self.members, self.first_member = np.concatenate(members), np.concatenate(first_member)
+        self.long, self.first_full = np.concatenate(long), np.concatenate(first_full)
+        self.num_shared = len(self.first_member) - 1
+
+    def __len__(self) -> int:
+        return self.num_shared + int(self.first_full[-1])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
+        starts, stops, used, ends = [], [], [], []
+        for place, row in enumerate(indices):
+            column = 0
+            if row >= self.num_shared:
+                row -= self.num_shared
+                which = int(self.first_full.searchsorted(row, "right")) - 1
+                starts.append(int(offsets[self.long[which]]) + (row - int(self.first_full[which])) * length)
+                stops.append(starts[-1] + length + 1)  # with the target of the last position
+                column = length + 1
+            elif row != PADDING_SAMPLE:
+                for document in self.members[self.first_member[row] : self.first_member[row + 1]].tolist():
+                    start, stop = offsets[document : document + 2].tolist()
+                    size = (stop - start - 1) % length + 1
+                    starts.append(stop - size)
+                    stops.append(stop)
+                    column += size
+                    ends.append(place * length + column)
+            starts.append(end)  # the rest of the row is zeros
+            stops.append(end + length + 1 - column)
+            used.append(column)
+        return self._batch(self.tokens.gather(starts, stops), np.array(used), np.array(ends, np.int64))
 
 
 class PaddedLayout:
-    """One document per row, one longer than T in as many rows as it needs; `collate` pads to the longest.
+    """One document per row, one longer than T in as many rows as it needs; a batch is padded to its longest row.
 
-    A row is `input_ids`, `shift_labels` and `attention_mask` (1 on tokens, 0 on padding), each (length,) with
-    1 ≤ length ≤ T.
+    A batch is `input_ids`, `shift_labels` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
+    with 1 ≤ longest ≤ T.
     """
 
     def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int) -> None:
         self.tokens, self.sequence_length, self.pad_token_id = tokens, sequence_length, pad_token_id
         # A document of n tokens has n - 1 targets. `rows` counts the rows before each document.
-        rows_per_document = -(-(np.diff(tokens.offsets) - 1).clip(min=0) // sequence_length)
-        self.rows = np.concatenate([[0], np.cumsum(rows_per_document)])
+        self.rows = np.zeros_like(tokens.offsets)
+        self._num_inputs = 0
+        for start, lengths in document_windows(tokens):
+            targets = (lengths - 1).clip(min=0)
+            self.rows[start + 1 : start + 1 + len(lengths)] = -(-targets // sequence_length)
+            self._num_inputs += int((targets + (targets % sequence_length > 0)).sum())
+        np.cumsum(self.rows, out=self.rows)
 
     def __len__(self) -> int:
         return int(self.rows[-1])
 
-    def __getitem__(self, index: int) -> Row:
-        if index == PADDING_SAMPLE:
-            return self._padding_row()
-        document = int(np.searchsorted(self.rows, index, side="right")) - 1
-        start = int(self.tokens.offsets[document]) + (index - int(self.rows[document])) * self.sequence_length
-        end_of_document = int(self.tokens.offsets[document + 1])
-        stop = min(start + self.sequence_length, end_of_document)
-        ids = self.tokens.read(start, min(stop + 1, end_of_document))
-        labels = _padded(ids[1:], stop - start, IGNORED)
-        return {"input_ids": ids[: stop - start], "shift_labels": labels,
-                "attention_mask": np.ones(stop - start, np.int64)}  # fmt: skip
+    @property
+    def utilisation(self) -> float:
+        """The share of positions that would hold a token if every row were padded to T, at most 1."""
+        return self._num_inputs / (len(self) * self.sequence_length)
 
-    def _padding_row(self) -> Row:
-        # The one attended position keeps the softmax of the row defined.
-        return {"input_ids": np.full(1, self.pad_token_id), "shift_labels": np.full(1, IGNORED),
-                "attention_mask": np.ones(1, np.int64)}  # fmt: skip
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The rows `indices` (B,) as one batch."""
+        length, offsets, rows = self.sequence_length, self.tokens.offsets, np.array(indices)
+        documents = self.rows.searchsorted(rows, "right") - 1
+        starts = offsets[documents] + (rows - self.rows[documents]) * length
+        sizes = np.minimum(offsets[documents + 1] - starts, length + 1)  # with the target of a full row's last position
+        padding = rows == PADDING_SAMPLE
+        starts[padding], sizes[padding] = self.tokens.num_tokens, 0
+        lengths = sizes.clip(1, length)  # one position of a padding row is attended to: its softmax is defined
+        longest = int(lengths.max())
+        buffer = self.tokens.gather(starts.tolist(), (starts + longest + 1).tolist())
+        buffer = buffer.reshape(len(sizes), longest + 1).astype(np.int64)
+        columns = np.arange(longest)
+        return {
+            "input_ids": np.where(columns < sizes[:, None], buffer[:, :-1], self.pad_token_id),
+            "shift_labels": np.where(columns + 1 < sizes[:, None], buffer[:, 1:], IGNORED),
+            "attention_mask": (columns < lengths[:, None]).astype(np.int64),
+        }
 
 
-def collate(rows: list[Row], pad_token_id: int) -> Row:
-    """Rows → one batch of (B, longest row) arrays, padded on the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": pad_token_id, "shift_labels": IGNORED, "attention_mask": 0}
-    return {name: np.stack([_padded(row[name], longest, fill.get(name, 0)) for row in rows]) for name in rows[0]}
+def document_windows(tokens: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:
+    """The documents in windows of `WINDOW`: (number of the first, their lengths (n,) int64)."""
+    for start in range(0, len(tokens.offsets) - 1, WINDOW):
+        yield start, np.diff(tokens.offsets[start : start + WINDOW + 1])
 
 
-def _padded(values: np.ndarray, length: int, fill: int) -> np.ndarray:
-    if len(values) == length:
-        return values
-    result = np.full(length, fill, np.int64)
-    result[: len(values)] = values
-    return result
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack items of `lengths` (n,), each in [1, capacity], into bins of `capacity`.
+
+    Returns (order, sizes): the numbers of the items, bin after bin, (n,), and how many items each bin holds. The
+    longest item comes first, and each goes to a bin where it leaves the least space (best-fit decreasing: Johnson et
+    al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). Lengths are few and items
+    many, so all equal items go to all equal bins in one step (packing a histogram: Krell et al., 2021, arXiv
+    2107.02027). A step takes from its bins more than half of their space, and a length splits no more than two groups
+    of equal bins, so there are O(capacity × log capacity) steps, however many items there are.
+    """
+    steps: list[tuple[int, int, int]] = []  # first bin, number of bins, items that each of them takes
+    # Free space → groups of consecutive bins that have it: first bin, number of bins. The spaces, sorted.
+    groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    spaces: list[int] = []
+    num_bins = 0
+    counts = np.bincount(lengths)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            place = bisect_left(spaces, length)
+            if place < len(spaces):
+                space = spaces[place]
+                first, available = groups[space].pop()
+            else:  # as many new bins as it takes
+                space, first, available = capacity, num_bins, left
+            each = min(left, space // length)
+            bins = min(available, left // each)
+            left -= bins * each
+            steps.append((first, bins, each))
+            if place == len(spaces):
+                num_bins += bins
+            elif bins < available:
+                groups[space].append((first + bins, available - bins))
+            elif not groups[space]:
+                del groups[spaces.pop(place)]
+            if rest := space - each * length:
+                if rest not in groups:
+                    insort(spaces, rest)
+                groups[rest].append((first, bins))
+    first_bin, bins_filled, items_each = np.array(steps, np.int64).reshape(-1, 3).T
+    bin_of_item = np.repeat(_ranges(first_bin, bins_filled), np.repeat(items_each, bins_filled))  # the longest first
+    by_length = np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")
+    order = by_length[np.argsort(bin_of_item.astype(np.min_scalar_type(num_bins)), kind="stable")]
+    return order, np.bincount(bin_of_item, minlength=num_bins)
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[i], first[i] + 1, ... (counts[i] numbers) for every i, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - counts), counts)

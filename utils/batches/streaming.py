@@ -142,7 +142,7 @@ class StreamLoader:
         self, stream: DocumentStream, plan: BatchPlan, *, rank: int, sequence_length: int, num_workers: int,
         device: torch.device, state: dict[str, Any] | None,
     ) -> None:  # fmt: skip
-        """`state` is an earlier `state()`, or None for the beginning; the first step is read at once.
+        """`state` is an earlier `state()`, or None for the beginning; the first step is read at once (all ranks call).
 
         Raises `UserError` for a source that cannot be read, a lane without documents, a state of another stream.
         """
@@ -159,8 +159,14 @@ class StreamLoader:
             generator=torch.Generator(),  # else it draws from the numbers that dropout uses
         )  # fmt: skip
         steps = _iter_steps(iter(loader), num_workers)
-        # What cannot be read should be known before the run claims its folder.
-        self._steps = itertools.chain([next(steps)], steps)
+        # What cannot be read should be known before the run claims its folder, and on all ranks, whosever lane it is.
+        try:
+            self._steps = itertools.chain([next(steps)], steps)
+            problem = None
+        except (UserError, OSError) as error:
+            problem = str(error)
+        if problems := [text for text in gather_object([problem]) if text]:
+            raise UserError(problems[0])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for step in self._steps:

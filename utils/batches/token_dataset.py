@@ -4,7 +4,10 @@ A split is a `datasets` table with one row per document and one column, `input_i
 labels, no masks: rows of any length are laid out when training starts.
 """
 
+import itertools
 import json
+from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +45,10 @@ class TokenDataset:
     def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray) -> None:
         """`chunks` make up the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
         self._chunks = chunks
-        self._chunk_starts = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
+        self._chunk_starts = [0, *itertools.accumulate(map(len, chunks))]
         self.offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=self.offsets[1:])
+        self.offsets[1:] = lengths
+        np.cumsum(self.offsets, out=self.offsets)  # in place: summing `lengths` would make a wide copy of them first
 
     @property
     def num_tokens(self) -> int:
@@ -52,15 +56,21 @@ class TokenDataset:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, (stop - start,) int64, cut at the stream's end."""
-        stop = min(stop, self.num_tokens)
-        pieces = []
-        index = int(np.searchsorted(self._chunk_starts, start, side="right")) - 1
-        while start < stop:
-            chunk, chunk_start = self._chunks[index], int(self._chunk_starts[index])
-            pieces.append(chunk[start - chunk_start : stop - chunk_start])
-            start = chunk_start + len(chunk)
-            index += 1
-        return np.concatenate(pieces).astype(np.int64) if pieces else np.empty(0, np.int64)
+        return self.gather([start], [min(stop, self.num_tokens)]).astype(np.int64)
+
+    def gather(self, starts: Iterable[int], stops: Iterable[int]) -> np.ndarray:
+        """The tokens [start, stop) of several spans end to end, in their stored type; zeros behind the stream's end."""
+        parts: list[np.ndarray] = [np.empty(0, np.uint8)]  # so that there is something to join
+        for start, stop in zip(starts, stops, strict=True):
+            index = bisect_right(self._chunk_starts, start) - 1
+            while start < stop and index < len(self._chunks):
+                origin = self._chunk_starts[index]
+                parts.append(self._chunks[index][start - origin : stop - origin])
+                start += len(parts[-1])
+                index += 1
+            if start < stop:
+                parts.append(np.zeros(stop - start, np.uint8))
+        return np.concatenate(parts)
 
 
 def open_split(folder: str | Path, split: str) -> TokenDataset:
@@ -71,7 +81,7 @@ def open_split(folder: str | Path, split: str) -> TokenDataset:
         raise UserError(f"dataset {folder}: the {split} split cannot be read: {error}") from None
     if not isinstance(table, datasets.Dataset) or table._indices is not None:
         raise UserError(f"dataset {folder}: the {split} split is not a plain table")
-    chunks, lengths = [], [np.empty(0, np.int64)]
+    chunks, lengths = [], [np.empty(0, np.int32)]
     for chunk in table.data.column("input_ids").chunks:
         # Arrow's own buffers. A slice's first offset need not be 0, so the offsets are always applied.
         offsets = chunk.offsets.to_numpy()

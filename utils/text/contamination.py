@@ -1,9 +1,9 @@
 """Training documents that contain evaluation text.
 
-They share 13-grams of words with it, the length that GPT-3's authors chose (Brown et al. 2020, arXiv 2005.14165, appendix
-C). What counts is the share of an *evaluation* document's 13-grams that one training document contains: a long page that
-quotes a test item whole is contaminated however little of the page the item is, while a licence header or a quotation
-that both documents carry is only a part of the item and costs nobody a document.
+They share 13-grams of words with it, the length that GPT-3's authors chose (Brown et al. 2020, arXiv 2005.14165,
+appendix C). What counts is the share of an *evaluation* document's 13-grams that one training document contains: a long
+page that quotes a test item whole is contaminated however little of the page the item is, while a licence header or a
+quotation that both documents carry is only a part of the item and costs nobody a document.
 
 Evaluation documents of fewer than 13 words have no 13-gram and are not checked: such a sentence turns up in unrelated
 texts, and a training document that is equal to it is an exact duplicate.
@@ -24,7 +24,7 @@ OVERLAP = 0.5
 @dataclass
 class ContaminationIndex:
     """13-grams of E evaluation documents, P in all: 12 bytes each, and 2 to 4 in the bitmap: at most 1 KB per
-    document, and twice that while it is built."""
+    document, and thrice that while it is built."""
 
     hashes: np.ndarray
     """(P,) uint64, sorted; one that several documents have stands there several times."""
@@ -61,12 +61,12 @@ def build_index(batches: Iterable[list[str]]) -> ContaminationIndex:
     flat = np.concatenate(hashes)
     hashes.clear()  # of evaluation text there may be much
     order = np.argsort(flat, kind="stable")
-    owner = np.concatenate(owners)[order]
+    owner_of = np.concatenate(owners)[order]
     flat = flat[order]
     del order, owners
     bitmap = np.zeros(2 ** (len(flat).bit_length() + 1), np.uint8)
     np.bitwise_or.at(bitmap, *_place_and_bit(flat, bitmap))
-    return ContaminationIndex(flat, owner, np.concatenate(sizes), bitmap)
+    return ContaminationIndex(flat, owner_of, np.concatenate(sizes), bitmap)
 
 
 def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: float = OVERLAP) -> list[int]:

@@ -4,14 +4,14 @@ Near duplicates are found by MinHash (Broder 1997) and locality-sensitive hashin
 
 - Shingles are 3-grams of words. An edited word breaks n shingles, so of two texts that differ in a share e of their
   words, J = q / (2 - q) of the shingles are common, q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32 with
-  n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557): n = 3 leaves the widest gap
-  that 5 % is still clearly on the upper side of, also in texts of 40 words.
-- The threshold 0.55 lies in that gap, on its upper side but below the 0.6 that a text of 40 words has with one edit more
-  than its share. It stands for a tenth of the words edited. Two texts that have half of their words in common, such as
-  a licence header, have J = 1/3 and are both kept.
+  n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557). A gap that the chance of
+  where the edits fall does not close needs n > 2, and bands that find the upper value cheaply need n < 5.
+- The threshold 0.55 lies in that gap, below the 0.6 that a text of 40 words has with one edit more than its share. It
+  stands for a tenth of the words edited. Two texts that have half of their words in common, such as a licence header,
+  have J = 1/3 and are both kept.
 - 128 hashes in 32 bands of 4 rows: a pair of similarity J meets in a band with probability 1 - (1 - J^4)^32: 0.95 for
   J = 0.55, 0.99 for 0.6, 0.9998 for 0.7, 0.05 for 0.2. (FineWeb's 14 bands of 8 give 0.11, 0.21 and 0.56.) What met is
-  compared by all 128 hashes: the share of equal ones estimates J with a standard error below 0.04.
+  compared by all 128 hashes: the share of equal ones estimates J with a standard error of at most 0.044.
 - Short texts: with 20 words, one edit leaves J = 0.71; with 12, 0.54, so that half of them are kept; with 3 to 8, any
   edit in the middle makes another text.
 """
@@ -48,7 +48,7 @@ def is_validation(value: bytes, validation_fraction: float) -> bool:
 
 
 def first_of_each(digests: np.ndarray) -> np.ndarray:
-    """Digests (N, 16) uint8 → (N,) bool: True for the first document of each digest. Needs 44 bytes per document meanwhile."""
+    """Digests (N, 16) uint8 → (N,) bool: True for the first of each. Needs 44 bytes per document meanwhile."""
     order = np.lexsort(np.ascontiguousarray(digests).view(np.uint64).T)  # stable: equal ones stay in their order
     ordered = digests[order]
     first = np.empty(len(digests), bool)
@@ -72,7 +72,8 @@ def _sketch(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
 @cache
 def _keep_rensa_to_one_thread() -> None:
     """A thread pool does not survive a fork: after a first large call here, a forked worker's (`num_proc` of datasets)
-    would wait for it for ever. The pool takes its size from the environment at that call; with one thread it is not used.
+    would wait for it for ever. The pool takes its size from the environment at that call, and one of one thread is
+    not used.
     """
     before = os.environ.get("RAYON_NUM_THREADS")
     os.environ["RAYON_NUM_THREADS"] = "1"
@@ -88,9 +89,9 @@ def find_near_duplicates(
 ) -> np.ndarray:
     """For each document, the one that stands for its cluster: the longest, and the first of equally long ones.
 
-    `signatures`: chunks (n_i, NUM_HASHES) uint32 whose n_i add up to N, mapped from a file, as they are read in order 32
-    times; `lengths` (N,); `candidates` (N,) bool. Returns (N,) int64: its own index for each document that is kept, and
-    for each that is no candidate. Needs 44 (no duplicates) to 62 bytes per document meanwhile.
+    `signatures`: chunks (n_i, NUM_HASHES) uint32 whose n_i add up to N, mapped from a file, as they are read 32 times,
+    in order; `lengths` (N,); `candidates` (N,) bool. Returns (N,) int64: its own index for each document that is kept,
+    and for each that is no candidate. Needs 40 (no duplicates) to 58 bytes per document meanwhile.
 
     The documents of a bucket, those that agree in a band, are compared each with the one before it: linear in N, also
     where a million of them share a licence header. What such a bucket hides, others show: a band with one hash that is
@@ -163,12 +164,14 @@ class _SignatureTable:
 def _sort_into_buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The order that brings equal keys together, and the places in it whose key is that of the place before."""
     order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    return order, np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    keys = keys[order]
+    same = np.zeros(len(keys), bool)
+    same[1:] = keys[1:] == keys[:-1]
+    return order, np.flatnonzero(same)
 
 
 def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Union-find over whole arrays: joins the clusters of left[k] and right[k]; the smallest member is a cluster's root."""
+    """Union-find over whole arrays: joins the clusters of left[k] and right[k], of which the smaller root stays one."""
     while len(left):
         left, right = _find(root, left), _find(root, right)
         apart = left != right

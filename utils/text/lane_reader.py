@@ -148,6 +148,8 @@ class EpochReader:
         return block
 
     def _draw(self) -> int:
+        if len(self._reading) == 1:
+            return 0
         sizes = [self._sizes[item.number] for item in self._reading]
         left = [max(size - item.characters, size / 10) for size, item in zip(sizes, self._reading, strict=True)]
         chance = np.random.SeedSequence([self.lane_seed, self._draws]).generate_state(1)[0] / 2**32

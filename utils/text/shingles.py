@@ -95,7 +95,7 @@ def hash_ngrams(words: np.ndarray, lengths: np.ndarray, n: int) -> tuple[np.ndar
     A polynomial of the words' hashes modulo 2^64: it tells the order. A text of fewer than n words has none.
     """
     counts = np.maximum(lengths - n + 1, 0)
-    # The k-th n-gram of a text begins with its k-th word: shift by what the texts before it have fewer n-grams than words.
+    # The k-th n-gram of a text begins with its k-th word; the texts before have so many fewer n-grams than words.
     firsts = np.arange(counts.sum()) + np.repeat(np.cumsum(lengths - counts) - (lengths - counts), counts)
     grams = words[firsts]
     for offset in range(1, n):

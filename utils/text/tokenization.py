@@ -6,15 +6,18 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import jinja2
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils.cli import UserError
+
+# transformers is imported where it is needed: it brings torch, two seconds that a call with nothing to do need not wait.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Algorithm = Literal["bpe", "unigram", "wordpiece"]
 
@@ -34,7 +37,7 @@ UNSPACED = re.compile(
 def train_tokenizer(
     texts: Iterable[list[str]], *, algorithm: Algorithm = "bpe", vocab_size: int, special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
-) -> PreTrainedTokenizerFast:  # fmt: skip
+) -> "PreTrainedTokenizerFast":  # fmt: skip
     """Train a tokenizer on batches of texts; the same texts give the same one, whatever the number of threads.
 
     - "bpe": byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) with GPT-2's bytes and pre-tokenizer.
@@ -53,6 +56,8 @@ def train_tokenizer(
     Raises `UserError` for a vocabulary too small for its algorithm, a special token that is empty or stands twice, a
     chat template with a syntax error.
     """
+    from transformers import PreTrainedTokenizerFast
+
     own = list(WORDPIECE_TOKENS.values()) if algorithm == "wordpiece" else [END_OF_TEXT, PADDING]
     special = [*own, *special_tokens]
     for token, count in Counter(special).items():
@@ -154,7 +159,7 @@ def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[
     return trained
 
 
-def _check_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except jinja2.TemplateSyntaxError as error:
@@ -241,6 +246,8 @@ def _describe(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
 
 def load_tokenizer(name: str) -> Any:
     """A tokenizer from a folder or the Hub; `UserError` if it is not there, not fast, or has no end-of-text token."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:

@@ -41,6 +41,19 @@ class CausalObjective(nn.Module):
         )
 
 
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0.
+
+    A decoder in transformers keeps documents apart by their restarting `position_ids`, an encoder does not: give it
+    this as `attention_mask`, along with `position_ids`. The mask is added to the scores: 0 where two positions belong
+    to one document, else the lowest fp32 number. transformers passes a mask of four dimensions on as it is, and eager
+    attention would add a boolean one as 0 and 1: the documents of a row would see each other without a word.
+    """
+    documents = (position_ids == 0).cumsum(-1)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return torch.where(same, 0.0, torch.finfo(torch.float32).min)
+
+
 def count_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Positions of the batch that have a target; a scalar on the batch's device."""
     return (batch["shift_labels"] != IGNORED).sum()
