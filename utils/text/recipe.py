@@ -134,7 +134,7 @@ class CleaningConfig:
     max_characters: int | None = None
     """Step length: longer documents are dropped."""
     licences: list[str] = field(default_factory=list)
-    """Step licence: SPDX identifiers to keep, as in [MIT, Apache-2.0]."""
+    """Step licence: SPDX identifiers to keep, as in [MIT, Apache-2.0]; NONE keeps files that name no licence."""
 
     def problems(self) -> list[str]:
         from utils.text.cleaning import check_steps  # here, as that module's own imports are light only by its promise
@@ -165,8 +165,9 @@ class DeduplicationConfig:
         found = []
         for name in ("near_threshold", "contamination_overlap"):
             value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                found.append(f"deduplication.{name} is {value}; it must be above 0 and at most 1, or null")
+            low = 0.5 if name == "near_threshold" else 0  # below, the bands of `deduplication.py` would miss pairs
+            if value is not None and not low <= value <= 1:
+                found.append(f"deduplication.{name} is {value}; it must be between {low} and 1, or null")
         return found
 
 
