@@ -65,7 +65,12 @@ def main(config: PrepareConfig) -> None:
 
 
 def prepare(
-    config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]], key: str, stages: Stages, output: Path
+    config: PrepareConfig,
+    sources: list[SourceConfig],
+    files: list[dict[str, Any]],
+    key: str,
+    stages: Stages,
+    output: Path,
 ) -> dict[str, Any]:
     """Run the stages that have no result yet, put the dataset folder together, and return its manifest."""
     if not sys.stderr.isatty():

@@ -166,12 +166,12 @@ def measure_peer(folder: Path) -> dict[str, Any]:
 
 def measure_encoding(folder: Path, *, fast: bool) -> dict[str, Any]:
     """Plainloop's encoding of the same documents."""
+    import datasets
+
     from prepare_data import encode_split
     from utils.text.encoding import build_encoder
     from utils.text.stages import text_bytes
     from utils.text.tokenization import load_tokenizer
-
-    import datasets
 
     datasets.disable_progress_bars()
     documents, tokenizer = cleaned_documents(folder), load_tokenizer(str(folder / "dataset" / "tokenizer"))

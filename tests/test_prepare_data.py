@@ -42,7 +42,9 @@ def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
     for split, texts in found.items():
         tokens = open_split(dataset, split)
         kept = set(texts)
-        assert texts == list(dict.fromkeys(text for text in cleaned if text in kept))  # in the order of the source, none twice
+        assert texts == list(
+            dict.fromkeys(text for text in cleaned if text in kept)
+        )  # in the order of the source, none twice
         assert len(texts) == manifest["splits"][split]["documents"]
         assert manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
         for index, text in enumerate(texts):
@@ -87,11 +89,16 @@ def test_weights_and_mixtures(tmp_path):
     """Weight 2 stores each training document twice, a half of them 0.5, none of the validation ones twice."""
     for name, texts in {"a": TEXTS[:300], "b": TEXTS[300:900], "c": TEXTS[900:1000]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    sources = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 2), ("b", 0.5), ("c", 0))]
+    sources = [
+        {"path": str(tmp_path / f"{name}.jsonl"), "weight": weight} for name, weight in (("a", 2), ("b", 0.5), ("c", 0))
+    ]
     prepare(tmp_path / "out", "--sources", json.dumps(sources))
     prepare(tmp_path / "one", "--sources", json.dumps([source | {"weight": 1} for source in sources]))
     found, once = (Counter(documents(tmp_path / name, "train")) for name in ("out", "one"))
-    by_source = [{clean_standard(text) for text in TEXTS[start:stop]} & set(once) for start, stop in ((0, 300), (300, 900), (900, 1000))]
+    by_source = [
+        {clean_standard(text) for text in TEXTS[start:stop]} & set(once)
+        for start, stop in ((0, 300), (300, 900), (900, 1000))
+    ]
     assert all(found[text] == 2 for text in by_source[0])
     halved = [found[text] for text in by_source[1]]
     assert set(halved) == {0, 1} and 0.4 < sum(halved) / len(halved) < 0.6

@@ -109,7 +109,9 @@ def test_damaged_files_among_good_ones_are_named_and_left_out(tmp_path):
     folder = tmp_path / "texts"
     folder.mkdir()
     write_lines(folder / "good.jsonl", TEXTS[:400])
-    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(write_lines(tmp_path / "a", TEXTS[400:600]).read_bytes())[:-100])
+    (folder / "cut.jsonl.gz").write_bytes(
+        gzip.compress(write_lines(tmp_path / "a", TEXTS[400:600]).read_bytes())[:-100]
+    )
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "latin1.txt").write_bytes("schön\n".encode("latin-1"))
@@ -159,7 +161,13 @@ def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
 
     assert not any(call().values())
     first = hashes(tmp_path / "out")
-    assert list(call("--cleaning.steps", "[standard, mask_personal_data]").values()) == [True, False, False, False, False]
+    assert list(call("--cleaning.steps", "[standard, mask_personal_data]").values()) == [
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     assert list(call("--deduplication.near_threshold", "0.9").values()) == [True, False, False, False, False]
     assert list(call("--tokenizer.algorithm", "unigram").values()) == [True, True, True, False, False]
     assert list(call("--validation_fraction", "0.2").values()) == [True, True, True, False, False]

@@ -108,7 +108,7 @@ def test_a_very_long_text_file_is_read_in_parts_and_loses_nothing(separator, tmp
     (tmp_path / "a.txt").write_text(text)
     parts = texts(tmp_path / "a.txt")
     assert "".join(parts) == text
-    assert 2 < len(parts) and max(len(part.encode()) for part in parts) <= TEXT_PART_BYTES
+    assert len(parts) > 2 and max(len(part.encode()) for part in parts) <= TEXT_PART_BYTES
     assert all(part.endswith(separator) for part in parts[:-1]) or separator == " "
 
 
@@ -138,7 +138,7 @@ def test_code_is_kept_with_its_path_and_filtered_by_size_and_name(tmp_path):
     for path in (repository, tmp_path / "repo.tar.gz"):
         found = records(path, kind="code")
         assert [item.text for item in found if isinstance(item, Document)] == ["def f():\n\treturn 1  \n"]
-        assert [item.id for item in found if isinstance(item, Document)][0].endswith("repo/src/a.py")
+        assert next(item.id for item in found if isinstance(item, Document)).endswith("repo/src/a.py")
         assert sorted(item.why for item in found if isinstance(item, Skipped)) == [
             "code: binary file", "code: file too long",
         ]  # fmt: skip
@@ -163,7 +163,7 @@ def test_saved_datasets_and_hub_folders(tmp_path):
             source = SourceConfig(hub=str(hub), name="hub", text_column="body", split=split, streaming=streaming)
             assert [item.text for item in iter_records(source, reading_units(source))] == expected
     source = SourceConfig(hub=str(tmp_path / "nothing"), name="hub")
-    with pytest.raises(UserError, match="hub .*nothing: cannot be loaded"):
+    with pytest.raises(UserError, match=r"hub .*nothing: cannot be loaded"):
         list(iter_records(source, reading_units(source)))
 
 

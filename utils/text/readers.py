@@ -117,7 +117,7 @@ def read_html(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
     elif b"\0" in data[:SNIFFED_BYTES]:
         yield Broken(name, BINARY)
     else:
-        tree = HTMLTree.parse_from_bytes(data, detect_encoding(data))
+        tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
         yield Document(extract_plain_text(tree, main_content=True, alt_texts=False), name)
 
 

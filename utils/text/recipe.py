@@ -243,8 +243,11 @@ class PrepareConfig:
             found += parse_source(entry, f"sources entry {number}")[1]
         if self.sources and not found:
             sources = resolve_sources(self)
-            names = [source.name for source in sources]
-            found += [f"two entries of sources are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+            names = [str(source.name) for source in sources]
+            found += [
+                f"two entries of sources are called {name!r}"
+                for name in sorted({n for n in names if names.count(n) > 1})
+            ]
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
         if not 0 < self.validation_fraction < 1:
