@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from utils.cli import UserError
 from utils.text import encoding
-from utils.text.encoding import Encoder, build_encoder, find_template, iter_pieces, splits_at_spaces
+from utils.text.encoding import Encoder, build_encoder, find_template, has_new_characters, iter_pieces, splits_at_spaces
 from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, token_dtype, train_tokenizer
 
 ENGLISH = [
@@ -282,6 +282,18 @@ def test_tokenizers_that_gigatoken_cannot_take_fall_back_and_say_so(folders):
     encoder = build_encoder(tokenizer, ENGLISH[:20])
     assert encoder.note.startswith("encoded by tokenizers (gigatoken: "), encoder.note
     check_ids(encoder, tokenizer, ENGLISH[300:320])
+
+
+def test_characters_that_are_new_to_unicode_go_to_tokenizers(bpe):
+    """U+A7D4 is a letter to gigatoken 0.10 and none to tokenizers 0.23, so words end elsewhere."""
+    pytest.importorskip("gigatoken")
+    texts = ["plain", "a \ua7d4뵸 b", "", "日本語", "\U000323bcs", "it\ua7d4s", "👩‍👩‍👧"]
+    encoder = build_encoder(bpe, ENGLISH[:5])
+    ids, offsets = encoder(texts)
+    assert encoder.note.startswith("encoded by gigatoken")
+    assert [has_new_characters(text) for text in texts] == [False, True, False, False, True, True, False]
+    for text, start, stop in zip(texts, offsets[:-1], offsets[1:], strict=True):
+        assert ids[start:stop].tolist() == [*bpe(text)["input_ids"], bpe.eos_token_id]
 
 
 def test_other_ids_of_gigatoken_are_found_and_not_used(bpe, monkeypatch):

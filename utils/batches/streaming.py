@@ -206,7 +206,7 @@ def describe_stream(state: dict[str, Any]) -> str:
     line = f"stream: the lanes are in epoch {' to '.join(map(str, epochs[:: max(1, len(epochs) - 1)]))}"
     if broken := sum(cursor["broken"] for cursor in state["lanes"]):
         last = next(cursor["last_broken"] for cursor in state["lanes"] if cursor["broken"])
-        line += f"; {broken:,} times a record that cannot be read was passed over, such as {last}"
+        line += f"; broken records passed over: {broken:,}, such as {last}"
     return line
 
 
