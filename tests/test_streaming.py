@@ -350,14 +350,14 @@ def set_lanes(lanes: int) -> TrainConfig:
 def test_a_source_that_gives_nothing_is_refused(workers, streamed, texts, tmp_path):
     few = with_other_source(streamed, tmp_path / "few", path := write_lines(tmp_path / "few.jsonl", texts[:3]))
     line = refused(few, tmp_path / "run", data__num_workers=workers)
-    assert "data.stream_lanes 8: lane" in line and "has nothing to train on (0 documents read" in line
+    assert "data.stream_lanes 8: lane" in line and "has nothing to train on (no document is left)" in line
     Path(path).unlink()
     assert (
         refused(few, tmp_path / "run", data__num_workers=workers) == f"train.py: error: {path}: no such file or folder"
     )
     blank = with_other_source(streamed, tmp_path / "blank", write_lines(tmp_path / "blank.jsonl", [" ", "\n"] * 40))
     line = refused(blank, tmp_path / "run", data__stream_lanes=1, data__num_workers=workers)
-    assert "lane 0 has nothing to train on (80 documents read" in line
+    assert "lane 0 has nothing to train on (its 80 documents are all dropped" in line
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

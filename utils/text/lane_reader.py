@@ -169,8 +169,9 @@ class EpochReader:
         item.position = item.dataset.state_dict()
         found = []
         for values in zip(*batch.values(), strict=True):
+            own = source.is_divided or item.records % self.num_lanes == self.lane
             item.records += 1
-            if not source.is_divided and item.records % self.num_lanes != self.lane:
+            if not own:
                 continue
             row = dict(zip(batch, values, strict=True))
             if source.is_table:

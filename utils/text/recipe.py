@@ -185,8 +185,9 @@ class TokenizerConfig:
     """More special tokens, as in [<|user|>, <|assistant|>]."""
     chat_template: str | None = None
     """File with a Jinja chat template to save with the tokenizer."""
-    sample_bytes: int = 50_000_000
-    """How much text to train on, taken evenly from the training documents, in bytes of UTF-8."""
+    sample_bytes: int = 30_000_000
+    """How much text to train on, taken evenly from the training documents, in bytes of UTF-8. 30 MB of English take bpe
+    12 s and 240 MB of memory; 100 MB gain 0.4 % in bytes per token and take 36 s and 490 MB."""
 
     def problems(self) -> list[str]:
         found = at_least("tokenizer", self, sample_bytes=1)

@@ -89,9 +89,14 @@ class TextStream:
                     yield EncodedDocument(input_ids, place | {"document": done}, place | {"document": done + 1})
                 at["document"] = 0
             if not used:
+                why = (
+                    f"its {read} documents are all dropped or held out for validation"
+                    if read
+                    else "no document is left"
+                )
                 raise UserError(
-                    f"data.stream_lanes {self.num_lanes}: lane {lane} has nothing to train on ({read} documents read, all "
-                    "of them dropped or held out for validation); lower data.stream_lanes, or give more text"
+                    f"data.stream_lanes {self.num_lanes}: lane {lane} has nothing to train on ({why}); lower "
+                    "data.stream_lanes, or give more text"
                 )
             at |= {"epoch": epoch + 1, "block": 0, "reader": None}
 
