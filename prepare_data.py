@@ -27,15 +27,16 @@ from utils.batches.token_dataset import FORMAT_VERSION, open_split
 from utils.files import hold_lock
 from utils.text.cleaning import CleaningOptions, clean_documents, expand_steps
 from utils.text.deduplication import NUM_HASHES, digest, sketch_documents
+from utils.text.documents import DOCUMENT_FEATURES, check_broken, read_sources
 from utils.text.encoding import Encoder, build_encoder
 from utils.text.html_report import collect_details, html_report
 from utils.text.inventory import VERSIONS, describe_files, hash_paths, reading_options, recipe_key, tokenizer_files
 from utils.text.recipe import SourceConfig
 from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.selection import Selection, repeat_by_weight, select_documents
-from utils.text.sources import DOCUMENT_FEATURES, check_broken, iter_file_texts, read_sources, standard_input_in_file
+from utils.text.sources import iter_file_texts, standard_input_in_file
 from utils.text.stages import Stages, load_slices, map_slices, text_bytes
-from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, token_dtype, train_tokenizer
+from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, train_tokenizer
 
 
 def main(config: PrepareConfig) -> None:
@@ -75,6 +76,7 @@ def prepare(
     """Run the stages that have no result yet, put the dataset folder together, and return its manifest."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
     # ---- Read: all sources, whatever their format, into one table of documents on disk.
     limit = config.stream_head_documents if config.stream else None
     contents = [[item["source"], item["name"], item["content"]] for item in files]
@@ -126,57 +128,74 @@ def prepare(
     # ---- Tokenizer: trained on the training documents, or as given.
     folder = stages.run(
         "tokenizer", [VERSIONS["tokenizer"], asdict(config.tokenizer), tokenizer_files(config)],
-        lambda folder: make_tokenizer(config, cleaned, lengths, selection, folder),
+        lambda folder: make_tokenizer(config, cleaned, selection, folder),
     )  # fmt: skip
 
     # ---- Encode: the token dataset itself, put together beside the output and moved there in one step.
+    manifest = start_manifest(config, key, files, counts, cleaned, selection)
     partial = stages.folder / ".output.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         shutil.copytree(folder, partial / "tokenizer")
-        tokenizer = load_tokenizer(str(partial / "tokenizer"))
-        samples = sample_by_source(cleaned, selection, sources)
-        encoder = build_encoder(tokenizer, [text for texts in samples.values() for text in texts])
-        rows = {"train": weighted_rows(selection, sources), "validation": np.flatnonzero(selection.validation)}
-        if config.stream:
-            del rows["train"]
-        tokens = {
-            split: encode_split(cleaned.select(indices), lengths[indices], encoder, partial / split)
-            for split, indices in rows.items()
-        }
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "key": key,
-            "stream": config.stream,
-            "options": asdict(config),
-            "files": files,
-            "documents_read": sum(item["documents"] for item in counts["sources"].values()),
-            "bytes_read": sum(item["bytes"] for item in counts["sources"].values()),
-            "read": counts,
-            "changed": count_changes(cleaned, expand_steps(config.cleaning.steps)),
-            "dropped": selection.count(),
-            "splits": {
-                split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
-                for split, indices in rows.items()
-            },
-            "tokenizer": {
-                "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
-                "dtype": token_dtype(len(tokenizer)).__name__, "sources": describe_tokenizer(tokenizer, samples),
-            },
-            "versions": {library.__name__: library.__version__ for library in (datasets, tokenizers, pa)},
-        }  # fmt: skip
-        if config.keep_dropped:
-            write_dropped(cleaned, selection, partial / "dropped.jsonl")
-        print(f"{'encode':<12} {encoder.note}")
-        details = collect_details(cleaned, lengths, selection, tokens, rows)
-        (partial / "report.html").write_text(html_report(output.name, manifest, details), encoding="utf-8")
-        (partial / "README.md").write_text(data_card(output.name, manifest), encoding="utf-8")
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_dataset(config, sources, manifest, cleaned, lengths, selection, partial)
         replace_folder(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     stages.remove_unused()
     return manifest
+
+
+def start_manifest(
+    config: PrepareConfig, key: str, files: list[dict[str, Any]], counts: dict[str, Any], cleaned: datasets.Dataset,
+    selection: Selection,
+) -> dict[str, Any]:  # fmt: skip
+    """What is known before the tokens are."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "stream": config.stream,
+        "options": asdict(config),
+        "files": files,
+        "documents_read": sum(item["documents"] for item in counts["sources"].values()),
+        "bytes_read": sum(item["bytes"] for item in counts["sources"].values()),
+        "read": counts,
+        "changed": count_changes(cleaned, expand_steps(config.cleaning.steps)),
+        "dropped": selection.count(),
+        "versions": {library.__name__: library.__version__ for library in (datasets, tokenizers, pa)},
+    }
+
+
+def write_dataset(
+    config: PrepareConfig, sources: list[SourceConfig], manifest: dict[str, Any], cleaned: datasets.Dataset,
+    lengths: np.ndarray, selection: Selection, folder: Path,
+) -> None:  # fmt: skip
+    """Encode both splits into `folder`, which holds the tokenizer, and write what describes them; completes `manifest`."""
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    samples = sample_by_source(cleaned, selection, sources)
+    encoder = build_encoder(tokenizer, [text for texts in samples.values() for text in texts])
+    rows = {"train": weighted_rows(selection, sources), "validation": np.flatnonzero(selection.validation)}
+    if config.stream:
+        del rows["train"]
+    tokens = {
+        split: encode_split(cleaned.select(indices), lengths[indices], encoder, folder / split)
+        for split, indices in rows.items()
+    }
+    print(f"{'encode':<12} {encoder.note}")
+    manifest["splits"] = {
+        split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
+        for split, indices in rows.items()
+    }
+    manifest["tokenizer"] = {
+        "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
+        "dtype": encoder.dtype.__name__, "sources": describe_tokenizer(tokenizer, samples),
+    }  # fmt: skip
+    if config.keep_dropped:
+        write_dropped(cleaned, selection, folder / "dropped.jsonl")
+    name = Path(config.output).name
+    details = collect_details(cleaned, lengths, selection, tokens, rows)
+    (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
+    (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 CLEANED_FEATURES = datasets.Features(
@@ -205,9 +224,7 @@ def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
     return pa.table(columns)
 
 
-def make_tokenizer(
-    config: PrepareConfig, cleaned: datasets.Dataset, lengths: np.ndarray, selection: Selection, folder: Path
-) -> None:
+def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: Selection, folder: Path) -> None:
     options = config.tokenizer
     template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
     if options.pretrained is not None:

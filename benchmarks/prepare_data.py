@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 BLOCK = 1024
-BATCH = 32
+BATCH = 64
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 
 

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT
 
 from utils.cli import UserError
+from utils.text.documents import check_broken, read_sources
 from utils.text.readers import MAX_RECORD_BYTES, TEXT_PART_BYTES, Broken, Document, Skipped
 from utils.text.recipe import SourceConfig, parse_source
-from utils.text.sources import check_broken, iter_records, read_sources, reading_units
+from utils.text.sources import iter_records, reading_units
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").open()][40:80]
 

@@ -48,8 +48,9 @@ class PackedLayout:
         starts = np.array(spans)
         # The documents that begin behind a row's first position, up to just behind its last; empty ones included.
         first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
-        ends = np.concatenate([offsets[i:j] for i, j in zip(first.tolist(), last.tolist(), strict=True)])
-        ends += (np.arange(len(starts)) * length - starts).repeat(last - first)
+        counts = last - first
+        ends = offsets[np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)]
+        ends += (np.arange(len(starts)) * length - starts).repeat(counts)
         return self._batch(buffer, end - starts, ends)
 
     def _batch(self, buffer: np.ndarray, used: np.ndarray, ends: np.ndarray) -> Batch:

@@ -1,0 +1,77 @@
+"""The documents of all sources in one table on disk, and what could not be read."""
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from tqdm import tqdm
+
+from utils.cli import UserError
+from utils.text.readers import Broken, Document
+from utils.text.recipe import SourceConfig
+from utils.text.sources import iter_records, reading_units
+from utils.text.stages import SLICE_BYTES, SLICE_DOCUMENTS
+
+DOCUMENT_FEATURES = {
+    "text": datasets.Value("large_string"), "source": datasets.Value("string"), "id": datasets.Value("string"),
+}  # fmt: skip
+MAX_BROKEN_LISTED = 1000
+
+
+def read_sources(sources: list[SourceConfig], folder: Path, limit: int | None = None) -> None:
+    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source."""
+    schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
+    counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
+    with (
+        pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, schema) as writer,
+        tqdm(desc="read", unit=" documents", disable=None) as bar,
+    ):
+        for source in sources:
+            figures = counts["sources"][source.name] = {"documents": 0, "bytes": 0}
+            rows: list[Document] = []
+            held = 0
+            for record in itertools.islice(iter_records(source, reading_units(source)), limit):
+                if isinstance(record, Document):
+                    size = len(record.text.encode())
+                    figures["documents"] += 1
+                    figures["bytes"] += size
+                    rows.append(record)
+                    held += size
+                    if held >= SLICE_BYTES or len(rows) >= SLICE_DOCUMENTS:
+                        _write_rows(writer, schema, rows, source)
+                        rows, held = [], 0
+                    bar.update()
+                elif isinstance(record, Broken):
+                    counts["broken"] += 1
+                    if len(counts["broken_records"]) < MAX_BROKEN_LISTED:
+                        counts["broken_records"].append({"file": record.file, "why": record.why})
+                else:
+                    counts["skipped"][record.why] += 1
+            _write_rows(writer, schema, rows, source)
+    (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: SourceConfig) -> None:
+    if rows:
+        texts, ids = zip(*rows, strict=True)
+        columns = [pa.array(texts, pa.large_string()), pa.array([source.name] * len(rows)), pa.array(ids)]
+        writer.write_table(pa.table(columns, schema=schema))
+
+
+def check_broken(counts: dict[str, Any], max_share: float) -> None:
+    """`UserError` if too many records are broken, or if there is no document at all."""
+    documents = sum(figures["documents"] for figures in counts["sources"].values())
+    broken = counts["broken"]
+    if broken > max_share * (documents + broken):
+        first = counts["broken_records"][0]
+        raise UserError(
+            f"{first['file']}: {first['why']}; {broken:,} of {documents + broken:,} records are broken, more than "
+            f"max_broken_share {max_share:g} allows"
+        )
+    if documents == 0:
+        raise UserError(f"no documents in {', '.join(counts['sources'])}")
