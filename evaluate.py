@@ -153,7 +153,13 @@ def score(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-    layout = build_layout(tokens, run["data"]["layout"] if run else "packed", length, pad_token_id(tokenizer))
+    layout = build_layout(
+        tokens,
+        run["data"]["layout"] if run else "packed",
+        length,
+        pad_token_id=pad_token_id(tokenizer),
+        vocab_size=len(tokenizer),
+    )
     loader = build_evaluation_loader(layout, config.batch_size)
     objective, loader = accelerator.prepare(CausalObjective(model), loader)
     result = evaluate(accelerator, objective, loader)

@@ -71,7 +71,9 @@ def main(config: TrainConfig) -> None:
 
     def lay_out(split: str) -> Layout:
         rows = open_split(config.data.dataset, split)
-        return build_layout(rows, config.data.layout, config.data.sequence_length, pad)
+        return build_layout(
+            rows, config.data.layout, config.data.sequence_length, pad_token_id=pad, vocab_size=len(tokenizer)
+        )
 
     validation_rows = lay_out("validation")
     train_rows = None if manifest.get("stream") else lay_out("train")

@@ -199,7 +199,7 @@ def measure_loader(folder: Path) -> dict[str, Any]:
     from utils.batches.loaders import build_layout, build_train_loader
     from utils.batches.token_dataset import open_split
 
-    layout = build_layout(open_split(folder / "dataset", "train"), "packed", BLOCK, 0)
+    layout = build_layout(open_split(folder / "dataset", "train"), "packed", BLOCK, pad_token_id=0, vocab_size=1 << 16)
     plan = plan_batches(BATCH, None, 1)
     loader = build_train_loader(layout, plan, samples_seen=0, seed=0, num_workers=0)
     return time_blocks(loader)

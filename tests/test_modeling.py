@@ -51,7 +51,9 @@ def scale_up(model):
 
 def sample_batch(layout: str, dataset, tokenizer) -> dict[str, torch.Tensor]:
     """12 rows of the shuffled order, the first, the last and one of padding."""
-    rows = build_layout(open_split(dataset, "train"), layout, LENGTH, pad_token_id(tokenizer))
+    rows = build_layout(
+        open_split(dataset, "train"), layout, LENGTH, pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer)
+    )
     indices = [*sample_ids(0, 12, len(rows), seed=3).tolist(), 0, len(rows) - 1, PADDING_SAMPLE]
     return to_tensors(rows.__getitems__(indices))
 

@@ -36,7 +36,7 @@ def test_every_token_and_every_target_comes_exactly_once(layout, monkeypatch):
     for _ in range(400):
         tokens, documents = random_documents(random)
         monkeypatch.setattr(packing, "WINDOW", random.integers(1, 8))
-        rows = build_layout(tokens, layout, int(random.integers(2, 10)), PAD)
+        rows = build_layout(tokens, layout, int(random.integers(2, 10)), pad_token_id=PAD, vocab_size=1 << 16)
         shuffled = random.permutation([*range(len(rows)), PADDING_SAMPLE, PADDING_SAMPLE])
         inputs, pairs = [], []
         for indices in np.array_split(shuffled, random.integers(1, 4)):
@@ -61,7 +61,7 @@ def test_positions_count_from_the_beginning_of_each_piece(layout):
     for _ in range(200):
         tokens, documents = random_documents(random)
         document_of = np.repeat(np.arange(len(documents)), [len(ids) for ids in documents])
-        rows = build_layout(tokens, layout, int(random.integers(2, 10)), PAD)
+        rows = build_layout(tokens, layout, int(random.integers(2, 10)), pad_token_id=PAD, vocab_size=1 << 16)
         batch = rows.__getitems__([*range(len(rows)), PADDING_SAMPLE])
         for ids, positions in zip(batch["input_ids"].tolist(), batch["position_ids"].tolist(), strict=True):
             assert positions[0] == 0
@@ -79,7 +79,7 @@ def test_a_batch_is_its_rows_by_themselves(layout):
     random = np.random.default_rng(7)
     for _ in range(50):
         tokens, _ = random_documents(random)
-        rows = build_layout(tokens, layout, 6, PAD)
+        rows = build_layout(tokens, layout, 6, pad_token_id=PAD, vocab_size=1 << 16)
         indices = random.integers(PADDING_SAMPLE, len(rows), 5).tolist()
         batch = rows.__getitems__(indices)
         for place, index in enumerate(indices):
@@ -140,7 +140,7 @@ def test_best_fit_rows_are_the_golden_ones(monkeypatch):
 def test_utilisation_is_the_share_of_positions_that_hold_tokens(layout):
     random = np.random.default_rng(10)
     for _ in range(50):
-        rows = build_layout(random_documents(random)[0], layout, 5, PAD)
+        rows = build_layout(random_documents(random)[0], layout, 5, pad_token_id=PAD, vocab_size=1 << 16)
         batch = rows.__getitems__(list(range(len(rows))))
         used = ((batch["input_ids"] != 0) & (batch["input_ids"] != PAD)).sum()
         assert rows.utilisation == pytest.approx(used / (len(rows) * 5))
@@ -149,7 +149,9 @@ def test_utilisation_is_the_share_of_positions_that_hold_tokens(layout):
 def test_best_fit_fills_rows_of_real_text(dataset):
     tokens = open_split(dataset, "train")
     assert BestFitLayout(tokens, 256).utilisation > 0.99
-    assert build_layout(tokens, "padded", 256, PAD).utilisation < 0.7  # there is something to gain
+    assert (
+        build_layout(tokens, "padded", 256, pad_token_id=PAD, vocab_size=1 << 16).utilisation < 0.7
+    )  # there is something to gain
 
 
 @pytest.mark.parametrize("length", [512, 2048])

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SMALL, environment, flags, launcher, metrics, run, script, train, train_losses
+from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, script, train, train_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.batches.batch_plan import sample_ids
@@ -231,3 +232,35 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(dataset, 
     for path in saved:
         model = AutoModelForCausalLM.from_pretrained(path)
         assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_ids_that_the_model_lacks_and_rows_longer_than_its_positions_are_refused_before_training(
+    dataset, finished_run, tmp_path
+):
+    def refuse(folder: Path, **options: object) -> str:
+        settings = SMALL | {"data.dataset": folder, "output": tmp_path / "run"}
+        line = error_line("train.py", *flags(settings | {name.replace("__", "."): v for name, v in options.items()}))
+        assert not list(tmp_path.glob("run/*"))
+        return line
+
+    damaged = shutil.copytree(dataset, tmp_path / "damaged")
+    tokens = open_split(dataset, "train")
+    piece = tokens.gather([1000], [1040])
+    (file,) = (damaged / "train").glob("*.arrow")
+    content = file.read_bytes()
+    assert content.count(piece.tobytes()) == 1
+    file.write_bytes(content.replace(piece.tobytes(), np.full_like(piece, 60_000).tobytes()))
+    assert "token id 60000, its tokenizer has 2048 entries" in refuse(damaged)
+
+    mixed = shutil.copytree(dataset, tmp_path / "mixed")  # the tokenizer of another dataset
+    shutil.rmtree(mixed / "tokenizer")
+    script("prepare_data.py", "--output", tmp_path / "small", "--tokenizer.vocab_size", "300")
+    shutil.copytree(tmp_path / "small" / "tokenizer", mixed / "tokenizer")
+    assert "its tokenizer has 300 entries" in refuse(mixed)
+
+    assert "another tokenizer than the dataset's" in refuse(
+        tmp_path / "small", model__pretrained=finished_run / "checkpoints" / "best"
+    )
+    long = refuse(dataset, model__pretrained=finished_run / "checkpoints" / "best", data__sequence_length=65)
+    assert "data.sequence_length (65) is longer than the 64 positions" in long
+    assert "longer than model.max_position_embeddings (64)" in refuse(dataset, data__sequence_length=65)

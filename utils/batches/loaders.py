@@ -11,8 +11,16 @@ from utils.cli import UserError
 Layout = PackedLayout | PaddedLayout
 
 
-def build_layout(tokens: TokenDataset, layout: str, sequence_length: int, pad_token_id: int) -> Layout:
-    """Rows of `sequence_length` positions, `layout` as in `DataConfig`; `UserError` if there is nothing to predict."""
+def build_layout(
+    tokens: TokenDataset, layout: str, sequence_length: int, *, pad_token_id: int, vocab_size: int
+) -> Layout:
+    """Rows of `sequence_length` positions, `layout` as in `DataConfig`; `UserError` if there is nothing to predict, or
+    an id that a model with `vocab_size` entries does not have."""
+    if tokens.largest_id >= vocab_size:
+        raise UserError(
+            f"the dataset holds token id {tokens.largest_id}, its tokenizer has {vocab_size} entries: the folder is "
+            "damaged, or put together from two; prepare it again"
+        )
     if not any((lengths > 1).any() for _, lengths in document_windows(tokens)):
         raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")
     if layout == "padded":

@@ -54,6 +54,11 @@ class TokenDataset:
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
 
+    @property
+    def largest_id(self) -> int:
+        """Reads all tokens: some seconds for 1e10 of them."""
+        return max((int(chunk.max()) for chunk in self._chunks if len(chunk)), default=-1)
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, (stop - start,) int64, cut at the stream's end."""
         return self.gather([start], [min(stop, self.num_tokens)]).astype(np.int64)
