@@ -30,7 +30,15 @@ from utils.text.deduplication import NUM_HASHES, digest, sketch_documents
 from utils.text.documents import DOCUMENT_FEATURES, check_broken, read_sources
 from utils.text.encoding import Encoder, build_encoder
 from utils.text.html_report import collect_details, html_report
-from utils.text.inventory import VERSIONS, describe_files, hash_paths, reading_options, recipe_key, tokenizer_files
+from utils.text.inventory import (
+    VERSIONS,
+    WITHOUT_EFFECT,
+    describe_files,
+    hash_paths,
+    reading_options,
+    recipe_key,
+    tokenizer_files,
+)
 from utils.text.recipe import SourceConfig
 from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.selection import Selection, repeat_by_weight, select_documents
@@ -154,7 +162,7 @@ def start_manifest(
         "format_version": FORMAT_VERSION,
         "key": key,
         "stream": config.stream,
-        "options": asdict(config),
+        "options": {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT},
         "files": files,
         "documents_read": sum(item["documents"] for item in counts["sources"].values()),
         "bytes_read": sum(item["bytes"] for item in counts["sources"].values()),

@@ -14,12 +14,7 @@ from utils.text.stages import hash_json
 
 # Raise a stage's number when its result changes, so that what older code made no longer counts.
 VERSIONS = {"read": 1, "clean": 1, "sketch": 1, "select": 1, "tokenizer": 1, "encode": 1}
-WITHOUT_EFFECT = (
-    "sources",
-    "output",
-    "num_proc",
-    "check_hashes",
-)  # options that do not change the result by themselves
+WITHOUT_EFFECT = ("output", "num_proc", "check_hashes")  # options that do not change the result
 
 
 def list_sources(sources: Iterable[SourceConfig]) -> Iterator[tuple[SourceConfig, str, Path | None]]:
@@ -74,6 +69,7 @@ def file_hash(path: Path) -> str:
 def recipe_key(config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]]) -> str:
     """Hash of all that decides the result: the sources' content, the options, this code's version."""
     options = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
+    del options["sources"]  # their content and their entries stand for them: the same files elsewhere are the same
     contents = [[item["source"], item["name"], item["content"]] for item in files]
     entries = [reading_options(source) | {"weight": source.weight} for source in sources]
     evaluation = hash_paths(config.deduplication.evaluation_files)
