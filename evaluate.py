@@ -94,7 +94,9 @@ def main(config: EvaluateConfig) -> None:
         if config.compare_with_xz:
             report["xz_bits_per_byte"] = xz_bits_per_byte(tokens, tokenizer)
             saved = 1 - report["bits_per_byte"] / report["xz_bits_per_byte"]
-            print(f"xz -9, same text: {report['xz_bits_per_byte']:.3f} bits per byte; the model needs {saved:.0%} less")
+            print(
+                f"xz -9, same text: {report['xz_bits_per_byte']:.3f} bits per byte; the model needs {abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+            )
     if config.prompt is not None:
         report["text"] = write_text(
             model, tokenizer, config.prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,

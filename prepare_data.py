@@ -67,6 +67,8 @@ def main(config: PrepareConfig) -> None:
                 if not locked:
                     raise UserError(f"{output}: another prepare_data.py is at work on it; wait for its end, or stop it")
                 manifest = prepare(config, sources, files, key, stages, output)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     print(table(manifest))
@@ -319,9 +321,18 @@ def load_existing(output: Path) -> dict[str, Any]:
 def check_splits(selection: Selection, config: PrepareConfig) -> None:
     for split, kept in (("train", selection.train), ("validation", selection.validation)):
         if not kept.any():
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in selection.count().items())
+            advice = (
+                "change what drops them"
+                if 2 * (selection.code != 0).sum() > len(selection.code)
+                else (
+                    "give more documents, or another fraction; one long text file becomes many documents by `new_document`"
+                )
+            )
             raise UserError(
-                f"the {split} split is empty: {len(selection.code)} documents, {sum(selection.count().values())} dropped, "
-                f"validation_fraction {config.validation_fraction}; give more documents or another fraction"
+                f"the {split} split is empty: {len(selection.code)} documents, {sum(selection.count().values())} dropped"
+                f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} (see "
+                "docs/data.md)"
             )
 
 

@@ -62,6 +62,7 @@ def test_help_explains_every_option():
         (["--schedule.num_epochs", "3"], "exactly one of schedule.max_steps and schedule.num_epochs"),
         (["--schedule.max_steps", "5.5"], "schedule.max_steps: Expected int or null. Got value: 5.5"),
         (["--tracking.trackers", "wandb"], "Expected a list. Write '[wandb]'"),
+        (["--tracking.trackers", "[wandb,"], "put '…' around it"),
         (["--seed", "5000000000"], "less than 2**32"),
         (["--config", "configs"], "configs: not a file"),
         (["--model.num_attention_heads", "5"], "does not divide model.hidden_size"),

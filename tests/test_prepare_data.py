@@ -1,7 +1,10 @@
 """prepare_data.py on real text: what goes in, what comes out, and what is refused."""
 
+import gzip
 import json
+import re
 import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -175,7 +178,7 @@ BAD_SOURCES = {  # source, what the error line must say
     "missing": ("no/such/file.txt", "no such file"),
     "empty_folder": ("empty_folder", "no .txt"),
     "empty": ("empty.jsonl", "the file is empty; 1 of 1 records are broken"),
-    "empty_text": ("empty.txt", "split is empty: 1 documents, 1 dropped"),
+    "empty_text": ("empty.txt", "split is empty: 1 documents, 1 dropped (empty after cleaning 1)"),
     "mixed": ("mixed.jsonl", "line 2: column 'text' holds int, not text"),
     "binary": ("binary.txt", "binary file"),
     "latin1": ("latin1.txt", "line 2: not UTF-8"),
@@ -222,3 +225,34 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "out" / "precious").write_text("mine")
     assert "not a dataset folder" in error_line("prepare_data.py", "--output", tmp_path / "out")
     assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_the_recipe_in_the_docs_runs(tmp_path, monkeypatch):
+    """Word for word, with files of the names that it uses; but for the Hub, which is not reached from here."""
+    recipe = re.search(r"```yaml\n(sources:.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.S)[1]
+    recipe = "".join(line for line in recipe.splitlines(keepends=True) if "{hub:" not in line)
+    long = [text for text in TEXTS if len(text) > 200]
+    (tmp_path / "my_texts").mkdir()
+    for number, text in enumerate(long[:40]):
+        (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in long[40:60]).encode()
+    with pa.CompressedOutputStream(str(tmp_path / "notes.jsonl.zst"), "zstd") as stream:
+        stream.write(lines)
+    table = pa.table({"question": long[60:70], "answer": long[70:80]})
+    pyarrow.csv.write_csv(table, tmp_path / "qa.csv")
+    (tmp_path / "main.c").write_text("int main(void)\n{\n\treturn 0; /* nothing to be done here, and done well */\n}\n")
+    with tarfile.open(tmp_path / "linux.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "main.c", "main.c")
+    entries = "".join(text.replace("\n", "\n  ").strip() + "\n" for text in long[80:100])
+    (tmp_path / "dictionary.txt.gz").write_bytes(gzip.compress(entries.encode()))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("prepare_data.py", "--config", "recipe.yaml", "--tokenizer.vocab_size", "400",
+                          "--cleaning.min_language_score", "0.3")  # fmt: skip
+    assert code == 0, err
+    sources = load_manifest(tmp_path / "data" / "mine")["splits"]["train"]["sources"]
+    assert sources.keys() == {"my_texts", "notes", "qa", "kernel", "dictionary"}
+    assert sources["qa"]["documents"] and sources["dictionary"]["documents"] > 10
+    assert any(
+        "Question: " in text and "\n\nAnswer: " in text for text in documents(tmp_path / "data" / "mine", "train")
+    )

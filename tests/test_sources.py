@@ -18,7 +18,7 @@ from utils.cli import UserError
 from utils.text.documents import check_broken, read_sources
 from utils.text.readers import MAX_RECORD_BYTES, TEXT_PART_BYTES, Broken, Document, Skipped
 from utils.text.recipe import SourceConfig, parse_source
-from utils.text.sources import iter_records, reading_units
+from utils.text.sources import OTHER_KIND, iter_records, reading_units
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").open()][40:80]
 
@@ -26,7 +26,8 @@ TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionar
 def records(path: Path | str, **options) -> list:
     source = SourceConfig(path=str(path), name="test", **options)
     source.text_column = source.text_column or "text"
-    return list(iter_records(source, reading_units(source)))
+    found = iter_records(source, reading_units(source))
+    return [item for item in found if not (isinstance(item, Skipped) and item.why == OTHER_KIND)]
 
 
 def texts(path: Path | str, **options) -> list[str]:
@@ -279,3 +280,20 @@ def test_the_stated_share_decides(tmp_path):
 def test_mistakes_in_an_entry_are_named(entry, expected):
     _, problems = parse_source(entry, "sources entry 1")
     assert len(problems) == 1 and problems[0].startswith("sources entry 1: ") and expected in problems[0]
+
+
+def test_files_of_another_kind_are_counted(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("one")
+    (tmp_path / "texts" / "b.docx").write_bytes(b"\0")
+    with tarfile.open(tmp_path / "texts.tar", "w") as archive:
+        archive.add(tmp_path / "texts", "texts")
+    for name in ("texts", "texts.tar"):
+        read_sources([SourceConfig(path=str(tmp_path / name), name=name)], tmp_path)
+        counts = json.loads((tmp_path / "read.json").read_text())
+        assert counts["skipped"] == {"file of another kind": 1} and counts["sources"][name]["documents"] == 1
+    with tarfile.open(tmp_path / "other.tar", "w") as archive:
+        archive.add(tmp_path / "texts" / "b.docx", "b.docx")
+    read_sources([SourceConfig(path=str(tmp_path / "other.tar"), name="other")], tmp_path)
+    with pytest.raises(UserError, match=r"no documents in other \(1 file of another kind\); known kinds are \.txt"):
+        check_broken(json.loads((tmp_path / "read.json").read_text()), 0.01)

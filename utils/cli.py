@@ -35,6 +35,8 @@ def run_script(main: Callable[[Any], None], config: object) -> None:
     """Call `main(config)`; a `UserError` or `OSError` becomes one line on stderr and exit code 2."""
     try:
         main(config)
+    except BrokenPipeError:  # who read our output has stopped reading, as `| head` does
+        os._exit(141)
     except (UserError, OSError) as error:  # an OSError here is a disk or a permission, and names its file
         exit_with(error)
     except KeyboardInterrupt:
@@ -128,6 +130,7 @@ def _one_line(message: str, names: list[str]) -> str:
     """jsonargparse's message on one line, with the nearest option name where a name is unknown."""
     message = " ".join(message.split())
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message).replace("typing.", "")
+    message = re.sub(r"Expected a list\. Got value: (\[.*)", r"Expected a list. Got \1: put '…' around it", message)
     message = re.sub(r"Expected a list\. Got value: (.*)", r"Expected a list. Write '[\1]'", message)
     message = re.sub(
         r"Does not validate .*? Subtypes: \[(\w+), NoneType\].*Given value: (.*)",

@@ -25,7 +25,9 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         reason = "is not a dataset folder (it has no manifest.json)" if Path(folder).exists() else "does not exist"
-        raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py --output {folder}")
+        sources = "" if Path(folder) == Path("data/demo") else "--sources '[my_texts/]' "
+        output = "data/mine" if Path(folder).exists() else folder
+        raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(

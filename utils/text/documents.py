@@ -13,7 +13,7 @@ from tqdm import tqdm
 from utils.cli import UserError
 from utils.text.readers import Broken, Document
 from utils.text.recipe import SourceConfig
-from utils.text.sources import iter_records, reading_units
+from utils.text.sources import OTHER_KIND, count_other_files, iter_records, known_suffixes, reading_units
 from utils.text.stages import SLICE_BYTES, SLICE_DOCUMENTS
 
 DOCUMENT_FEATURES = {
@@ -33,6 +33,7 @@ def read_sources(sources: list[SourceConfig], folder: Path, limit: int | None = 
     ):
         for source in sources:
             figures = counts["sources"][source.name] = {"documents": 0, "bytes": 0}
+            counts["skipped"][OTHER_KIND] += count_other_files(source)
             rows: list[Document] = []
             held = 0
             for record in itertools.islice(iter_records(source, reading_units(source)), limit):
@@ -53,6 +54,7 @@ def read_sources(sources: list[SourceConfig], folder: Path, limit: int | None = 
                 else:
                     counts["skipped"][record.why] += 1
             _write_rows(writer, schema, rows, source)
+    counts["skipped"] = {why: count for why, count in counts["skipped"].items() if count}
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
@@ -71,7 +73,12 @@ def check_broken(counts: dict[str, Any], max_share: float) -> None:
         first = counts["broken_records"][0]
         raise UserError(
             f"{first['file']}: {first['why']}; {broken:,} of {documents + broken:,} records are broken, more than "
-            f"max_broken_share {max_share:g} allows"
+            f"max_broken_share {max_share:g} allows; mend or remove the files, or raise max_broken_share"
         )
-    if documents == 0:
-        raise UserError(f"no documents in {', '.join(counts['sources'])}")
+    for name, figures in counts["sources"].items():
+        if figures["documents"] == 0:
+            skipped = ", ".join(f"{count:,} {why}" for why, count in counts["skipped"].items())
+            raise UserError(
+                f"no documents in {name}{f' ({skipped})' if skipped else ''}; known kinds are {known_suffixes()}; code needs "
+                "`kind: code` in its entry"
+            )

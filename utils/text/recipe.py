@@ -143,6 +143,9 @@ class CleaningConfig:
         found += at_least("cleaning", self, min_characters=0, max_characters=1)
         if not 0 <= self.min_language_score <= 1:
             found.append(f"cleaning.min_language_score is {self.min_language_score}; it must be between 0 and 1")
+        for code in self.languages:
+            if not re.fullmatch("[a-z]{2,3}", code):
+                found.append(f"cleaning.languages: {code!r} is no code of a language, as en or de")
         if "language" in self.steps and not self.languages:
             found.append("cleaning.languages is empty; step language needs the codes to keep, as in [en]")
         if "licence" in self.steps and not self.licences:
@@ -209,7 +212,10 @@ class TokenizerConfig:
 class PrepareConfig:
     """Options of prepare_data.py; the defaults are the demo's."""
 
-    sources: list[str | dict[str, Any]] = field(default_factory=lambda: ["sample_data/dictionaries.jsonl"])
+    # The values are spelled out, as jsonargparse would read a string under `Any` as YAML once more.
+    sources: list[str | dict[str, str | int | float | bool | list[str] | None]] = field(
+        default_factory=lambda: ["sample_data/dictionaries.jsonl"]
+    )
     """Files or folders of .txt, .md, .rst, .jsonl, .json, .csv, .parquet or .html, also .gz and .zst; tar archives;
     folders saved by `datasets`; - for standard input. An entry may be a mapping: path or hub, name, kind, weight,
     text_column or template, include, and more (see docs/data.md)."""

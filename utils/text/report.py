@@ -11,8 +11,9 @@ def table(manifest: dict[str, Any]) -> str:
     read, splits = manifest["read"], manifest["splits"]
     what = "read (the head of a stream)" if manifest["stream"] else "read"
     lines.append(f"{what:<34}{manifest['documents_read']:>12,}{manifest['bytes_read']:>16,}")
-    left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
-    lines += [f"{'- ' + reason:<34}{count:>12,}" for reason, count in (left_out | manifest["dropped"]).items()]
+    lines += [f"{'- ' + reason:<34}{count:>12,}" for reason, count in manifest["dropped"].items()]
+    kept = manifest["documents_read"] - sum(manifest["dropped"].values())
+    lines.append(f"{'kept':<34}{kept:>12,}")
     for split, figures in splits.items():
         lines.append(_row(split, figures))
         if len(figures["sources"]) > 1:
@@ -21,6 +22,16 @@ def table(manifest: dict[str, Any]) -> str:
                 _row(f"  {name}", source) + f"{source['tokens'] / total:>7.1%}"
                 for name, source in figures["sources"].items()
             ]
+    weighted = [entry for entry in manifest["options"]["sources"] if isinstance(entry, dict) and "weight" in entry]
+    if weighted and not manifest["stream"]:
+        lines.append("train counts each document as often as its source's weight says")
+    if "train" in splits:
+        for name, figures in splits["train"]["sources"].items():
+            if not figures["documents"]:
+                lines.append(f"note: no document of {name} is left for training; report.html says why")
+    left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
+    if left_out:
+        lines.append("not read: " + ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()))
     if manifest["stream"]:
         lines.append("train: not stored; read, cleaned and tokenized while training")
     changed = {step: count for step, count in manifest["changed"].items() if count}

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 
 from utils.cli import UserError
-from utils.text.readers import READERS, Broken, Document, Record, make_document
+from utils.text.readers import READERS, Broken, Document, Record, Skipped, make_document
 from utils.text.recipe import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
 
 CODE_SUFFIXES = frozenset(
@@ -81,6 +81,7 @@ OPENERS = {
     ".xz": lzma.open,
     ".bz2": bz2.open,
 }
+OTHER_KIND = "file of another kind"
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
 
 
@@ -103,6 +104,14 @@ def find_files(source: SourceConfig) -> list[Path]:
         wanted = f"file like {source.include}" if source.include else f"{known_suffixes(source)} file"
         raise UserError(f"{path}: no {wanted} in this folder")
     return files
+
+
+def count_other_files(source: SourceConfig) -> int:
+    """Files in a source's folder that are passed over."""
+    path = Path(str(source.path))
+    if source.hub is not None or not path.is_dir() or is_saved_dataset(path):
+        return 0
+    return sum(item.is_file() for item in path.rglob("*")) - len(find_files(source))
 
 
 def known_suffixes(source: SourceConfig | None = None) -> str:
@@ -128,7 +137,7 @@ def is_wanted(source: SourceConfig, name: str) -> bool:
     if source.include is not None and not fnmatch.fnmatch(name, source.include):
         return False
     if source.kind == "code" and source.include is None:
-        suffixes = source.extensions or CODE_SUFFIXES
+        suffixes = {"." + suffix.lstrip(".") for suffix in source.extensions or CODE_SUFFIXES}
         return Path(name).suffix in suffixes and not name.endswith(NOT_CODE)
     return source.include is not None or _suffix(name) in KIND_OF_SUFFIX
 
@@ -188,7 +197,9 @@ def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]
 def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Record]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
-            if member.isfile() and is_wanted(source, member.name):
+            if member.isfile() and not is_wanted(source, member.name):
+                yield Skipped(member.name, OTHER_KIND)
+            elif member.isfile():
                 inside: Any = archive.extractfile(member)
                 opener: Any = OPENERS.get(Path(member.name.lower()).suffix)
                 data = io.BufferedReader(opener(inside, "rb") if opener else inside)
