@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from utils.text.histograms import Histogram, even_steps, half_octaves, histogram
 from utils.text.html_elements import PAGE, STYLE, Html, bar, cut, difference, element, note, percent, shares, table
 from utils.text.report import table as console_table
 from utils.text.selection import Selection
@@ -22,18 +22,6 @@ NAME, LINE = 60, 200  # characters of a source's name and of a line that a file 
 
 
 @dataclass
-class Histogram:
-    """A figure of the stored documents, by split."""
-
-    edges: np.ndarray
-    """(B + 1,): bin b holds values from edges[b] to below edges[b + 1], the outermost also what lies beyond."""
-    counts: dict[str, np.ndarray]
-    """(B,) int64: documents in each bin."""
-    figures: dict[str, list[float]]
-    """Mean, median, 95th percentile, least, greatest."""
-
-
-@dataclass
 class Details:
     """What the page shows and the manifest does not hold. Documents are mappings: text, source, id, bytes, fate."""
 
@@ -42,6 +30,8 @@ class Details:
     """By reason, the most frequent first, (sources,) int64: documents; "" stands for those that are kept."""
     examples: dict[str, list[dict[str, Any]]]
     """Dropped documents by reason."""
+    kept: dict[str, list[dict[str, Any]]]
+    """Documents for training, by source."""
     clusters: list[tuple[int, list[dict[str, Any]]]]
     """Size of a near-duplicate cluster; the document that stands for it, and a few of the others."""
     cluster_sizes: np.ndarray
@@ -77,6 +67,11 @@ def collect_details(
         dropped = np.flatnonzero(selection.code == selection.reasons.index(reason))
         examples[reason] = [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(dropped, EXAMPLES)]
 
+    names = [cleaned[int(row)]["source"] for row in first]
+    trained = [np.flatnonzero(selection.train & (selection.source == number)) for number in numbers]
+    kept = {name: [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(part, EXAMPLES)]
+            for name, part in zip(names[:REASONS], trained, strict=False) if len(part)}  # fmt: skip
+
     members = np.flatnonzero(selection.cluster != np.arange(len(selection.cluster)))
     roots, sizes = np.unique(selection.cluster[members], return_counts=True)
     by_size = np.argsort(-sizes, kind="stable")
@@ -88,13 +83,14 @@ def collect_details(
     tokens = {split: values for split, values in token_lengths.items() if len(values)}
     ratios = {split: lengths[rows[split]] / values for split, values in tokens.items()}
     return Details(
-        sources=[cleaned[int(row)]["source"] for row in first],
+        sources=names,
         counts={reason: by_source[reason] for reason in ["", *selection.count()]},
         examples=examples,
+        kept=kept,
         clusters=clusters,
         cluster_sizes=sizes + 1,
-        lengths=_histogram(tokens, _half_octaves(tokens)),
-        ratios=_histogram(ratios, _even_steps(ratios)),
+        lengths=histogram(tokens, half_octaves(tokens)),
+        ratios=histogram(ratios, even_steps(ratios)),
     )
 
 
@@ -103,31 +99,11 @@ def _spread(items: np.ndarray, count: int) -> np.ndarray:
     return items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
-def _half_octaves(values: dict[str, np.ndarray]) -> np.ndarray:
-    """Edges 4, 6, 8, 11, 16, ... around all values, from one power of two to another."""
-    low = math.floor(math.log2(min(array.min() for array in values.values())))
-    high = math.ceil(math.log2(max(array.max() for array in values.values()) + 1))
-    return np.unique(np.round(2 ** (np.arange(2 * low, 2 * high + 1) / 2))).astype(np.int64)
-
-
-def _even_steps(values: dict[str, np.ndarray]) -> np.ndarray:
-    """Edges of about 16 bins around all values but one in two hundred on either side."""
-    least, greatest = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
-    step = 2.0 ** math.ceil(math.log2(max(greatest - least, 4) / 16))
-    return np.arange(math.floor(least / step), math.floor(greatest / step) + 2) * step
-
-
-def _histogram(values: dict[str, np.ndarray], edges: np.ndarray) -> Histogram:
-    counts = {split: np.histogram(np.clip(array, edges[0], edges[-1]), edges)[0] for split, array in values.items()}
-    figures = {key: [float(array.mean()), *np.quantile(array, [0.5, 0.95, 0, 1])] for key, array in values.items()}
-    return Histogram(edges, counts, figures)
-
-
 def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
     """The page, complete. The same arguments give the same text; what comes from documents or file names is escaped."""
     sections = {
         "Kept and dropped": _filtering(manifest, details), "Mixture": _mixture(manifest),
-        "Distributions": _distributions(details), "Dropped documents": _examples(details),
+        "Distributions": _distributions(details), "Kept documents": _kept(details), "Dropped documents": _examples(details),
         "Near duplicates": _clusters(manifest, details), "Tokenizer": _tokenizer(manifest), "Recipe": _recipe(manifest),
     }  # fmt: skip
     body = (element("section", element("h2", title), *parts) for title, parts in sections.items())
@@ -221,12 +197,21 @@ def _distribution(what: str, digits: int, histogram: Histogram, labels: list[str
     return element("div", table([what, *splits], figures), table([what, *heads], bins))
 
 
+def _kept(details: Details) -> Iterator[Html]:
+    yield note(f"Up to {EXAMPLES} documents of each source, as cleaned.")
+    yield from (_group(documents, element("b", cut(name, NAME))) for name, documents in details.kept.items())
+
+
 def _examples(details: Details) -> Iterator[Html]:
     reasons, shown = len(details.counts) - 1, len(details.examples)
     yield note(f"Up to {EXAMPLES} documents, from all over the corpus, of {shown:,} of {reasons:,} reasons.")
     for reason, documents in details.examples.items():
-        heading = element("summary", element("b", reason), f" · {details.counts[reason].sum():,} dropped")
-        yield element("details", heading, element("div", *map(_excerpt, documents), class_="thirds"), open="")
+        yield _group(documents, element("b", reason), f" · {details.counts[reason].sum():,} dropped")
+
+
+def _group(documents: list[dict[str, Any]], *heading: object) -> Html:
+    parts = element("div", *map(_excerpt, documents), class_="thirds")
+    return element("details", element("summary", *heading), parts, open="")
 
 
 def _excerpt(document: dict[str, Any], shown: Html | None = None, note: str = "") -> Html:
