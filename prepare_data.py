@@ -35,6 +35,7 @@ from utils.text.inventory import (
     WITHOUT_EFFECT,
     describe_files,
     hash_paths,
+    identify,
     reading_options,
     recipe_key,
     tokenizer_files,
@@ -44,35 +45,46 @@ from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.selection import Selection, repeat_by_weight, select_documents
 from utils.text.sources import iter_file_texts, standard_input_in_file
 from utils.text.stages import Stages, load_slices, map_slices, text_bytes
-from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, train_tokenizer
+from utils.text.tokenization import (
+    check_chat_template,
+    describe_tokenizer,
+    iter_sample,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 
 def main(config: PrepareConfig) -> None:
-    output = Path(config.output)
-    manifest = load_existing(output)
+    output = Path(config.output).resolve()
     sources = resolve_sources(config)
+    check_places(sources, output)
     stages = Stages(output.with_name(f".{output.name}.stages"))
+    restore_output(output, stages)
+    manifest = load_existing(output)
     try:
         with standard_input_in_file(sources, stages.folder):
             files = describe_files(
-                sources, manifest.get("files", []), read_again=config.check_hashes, by_size_only=config.stream
-            )
+                sources, manifest["files"] if manifest.get("stream") == config.stream else [],
+                read_again=config.check_hashes, by_size_only=config.stream and not config.check_hashes,
+            )  # fmt: skip
             key = recipe_key(config, sources, files)
             if manifest.get("key") == key:
                 print(table(manifest))
-                print(f"{output} is up to date: nothing to do")
+                print(f"{config.output} is up to date: nothing to do")
                 return
             stages.folder.mkdir(parents=True, exist_ok=True)
             with hold_lock(stages.folder / "lock") as locked:
                 if not locked:
-                    raise UserError(f"{output}: another prepare_data.py is at work on it; wait for its end, or stop it")
+                    raise UserError(
+                        f"{config.output}: another prepare_data.py is at work on it; wait for its end, or stop it"
+                    )
                 manifest = prepare(config, sources, files, key, stages, output)
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {config.output}: {error.strerror or error}") from error
     print(table(manifest))
-    print(f"wrote {output}: train with `accelerate launch train.py --data.dataset {output}`")
+    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}`")
 
 
 def prepare(
@@ -89,9 +101,8 @@ def prepare(
 
     # ---- Read: all sources, whatever their format, into one table of documents on disk.
     limit = config.stream_head_documents if config.stream else None
-    contents = [[item["source"], item["name"], item["content"]] for item in files]
     folder = stages.run(
-        "read", [VERSIONS["read"], [reading_options(source) for source in sources], contents, limit],
+        "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
         lambda folder: read_sources(sources, folder, limit),
     )  # fmt: skip
     counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
@@ -126,7 +137,10 @@ def prepare(
     evaluation_files = config.deduplication.evaluation_files
     folder = stages.run(
         "select",
-        [VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files)],
+        [
+            VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files),
+            config.text_column,
+        ],
         lambda folder: select_documents(
             cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
             config.validation_fraction, iter_file_texts(evaluation_files, config.text_column),
@@ -143,8 +157,7 @@ def prepare(
 
     # ---- Encode: the token dataset itself, put together beside the output and moved there in one step.
     manifest = start_manifest(config, key, files, counts, cleaned, selection)
-    partial = stages.folder / ".output.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = stages.partial("output")
     try:
         shutil.copytree(folder, partial / "tokenizer")
         write_dataset(config, sources, manifest, cleaned, lengths, selection, partial)
@@ -201,7 +214,7 @@ def write_dataset(
     }  # fmt: skip
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
-    name = Path(config.output).name
+    name = Path(config.output).resolve().name
     details = collect_details(cleaned, lengths, selection, tokens, rows)
     (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
     (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
@@ -239,7 +252,9 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
     template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
     if options.pretrained is not None:
         tokenizer = load_tokenizer(options.pretrained)
-        tokenizer.chat_template = template or tokenizer.chat_template
+        if template is not None:
+            tokenizer.chat_template = template
+            check_chat_template(tokenizer)
     else:
         texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), options.sample_bytes)
         tokenizer = train_tokenizer(
@@ -310,17 +325,21 @@ def count_changes(cleaned: datasets.Dataset, steps: list[str]) -> dict[str, int]
 
 def load_existing(output: Path) -> dict[str, Any]:
     """The manifest of a dataset that is there already, or nothing; refuses a folder that is something else."""
-    path = output / "manifest.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = {}
+    if isinstance(manifest, dict) and {"format_version", "key", "splits"} <= manifest.keys():
+        return manifest
     if output.exists():
         raise UserError(f"{output} exists and is not a dataset folder; remove it, or choose another --output")
     return {}
 
 
 def check_splits(selection: Selection, config: PrepareConfig) -> None:
-    for split, kept in (("train", selection.train), ("validation", selection.validation)):
-        if not kept.any():
+    rows = weighted_rows(selection, resolve_sources(config))
+    for split, kept in (("train", len(rows)), ("validation", selection.validation.any())):
+        if not kept:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in selection.count().items())
             advice = (
                 "change what drops them"
@@ -336,13 +355,35 @@ def check_splits(selection: Selection, config: PrepareConfig) -> None:
             )
 
 
+def check_places(sources: list[SourceConfig], output: Path) -> None:
+    """`UserError` if the output lies in a folder that is read: the next call would read what this one wrote."""
+    for source in sources:
+        root = Path(source.path or str(source.hub)).resolve()
+        if root.is_dir() and (output.is_relative_to(root) or root.is_relative_to(output)):
+            raise UserError(f"the output {output} and the source {root} lie in one another; choose another --output")
+
+
 def replace_folder(partial: Path, output: Path) -> None:
     """Put `partial` in the place of `output`; whoever has the old files open keeps them."""
+    old = partial.with_name(".old")
     if output.exists():
-        old = partial.with_name(".old")
         shutil.rmtree(old, ignore_errors=True)
         output.rename(old)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+
+
+def restore_output(output: Path, stages: Stages) -> None:
+    """Undo the first half of `replace_folder` where a call was killed between the halves."""
+    old = stages.folder / ".old"
+    if old.exists() and not output.exists():
+        with hold_lock(stages.folder / "lock") as locked:
+            if locked:
+                old.rename(output)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def test_killed_at_five_moments_the_next_call_goes_on_and_gives_the_same_bytes(t
         finished = script("prepare_data.py", "--output", folder / "out", *options).stdout
         assert f"{stage:<12} reused" in finished
         assert hashes(folder / "out") == expected
-        assert [path.name for path in (folder / ".out.stages").iterdir() if path.name.startswith(".")] == []
+        assert [path.name for path in (folder / ".out.stages").iterdir() if "partial" in path.name] == []
 
 
 def test_a_second_call_at_the_same_time_refuses_and_the_first_ends_well(tmp_path):
@@ -96,7 +96,7 @@ def test_a_full_disk_gets_one_line_and_keeps_what_was_there(size, tmp_path):
         line = error_line("prepare_data.py", "--output", disk / "new", "--tokenizer.vocab_size", "400")
         assert "cannot write" in line and "No space left" in line
         assert hashes(disk / "old") == before and not (disk / "new").exists()
-        assert not list((disk / ".new.stages").glob(".*"))
+        assert not list((disk / ".new.stages").glob(".*partial*"))
     prepare(tmp_path / "new")  # the same call with room
 
 
@@ -168,7 +168,8 @@ def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
         False,
         False,
     ]
-    assert list(call("--deduplication.near_threshold", "0.9").values()) == [True, False, False, False, False]
+    call()
+    assert list(call("--deduplication.near_threshold", "0.9").values()) == [True, True, True, False, False]
     assert list(call("--tokenizer.algorithm", "unigram").values()) == [True, True, True, False, False]
     assert list(call("--validation_fraction", "0.2").values()) == [True, True, True, False, False]
     call()
@@ -198,3 +199,82 @@ def test_standard_input_is_a_source(tmp_path):
         done = subprocess.run(arguments, cwd=ROOT, env=environment(), input=data, capture_output=True, text=True)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
     assert load_manifest(tmp_path / "out")["splits"]["train"]["sources"].keys() == {"pipe"}
+
+
+def test_only_a_dataset_folder_is_replaced(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:60])
+    for content in ('{"model.safetensors": {"bytes": 1}}', "[]", "{"):
+        folder = tmp_path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        (folder / "manifest.json").write_text(content)
+        (folder / "model.safetensors").write_text("precious")
+        line = error_line("prepare_data.py", "--output", folder, "--sources", f"[{source}]")
+        assert "is not a dataset folder" in line and (folder / "model.safetensors").read_text() == "precious"
+
+
+def test_the_output_may_not_lie_in_a_source(tmp_path):
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.jsonl", TEXTS[:60])
+    for output in (tmp_path / "texts" / "out", tmp_path / "texts", tmp_path):
+        line = error_line("prepare_data.py", "--output", output, "--sources", f"[{tmp_path / 'texts'}]")
+        assert "lie in one another" in line
+
+
+def test_a_call_that_was_killed_between_the_two_renames_leaves_the_old_dataset(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:60])
+    prepare(tmp_path / "out", "--sources", f"[{source}]")
+    expected = hashes(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.stages" / ".old")
+    assert "nothing to do" in prepare(tmp_path / "out", "--sources", f"[{source}]")
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_evaluation_files_are_read_whole_or_not_at_all(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:200])
+    held = [text for text in TEXTS[:200] if len(text.split()) > 30][:20]
+    evaluation = tmp_path / "test.jsonl"
+    evaluation.write_text("".join(json.dumps({"body": text}) + "\n" for text in held))
+    options = ["--sources", json.dumps([{"path": str(source), "text_column": "text"}]),
+               "--deduplication.evaluation_files", f"[{evaluation}]"]  # fmt: skip
+    line = error_line("prepare_data.py", "--output", tmp_path / "out", *options)
+    assert "evaluation file" in line and "no column 'text'" in line
+    prepare(tmp_path / "out", *options, "--text_column", "body")
+    assert load_manifest(tmp_path / "out")["dropped"]["holds evaluation text"] >= 15
+
+
+def test_a_folder_read_as_a_hub_dataset_is_another_source(tmp_path):
+    hub = tmp_path / "hub" / "data"
+    hub.mkdir(parents=True)
+    write_lines(hub / "train-00000.jsonl", TEXTS[:100])
+    write_lines(hub / "test-00000.jsonl", TEXTS[100:200])
+    prepare(tmp_path / "out", "--sources", json.dumps([{"path": str(hub.parent)}]))
+    assert load_manifest(tmp_path / "out")["documents_read"] == 200
+    prepare(tmp_path / "out", "--sources", json.dumps([{"hub": str(hub.parent)}]))
+    assert load_manifest(tmp_path / "out")["documents_read"] == 100
+
+
+def test_a_stream_notices_a_changed_source(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", TEXTS[:200])
+    options = ["--sources", f"[{source}]", "--stream", "true"]
+    prepare(tmp_path / "out", *options)
+    assert "nothing to do" in prepare(tmp_path / "out", *options)
+    source.write_text(source.read_text().replace("the", "teh"))  # of the same size
+    assert "wrote" in prepare(tmp_path / "out", *options)
+    refused = error_line("prepare_data.py", "--output", tmp_path / "no", "--stream", "true", "--sources", "['-']")
+    assert "standard input cannot be read again" in refused
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_parent_and_do_not_touch_the_next_call(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [f"{text} {copy}" for copy in range(20) for text in TEXTS])
+    options = ["--sources", f"[{source}]", "--tokenizer.vocab_size", "1000", "--deduplication.near_threshold", "null"]
+    process = start("--output", tmp_path / "out", *options, "--num_proc", "2")
+    assert process.stdout
+    process.stdout.readline()
+    time.sleep(1.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    masked = [*options, "--cleaning.steps", "[standard, mask_personal_data]"]
+    script("prepare_data.py", "--output", tmp_path / "out", *masked)
+    script("prepare_data.py", "--output", tmp_path / "reference" / "out", *masked)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "reference" / "out")

@@ -103,6 +103,41 @@ def test_a_line_can_begin_a_new_document(tmp_path):
     assert [item.id.rpartition(":")[2] for item in found] == ["1", "2", "4"]
 
 
+@pytest.mark.parametrize("character", ["ж", "中", "😀", "aж", "ab中", "abc😀"])
+def test_a_long_text_without_line_ends_is_never_cut_through_a_character(character, tmp_path):
+    text = character * (2 * TEXT_PART_BYTES // len(character.encode()) + 1)
+    (tmp_path / "a.txt").write_text(text)
+    assert "".join(texts(tmp_path / "a.txt")) == text
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_an_archive_with_a_damaged_header_or_a_cut_is_named(suffix, tmp_path):
+    """`tarfile` itself takes either for the archive's end."""
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"{index:02}.txt").write_text(text)
+    with tarfile.open(tmp_path / "plain.tar", "w") as archive:
+        for index in range(len(TEXTS)):
+            archive.add(tmp_path / f"{index:02}.txt", f"{index:02}.txt")
+    data = (tmp_path / "plain.tar").read_bytes()
+    header = data.index(b"10.txt\0")
+    cases = [data[:header] + b"\xff" + data[header + 1 :], data[:header], data[: header + 100]]
+    for case in cases:
+        (tmp_path / f"bad{suffix}").write_bytes(gzip.compress(case) if suffix.endswith("gz") else case)
+        *found, last = records(tmp_path / f"bad{suffix}")
+        assert [item.text for item in found] == TEXTS[:10]
+        assert isinstance(last, Broken) and "damaged or cut off after 10 records" in last.why
+
+
+def test_one_bad_member_does_not_end_an_archive(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for index, text in enumerate(TEXTS):
+            (tmp_path / "a").write_bytes(b"no gzip" if index == 5 else gzip.compress(text.encode()))
+            archive.add(tmp_path / "a", f"{index:02}.txt.gz")
+    found = records(tmp_path / "a.tar")
+    assert [item.text for item in found if isinstance(item, Document)] == TEXTS[:5] + TEXTS[6:]
+    assert [item.file for item in found if isinstance(item, Broken)] == ["a.tar/05.txt.gz"]
+
+
 @pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
 def test_a_very_long_text_file_is_read_in_parts_and_loses_nothing(separator, tmp_path):
     text = separator.join("ключ " + word for word in "".join(TEXTS).split()) * 500

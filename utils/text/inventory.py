@@ -70,21 +70,29 @@ def recipe_key(config: PrepareConfig, sources: list[SourceConfig], files: list[d
     """Hash of all that decides the result: the sources' content, the options, this code's version."""
     options = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     del options["sources"]  # their content and their entries stand for them: the same files elsewhere are the same
-    contents = [[item["source"], item["name"], item["content"]] for item in files]
+    contents = identify(files, config)
     entries = [reading_options(source) | {"weight": source.weight} for source in sources]
     evaluation = hash_paths(config.deduplication.evaluation_files)
     return hash_json(FORMAT_VERSION, VERSIONS, options, entries, contents, tokenizer_files(config), evaluation)
 
 
+def identify(files: list[dict[str, Any]], config: PrepareConfig) -> list[list[Any]]:
+    """What stands for the content of the sources; in a stream, whose files are not hashed, size and time."""
+    return [[item["source"], item["name"], item["content"], config.stream and item["mtime_ns"]] for item in files]
+
+
 def reading_options(source: SourceConfig) -> dict[str, Any]:
     """What decides the documents that are read from given files."""
-    return {name: value for name, value in asdict(source).items() if name not in ("path", "hub", "weight")}
+    return {name: value for name, value in asdict(source).items() if name not in ("path", "hub", "weight")} | {
+        "hub": source.hub is not None
+    }
 
 
 def tokenizer_files(config: PrepareConfig) -> dict[str, str]:
     """Hashes of the files that the tokenizer is made of, where it is not trained here."""
     folder = Path(config.tokenizer.pretrained or "")
-    files = [folder / "tokenizer.json", folder / "tokenizer_config.json"] if config.tokenizer.pretrained else []
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".jinja", ".txt", ".model")]
+    files = files if config.tokenizer.pretrained else []
     files += [Path(config.tokenizer.chat_template)] if config.tokenizer.chat_template else []
     return {path.name: file_hash(path) for path in files if path.is_file()}
 

@@ -16,7 +16,8 @@ import numpy as np
 from utils.batches.batch_plan import permute
 from utils.text.readers import Document, Skipped, make_document
 from utils.text.recipe import SourceConfig
-from utils.text.sources import OPENERS, is_saved_dataset, iter_records, load_hub, load_saved
+from utils.text.sources import OPENERS, is_saved_dataset, iter_records
+from utils.text.tables import load_hub, load_saved
 
 READ_RECORDS = 8  # at a time, from one source
 OPEN_SOURCES = 8  # that a lane reads by turns

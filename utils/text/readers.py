@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import re
+import string
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -86,10 +87,11 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
         cut = max(rest.rfind(b"\n\n", len(rest) // 2) + 2, 2)
         if cut == 2:
             cut = rest.rfind(b"\n", len(rest) // 2) + 1 or len(rest)
-        while cut == len(rest) and cut > 1 and rest[cut - 1] & 0x80:  # not through a character
-            cut -= 1
-            if rest[cut] & 0x40:
-                break
+        if cut == len(rest):  # not through a character: back to where the last one begins
+            while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:
+                cut -= 1
+            if cut > 1 and rest[cut - 1] & 0xC0 == 0xC0:
+                cut -= 1
         yield rest[:cut]
         rest = rest[cut:]
     if rest:
@@ -134,7 +136,7 @@ def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
 
 def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     """JSON lines; also a file that is one JSON value: a list of records, or a record."""
-    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES].lstrip()  # type: ignore[attr-defined]
+    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[attr-defined]
     if not head:
         yield Broken(name, "the file is empty")
     elif head[:1] == b"[" or (head[:1] == b"{" and head[1:].lstrip(b" \t")[:1] in (b"\n", b"\r")):
@@ -152,8 +154,10 @@ def _parse_json_line(line: bytes, name: str, number: int, source: SourceConfig) 
         return make_document(json.loads(line.decode("utf-8-sig")), name, number, "line", source)
     except UnicodeDecodeError as error:
         return Broken(name, f"line {number}: {NOT_UTF8} ({error.reason} at byte {error.start} of the line)")
-    except (json.JSONDecodeError, RecursionError) as error:
-        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
+        if isinstance(error, json.JSONDecodeError):
+            why = f"{error.msg}, column {error.colno}"
         return Broken(name, f"line {number}: not a JSON record ({why})")
 
 
@@ -162,7 +166,7 @@ def _read_json_value(stream: BinaryIO, name: str, source: SourceConfig) -> Itera
         value = json.loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         yield Broken(name, f"{NOT_UTF8} ({error.reason} at byte {error.start})")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         yield Broken(name, f"not a JSON value ({' '.join(str(error).split())})")
     else:
         for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
@@ -188,7 +192,7 @@ def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Reco
     csv.field_size_limit(MAX_RECORD_BYTES)
     # Bytes that are not UTF-8 pass through as surrogates, so that only their record is lost.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text, delimiter="\t" if ".tsv" in name.lower() else ",", strict=True)
+    rows = csv.DictReader(text, delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", name.lower()) else ",", strict=True)
     start = 2
     while True:
         try:
@@ -217,13 +221,22 @@ def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Reco
 def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     try:  # its directory stands at the end: what cannot be sought in is held in memory
         file = pyarrow.parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
-        number = 0
-        for batch in file.iter_batches(batch_size=256):
+        number, columns = 0, needed_columns(source)
+        if not set(columns) <= set(file.schema_arrow.names):
+            columns = file.schema_arrow.names  # for the message to name
+        for batch in file.iter_batches(batch_size=256, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield make_document(row, name, number, "record", source)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError, OverflowError) as error:
         yield Broken(name, f"cannot be read as parquet: {' '.join(str(error).split())[:200]}")
+
+
+def needed_columns(source: SourceConfig) -> list[str]:
+    """The columns that `make_document` looks at."""
+    if source.template is None:
+        return [str(source.text_column)]
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None))
 
 
 def make_document(record: Any, name: str, number: int, unit: str, source: SourceConfig) -> Document | Broken:

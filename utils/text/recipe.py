@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from utils.cli import at_least
 
-Kind = Literal["text", "json", "csv", "parquet", "html", "code", "dataset"]
+Kind = Literal["text", "json", "csv", "parquet", "html", "code"]
 
 KIND_OF_SUFFIX: dict[str, Kind] = {
     ".txt": "text", ".md": "text", ".rst": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json",
@@ -64,8 +64,8 @@ class SourceConfig:
             found.append(f"{where}: give either text_column or template")
         if self.template is not None:
             try:
-                columns = [name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None]
-                if not columns or not all(name.isidentifier() for name in columns):
+                parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
+                if not parts or any(form or convert or not str(name).strip() for _, name, form, convert in parts):
                     found.append(
                         f'{where}: template {self.template!r} should name columns, as in "{{title}}: {{body}}"'
                     )
@@ -203,8 +203,13 @@ class TokenizerConfig:
         found += at_least("tokenizer", self, vocab_size=10)
         if len(set(self.special_tokens)) < len(self.special_tokens) or not all(self.special_tokens):
             found.append("tokenizer.special_tokens holds an empty or a repeated token")
-        if self.chat_template and not Path(self.chat_template).is_file():
-            found.append(f"tokenizer.chat_template: no such file: {self.chat_template}")
+        if self.vocab_size > 2**31:
+            found.append(f"tokenizer.vocab_size is {self.vocab_size}; it must be at most 2^31")
+        if self.chat_template:
+            try:
+                Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                found.append(f"tokenizer.chat_template: {self.chat_template} cannot be read: {error}")
         return found
 
 
@@ -255,6 +260,8 @@ class PrepareConfig:
                 f"two entries of sources are called {name!r}"
                 for name in sorted({n for n in names if names.count(n) > 1})
             ]
+            if self.stream and any(source.path == "-" for source in sources):
+                found.append("sources: standard input cannot be read again while training, as stream asks")
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
         if not 0 < self.validation_fraction < 1:

@@ -16,12 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import datasets
 import pyarrow as pa
 
 from utils.cli import UserError
-from utils.text.readers import READERS, Broken, Document, Record, Skipped, make_document
+from utils.text.readers import READERS, Broken, Document, Record, Skipped, make_document, needed_columns
 from utils.text.recipe import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
+from utils.text.tables import load_hub, load_saved
 
 CODE_SUFFIXES = frozenset(
     [
@@ -94,6 +94,8 @@ def find_files(source: SourceConfig) -> list[Path]:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
+        if not path.is_file():
+            raise UserError(f"{path}: not a regular file; for a pipe, use - and standard input")
         if kind_of(source, path.name) is None and not is_tar(path.name):
             raise UserError(f"{path}: unknown kind of file; expected {known_suffixes()}, or say `kind:` in its entry")
         return [path]
@@ -115,7 +117,7 @@ def count_other_files(source: SourceConfig) -> int:
 
 
 def known_suffixes(source: SourceConfig | None = None) -> str:
-    suffixes = CODE_SUFFIXES if source and source.kind == "code" else KIND_OF_SUFFIX
+    suffixes = sorted(CODE_SUFFIXES) if source and source.kind == "code" else KIND_OF_SUFFIX
     return ", ".join(source.extensions if source and source.extensions else suffixes)
 
 
@@ -137,9 +139,12 @@ def is_wanted(source: SourceConfig, name: str) -> bool:
     if source.include is not None and not fnmatch.fnmatch(name, source.include):
         return False
     if source.kind == "code" and source.include is None:
-        suffixes = {"." + suffix.lstrip(".") for suffix in source.extensions or CODE_SUFFIXES}
-        return Path(name).suffix in suffixes and not name.endswith(NOT_CODE)
-    return source.include is not None or _suffix(name) in KIND_OF_SUFFIX
+        suffixes = {"." + suffix.lstrip(".").lower() for suffix in source.extensions or CODE_SUFFIXES}
+        return _suffix(name) in suffixes and not name.endswith(NOT_CODE)
+    if source.include is not None:
+        return True
+    kind = KIND_OF_SUFFIX.get(_suffix(name))
+    return kind is not None and source.kind in (None, kind)
 
 
 def _suffix(name: str) -> str:
@@ -172,12 +177,14 @@ def _read_file(source: SourceConfig, path: Path) -> Iterator[Record]:
     records = 0
     try:
         with _open(path) as stream:
-            for record in _read_tar(source, stream, path) if is_tar(path.name) else _read(source, stream, str(path)):
+            for record in (
+                _read_tar(source, stream, path) if is_tar(path.name) else _read(source, stream, printable(str(path)))
+            ):
                 records += 1
                 yield record
     except DAMAGED as error:
         reason = str(error) or type(error).__name__
-        yield Broken(str(path), f"damaged or cut off after {records:,} records ({reason})")
+        yield Broken(printable(str(path)), f"damaged or cut off after {records:,} records ({reason})")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -190,12 +197,32 @@ def _open(path: Path) -> BinaryIO:
 
 def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]:
     kind = kind_of(source, name)
-    assert kind is not None  # `is_wanted` and `find_files` let no other file pass
-    yield from READERS[kind](stream, name, source)
+    if kind is None:  # chosen by `include` alone
+        yield Broken(name, "unknown kind of file; say `kind:` in its entry")
+    else:
+        yield from READERS[kind](stream, name, source)
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """Raises where `tarfile` takes a damaged header for the archive's end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "StrictTarInfo":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be stored; names need not be UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Record]:
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
         for member in archive:
             if member.isfile() and not is_wanted(source, member.name):
                 yield Skipped(member.name, OTHER_KIND)
@@ -203,33 +230,19 @@ def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Re
                 inside: Any = archive.extractfile(member)
                 opener: Any = OPENERS.get(Path(member.name.lower()).suffix)
                 data = io.BufferedReader(opener(inside, "rb") if opener else inside)
-                yield from _read(source, data, f"{path.name}/{member.name}")
-
-
-def load_saved(path: Path, split: str) -> datasets.Dataset:
-    """A folder written by `save_to_disk`; `UserError` if it cannot be read or has no such split."""
-    try:
-        table = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library raises whatever its parts meet
-        raise UserError(f"{path}: cannot be read as a saved dataset: {' '.join(str(error).split())[:200]}") from None
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, table))}")
-        return table[split]
-    return table
-
-
-def load_hub(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """`load_dataset` of a Hub name, or of a local folder in the Hub's layout."""
-    try:
-        return datasets.load_dataset(
-            str(source.hub), source.config, split=source.split, revision=source.revision, streaming=source.streaming
-        )
-    except Exception as error:  # network, names, formats: the library has many kinds
-        raise UserError(f"hub {source.hub}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+                name = printable(f"{path.name}/{member.name}")
+                try:
+                    yield from _read(source, data, name)
+                except DAMAGED as error:
+                    if not opener:
+                        raise
+                    yield Broken(name, f"damaged or cut off ({error or type(error).__name__})")
 
 
 def _read_table(table: Any, name: str, source: SourceConfig) -> Iterator[Record]:
+    columns = needed_columns(source)
+    if table.column_names and set(columns) <= set(table.column_names):
+        table = table.select_columns(columns)  # the others need not even be readable
     for number, record in enumerate(table, start=1):
         yield make_document(record, name, number, "record", source)
 
@@ -262,6 +275,14 @@ def iter_file_texts(paths: list[str], text_column: str) -> Iterator[list[str]]:
     """Batches of the texts in evaluation files."""
     for path in paths:
         source = SourceConfig(path=path, name=path, text_column=text_column)
-        texts = (document["text"] for document in iter_documents(source, reading_units(source)))
-        while batch := list(itertools.islice(texts, 1000)):
-            yield batch
+        records = iter_records(source, reading_units(source))
+        found = 0
+        while batch := list(itertools.islice(records, 1000)):
+            for record in batch:
+                if isinstance(record, Broken):  # what cannot be read cannot be kept out of training
+                    raise UserError(f"evaluation file {record.file}: {record.why}")
+            texts = [record.text for record in batch if isinstance(record, Document)]
+            found += len(texts)
+            yield texts
+        if not found:
+            raise UserError(f"evaluation file {path}: no documents in it")

@@ -4,9 +4,13 @@ A stage's folder exists only when it is complete: it is written beside and renam
 was under way and no other, and a changed option redoes its own stage and those after it.
 """
 
+import ctypes
 import hashlib
 import json
+import os
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +23,7 @@ import pyarrow.compute
 
 SLICE_BYTES = 8 << 20  # text that a function of a stage has in memory at a time
 SLICE_DOCUMENTS = 10_000
+PR_SET_PDEATHSIG = 1
 
 
 def hash_json(*parts: Any) -> str:
@@ -44,8 +49,7 @@ class Stages:
         if folder.is_dir():
             print(f"{name:<12} reused", flush=True)
             return folder
-        partial = self.folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        partial = self.partial(name)
         started = time.perf_counter()
         try:
             partial.mkdir(parents=True)
@@ -55,6 +59,12 @@ class Stages:
             shutil.rmtree(partial, ignore_errors=True)
         print(f"{name:<12} {time.perf_counter() - started:.1f} s", flush=True)
         return folder
+
+    def partial(self, name: str) -> Path:
+        """Where this process writes what is not complete; a worker that outlived a killed call knows another name."""
+        for old in self.folder.glob(".*.partial-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        return self.folder / f".{name}.partial-{os.getpid()}"
 
     def remove_unused(self) -> None:
         """Drop the results of earlier recipes, and what a killed call left."""
@@ -93,7 +103,11 @@ def map_slices(
     table = datasets.Dataset.from_dict({"start": slices[:, 0], "stop": slices[:, 1]}).with_format("arrow")
     tables = documents.with_format("arrow")
 
+    parent = os.getpid()
+
     def run(batch: pa.Table) -> pa.Table:
+        if os.getpid() != parent and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else workers outlive a killed parent
         return function(tables[batch["start"][0].as_py() : batch["stop"][0].as_py()])
 
     table.map(
@@ -101,6 +115,9 @@ def map_slices(
         num_proc=num_proc if num_proc > 1 and len(slices) > 1 else None, cache_file_name=str(path),
         new_fingerprint=path.stem,  # else the function is hashed, and all that it holds
     )  # fmt: skip
+    written = len(load_slices(path))
+    if written != len(documents):
+        raise RuntimeError(f"{path.name}: {written} rows were written for {len(documents)} documents")
 
 
 def load_slices(path: Path) -> datasets.Dataset:

@@ -87,7 +87,7 @@ def train_tokenizer(
     )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-        _check_chat_template(tokenizer)
+        check_chat_template(tokenizer)
     return tokenizer
 
 
@@ -159,7 +159,7 @@ def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[
     return trained
 
 
-def _check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
+def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except jinja2.TemplateSyntaxError as error:
