@@ -5,7 +5,7 @@
 
 The peer tokenizes with one `datasets.map`, and with a second one joins the tokens of each batch and cuts them into blocks
 of 1,024, dropping the rest: what run_clm describes. Both sides start from the same table of cleaned documents on disk, use
-the same tokenizer, one process and all cores, and end with tokens on disk. Each measurement is its own process; the sides
+the same tokenizer, one process and all cores, and end with tokens on disk; text under 20 MB is repeated. Each measurement is its own process; the sides
 take turns, and the medians count. Whole runs of prepare_data.py are measured beside, for time and memory: cleaning and
 deduplication have no counterpart in the peer.
 """
@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 BLOCK = 1024
 BATCH = 64
+LEAST_BYTES = 20_000_000  # less text is repeated: what a run costs once would hide what a token costs
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 
 
@@ -110,7 +111,8 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def cleaned_documents(folder: Path) -> Any:
-    """The documents of both splits as prepare_data.py cleaned them, in one table on disk."""
+    """The documents of both splits as prepare_data.py cleaned them, in one table on disk; few of them several times."""
+    import datasets
     import numpy as np
 
     from utils.text.selection import Selection
@@ -118,11 +120,10 @@ def cleaned_documents(folder: Path) -> Any:
 
     stages = folder / ".dataset.stages"
     (cleaned,), (selected,) = stages.glob("clean-*"), stages.glob("select-*")
-    return (
-        load_slices(cleaned / "clean.arrow")
-        .select(np.flatnonzero(Selection.load(selected).code == 0))
-        .select_columns(["text"])
-    )
+    kept = np.flatnonzero(Selection.load(selected).code == 0)
+    documents = load_slices(cleaned / "clean.arrow").select(kept).select_columns(["text"])
+    total = sum(len(text.encode()) for batch in documents.iter(1000) for text in batch["text"])
+    return datasets.concatenate_datasets([documents] * -(-LEAST_BYTES // total)).flatten_indices()
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -160,6 +161,7 @@ def measure_peer(folder: Path) -> dict[str, Any]:
     tokens = sum(len(chunk.values) for chunk in tokenized.data.column("input_ids").chunks)
     return {
         "seconds": seconds, "tokens": tokens, "tokens_lost": tokens - len(grouped) * BLOCK,
+        "documents": len(documents),
         "disk_bytes": (out / "grouped.arrow").stat().st_size,
     }  # fmt: skip
 
@@ -175,7 +177,7 @@ def measure_encoding(folder: Path, *, fast: bool) -> dict[str, Any]:
 
     datasets.disable_progress_bars()
     documents, tokenizer = cleaned_documents(folder), load_tokenizer(str(folder / "dataset" / "tokenizer"))
-    lengths = text_bytes(documents.flatten_indices())
+    lengths = text_bytes(documents)
     out = folder / ("ours_fast" if fast else "ours")
     started = time.perf_counter()
     encoder = build_encoder(tokenizer, documents[:100]["text"], use_gigatoken=fast)
@@ -199,7 +201,13 @@ def measure_loader(folder: Path) -> dict[str, Any]:
     from utils.batches.loaders import build_layout, build_train_loader
     from utils.batches.token_dataset import open_split
 
-    layout = build_layout(open_split(folder / "dataset", "train"), "packed", BLOCK, pad_token_id=0, vocab_size=1 << 16)
+    layout = build_layout(
+        open_split(sorted((folder / "ours").iterdir())[-1], "train"),
+        "packed",
+        BLOCK,
+        pad_token_id=0,
+        vocab_size=1 << 16,
+    )
     plan = plan_batches(BATCH, None, 1)
     loader = build_train_loader(layout, plan, samples_seen=0, seed=0, num_workers=0)
     return time_blocks(loader)
@@ -245,11 +253,12 @@ def report(results: dict[str, Any]) -> None:
     splits = manifest["splits"].values()
     tokens, documents = (sum(split[name] for split in splits) for name in ("tokens", "documents"))
     # The peer counts what the tokenizer gives for each document; ours has an end-of-text token more for each.
-    lost = int(median("peer", "tokens")) + documents - tokens
+    repeated = int(median("peer", "documents")) // documents
+    lost = int(median("peer", "tokens")) + repeated * (documents - tokens)
     print(f"{'whole run':<26}{results['seconds']:>10.2f}{tokens / results['seconds']:>14,.0f}")
     print(f"peak anonymous memory of the whole run: {results['peak_memory_bytes']:,} bytes")
     print(
-        f"on disk: {results['bytes_per_token']:.3f} bytes a token; the peer {median('peer', 'disk_bytes') / tokens:.2f}"
+        f"on disk: {results['bytes_per_token']:.3f} bytes a token; the peer {median('peer', 'disk_bytes') / median('peer', 'tokens'):.2f}"
     )
     print(
         f"tokens lost: {lost}; by the peer {int(median('peer', 'tokens_lost')):,} of {int(median('peer', 'tokens')):,}"
