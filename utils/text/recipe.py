@@ -28,7 +28,7 @@ class SourceConfig:
     hub: str | None = None
     """Instead of a path: a dataset on the Hub, or a local folder in the Hub's layout, read by `load_dataset`."""
     name: str | None = None
-    """What tables call this source. null: the last part of the path."""
+    """What tables call this source. null: the last part of the path, up to its first dot."""
     kind: Kind | None = None
     """How to read the files. null: by their suffix. code: every file one document, with the filters for code."""
     include: str | None = None
