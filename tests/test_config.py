@@ -10,6 +10,7 @@ from conftest import ROOT, run, script
 
 from utils.cli import parse_config
 from utils.config import TrainConfig
+from utils.training.run_folder import _differences
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -138,3 +139,12 @@ def test_the_lesson_recipe_has_the_lessons_numbers():
 def test_configuration_needs_no_torch():
     code = "import sys, utils.config; assert 'torch' not in sys.modules and 'datasets' not in sys.modules"
     run(sys.executable, "-c", code)
+
+
+def test_an_option_that_is_newer_than_a_run_does_not_keep_it_from_going_on():
+    current = dataclasses.asdict(TrainConfig())
+    saved = dataclasses.asdict(TrainConfig())
+    del saved["data"]["stream_lanes"]
+    assert _differences(saved, current) == []
+    current["data"]["stream_lanes"] = 4
+    assert _differences(saved, current) == [("data.stream_lanes", "data.stream_lanes 8 → 4")]

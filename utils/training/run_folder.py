@@ -91,8 +91,11 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str]]:
-    """(option, "option old → new") for each option of two nested mappings that differs."""
-    old, new = flatten(saved), flatten(current)
+    """(option, "option old → new") for each option of two nested mappings that differs.
+
+    An option that is newer than the run counts as left at its default, which is what the run did.
+    """
+    old, new = flatten(asdict(TrainConfig())) | flatten(saved), flatten(current)
     names = sorted(old.keys() | new.keys())
     return [(name, f"{name} {old.get(name)} → {new.get(name)}") for name in names if old.get(name) != new.get(name)]
 
