@@ -7,7 +7,7 @@ is kept beside the output, so that a killed call goes on where it was, and a cha
 """
 
 from utils.cli import UserError, parse_config, run_script
-from utils.text.recipe import PrepareConfig, resolve_sources
+from utils.text.recipe import PrepareConfig, holds_conversations, resolve_sources
 
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
 
@@ -26,6 +26,8 @@ import tokenizers
 from utils.batches.token_dataset import FORMAT_VERSION, open_split
 from utils.files import hold_lock
 from utils.text.cleaning import CleaningOptions, clean_documents, expand_steps
+from utils.text.conversation_encoding import ConversationEncoder
+from utils.text.conversations import SEPARATOR, without_system
 from utils.text.deduplication import NUM_HASHES, digest, sketch_documents
 from utils.text.documents import DOCUMENT_FEATURES, check_broken, read_sources
 from utils.text.encoding import Encoder, build_encoder
@@ -40,9 +42,9 @@ from utils.text.inventory import (
     recipe_key,
     tokenizer_files,
 )
-from utils.text.recipe import SourceConfig
 from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.selection import Selection, repeat_by_weight, select_documents
+from utils.text.source_config import SourceConfig
 from utils.text.sources import iter_file_texts, standard_input_in_file
 from utils.text.stages import Stages, load_slices, map_slices, text_bytes
 from utils.text.tokenization import (
@@ -84,7 +86,8 @@ def main(config: PrepareConfig) -> None:
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error.strerror or error}") from error
     print(table(manifest))
-    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}`")
+    objective = " --objective.name instruction" if holds_conversations(sources) else ""
+    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
 
 
 def prepare(
@@ -110,10 +113,9 @@ def prepare(
     documents = datasets.Dataset.from_file(str(folder / "documents.arrow"))
 
     # ---- Clean: change the text, or say why the document goes.
-    code_sources = [str(source.name) for source in sources if source.kind == "code"]
-    options = CleaningOptions(**asdict(config.cleaning), code_sources=frozenset(code_sources))
+    options = cleaning_options(config, sources)
     folder = stages.run(
-        "clean", [VERSIONS["clean"], asdict(config.cleaning), code_sources],
+        "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(options.code_sources)],
         lambda folder: map_slices(
             documents, text_bytes(documents), lambda batch: clean_table(batch, options), folder / "clean.arrow",
             features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
@@ -139,11 +141,11 @@ def prepare(
         "select",
         [
             VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files),
-            config.text_column,
+            config.text_column, config.messages_column,
         ],
         lambda folder: select_documents(
             cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
-            config.validation_fraction, iter_file_texts(evaluation_files, config.text_column),
+            config.validation_fraction, iter_file_texts(evaluation_files, config.text_column, config.messages_column),
         ).save(folder),
     )  # fmt: skip
     selection = Selection.load(folder)
@@ -195,7 +197,11 @@ def write_dataset(
     """Encode both splits into `folder`, which holds the tokenizer, and write what describes them; completes `manifest`."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     samples = sample_by_source(cleaned, selection, sources)
-    encoder = build_encoder(tokenizer, [text for texts in samples.values() for text in texts])
+    encoder: Encoder | ConversationEncoder
+    if holds_conversations(sources):
+        encoder = ConversationEncoder(tokenizer)
+    else:
+        encoder = build_encoder(tokenizer, [text for texts in samples.values() for text in texts])
     rows = {"train": weighted_rows(selection, sources), "validation": np.flatnonzero(selection.validation)}
     if config.stream:
         del rows["train"]
@@ -208,6 +214,9 @@ def write_dataset(
         split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
         for split, indices in rows.items()
     }
+    for split in rows:
+        if loss_mask := open_split(folder, split).loss_mask:
+            manifest["splits"][split]["assistant_tokens"] = loss_mask.total
     manifest["tokenizer"] = {
         "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
         "dtype": encoder.dtype.__name__, "sources": describe_tokenizer(tokenizer, samples),
@@ -219,6 +228,11 @@ def write_dataset(
     (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
     (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def cleaning_options(config: PrepareConfig, sources: list[SourceConfig]) -> CleaningOptions:
+    code = frozenset(str(source.name) for source in sources if source.kind == "code")
+    return CleaningOptions(**asdict(config.cleaning), code_sources=code, conversations=holds_conversations(sources))
 
 
 CLEANED_FEATURES = datasets.Features(
@@ -239,7 +253,7 @@ def clean_table(batch: pa.Table, options: CleaningOptions) -> pa.Table:
 
 def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
     """Columns digest and, if `near`, signature."""
-    texts = batch["text"].to_pylist()
+    texts = [without_system(text) for text in batch["text"].to_pylist()]
     digests = np.frombuffer(b"".join(map(digest, texts)), np.uint8)
     columns = {"digest": pa.FixedSizeListArray.from_arrays(digests, 16)}
     if near:
@@ -257,6 +271,8 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
             check_chat_template(tokenizer)
     else:
         texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), options.sample_bytes)
+        if holds_conversations(resolve_sources(config)):  # between the messages will be special tokens
+            texts = ([part for text in batch for part in text.split(SEPARATOR)] for batch in texts)
         tokenizer = train_tokenizer(
             texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=options.special_tokens,
             chat_template=template,
@@ -272,7 +288,8 @@ def sample_by_source(
     for number, source in enumerate(sources):
         rows = np.flatnonzero(selection.train & (selection.source == number))
         chosen = rows[np.linspace(0, len(rows) - 1, min(documents, len(rows))).astype(int)]
-        samples[str(source.name)] = cleaned.select(chosen)["text"][:]
+        texts = cleaned.select(chosen)["text"][:]
+        samples[str(source.name)] = [text.replace(SEPARATOR, "") for text in texts] if source.messages_column else texts
     return samples
 
 
@@ -283,12 +300,13 @@ def weighted_rows(selection: Selection, sources: list[SourceConfig]) -> np.ndarr
     return repeat_by_weight(rows, weights, selection.chance[rows])
 
 
-def encode_split(documents: datasets.Dataset, lengths: np.ndarray, encoder: Encoder, folder: Path) -> np.ndarray:
+def encode_split(
+    documents: datasets.Dataset, lengths: np.ndarray, encoder: Encoder | ConversationEncoder, folder: Path
+) -> np.ndarray:
     """Write `documents` as a split of the token dataset; returns their lengths in tokens (n,)."""
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value(encoder.dtype.__name__))})
     path = folder.with_suffix(".arrow")
     map_slices(
-        documents.select_columns(["text"]), lengths, encoder.encode_table, path, features=features,
+        documents.select_columns(list(encoder.columns)), lengths, encoder.encode_table, path, features=encoder.features,
         description=f"encode {folder.name}",
     )  # fmt: skip
     # The fingerprint is stored in the folder: with one of our own, the same text gives the same bytes.

@@ -200,6 +200,7 @@ def measure_loader(folder: Path) -> dict[str, Any]:
     from utils.batches.batch_plan import plan_batches
     from utils.batches.loaders import build_layout, build_train_loader
     from utils.batches.token_dataset import open_split
+    from utils.training.objectives.causal import collate
 
     layout = build_layout(
         open_split(sorted((folder / "ours").iterdir())[-1], "train"),
@@ -209,7 +210,7 @@ def measure_loader(folder: Path) -> dict[str, Any]:
         vocab_size=1 << 16,
     )
     plan = plan_batches(BATCH, None, 1)
-    loader = build_train_loader(layout, plan, samples_seen=0, seed=0, num_workers=0)
+    loader = build_train_loader(layout, collate, plan, samples_seen=0, seed=0, num_workers=0)
     return time_blocks(loader)
 
 

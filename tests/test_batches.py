@@ -41,8 +41,8 @@ def test_every_target_is_scored_once(layout, length, lengths):
     for index in range(len(rows)):
         row = rows.__getitems__([index])
         assert row["input_ids"].shape[0] == 1 and row["input_ids"].shape[1] <= length
-        scored = row["shift_labels"] != IGNORED
-        pairs += zip(row["input_ids"][scored].tolist(), row["shift_labels"][scored].tolist(), strict=True)
+        scored = row["targets"] != IGNORED
+        pairs += zip(row["input_ids"][scored].tolist(), row["targets"][scored].tolist(), strict=True)
     expected = [
         pair for document in documents for pair in zip(document[:-1].tolist(), document[1:].tolist(), strict=True)
     ]
@@ -68,7 +68,7 @@ def test_padded_rows_are_masked_and_padded_on_the_right():
     batch = rows.__getitems__([0, 1, PADDING_SAMPLE])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
     assert batch["input_ids"][1:].tolist() == [[1004, 1005, PAD, PAD], [PAD] * 4]
-    assert (batch["shift_labels"][2] == IGNORED).all()
+    assert (batch["targets"][2] == IGNORED).all()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 65_537])

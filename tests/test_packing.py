@@ -42,8 +42,8 @@ def test_every_token_and_every_target_comes_exactly_once(layout, monkeypatch):
         for indices in np.array_split(shuffled, random.integers(1, 4)):
             if len(indices):
                 batch = rows.__getitems__(indices.tolist())
-                scored = batch["shift_labels"] != IGNORED
-                pairs += zip(batch["input_ids"][scored].tolist(), batch["shift_labels"][scored].tolist(), strict=True)
+                scored = batch["targets"] != IGNORED
+                pairs += zip(batch["input_ids"][scored].tolist(), batch["targets"][scored].tolist(), strict=True)
                 inputs += batch["input_ids"][(batch["input_ids"] != 0) & (batch["input_ids"] != PAD)].tolist()
         following = [
             pair for ids in documents for pair in zip(ids[:-1].tolist(), ids[1:].tolist(), strict=True)
@@ -83,12 +83,59 @@ def test_a_batch_is_its_rows_by_themselves(layout):
         indices = random.integers(PADDING_SAMPLE, len(rows), 5).tolist()
         batch = rows.__getitems__(indices)
         for place, index in enumerate(indices):
-            for name, row in rows.__getitems__([index]).items():
+            alone = rows.__getitems__([index])
+            assert alone.pop("lengths").tolist() == batch["lengths"][place : place + 1].tolist()
+            for name, row in alone.items():
                 assert row.dtype == np.int64
-                fill = {"input_ids": PAD, "shift_labels": IGNORED, "attention_mask": 0}.get(name)
+                fill = {"input_ids": PAD, "targets": IGNORED, "attention_mask": 0}.get(name)
                 width = batch[name].shape[1] - row.shape[1]
                 expected = np.pad(row[0], (0, width), constant_values=fill) if width else row[0]
                 assert (batch[name][place] == expected).all()
+
+
+@pytest.mark.parametrize("layout", ["packed", "best_fit", "padded"])
+def test_lengths_count_the_positions_that_hold_tokens(layout):
+    random = np.random.default_rng(11)
+    for _ in range(200):
+        rows = build_layout(
+            random_documents(random)[0], layout, int(random.integers(2, 10)), pad_token_id=0, vocab_size=1 << 16
+        )
+        batch = rows.__getitems__([*range(len(rows)), PADDING_SAMPLE])
+        assert batch["lengths"].dtype == np.int64 and batch["lengths"][-1] == 0
+        for ids, length in zip(batch["input_ids"], batch["lengths"], strict=True):
+            assert length == np.count_nonzero(ids) and not ids[length:].any()
+
+
+@pytest.mark.parametrize("layout", ["packed", "best_fit", "padded"])
+def test_the_loss_mask_stands_at_its_tokens_target(layout):
+    """The mask of a token goes with it, wherever the token is a target; its chunks need not be those of the tokens."""
+    random = np.random.default_rng(12)
+    for _ in range(200):
+        tokens, documents = random_documents(random)
+        mask_of = random.integers(0, 2, 1 + tokens.num_tokens, dtype=np.uint8)  # by token; these are numbers from 1 on
+        chunks = np.split(mask_of[1:], np.sort(random.integers(0, tokens.num_tokens, 2)))
+        tokens.loss_mask = TokenDataset(chunks, np.array([len(ids) for ids in documents]))
+        rows = build_layout(tokens, layout, int(random.integers(2, 10)), pad_token_id=PAD, vocab_size=1 << 16)
+        batch = rows.__getitems__([PADDING_SAMPLE, *random.permutation(len(rows)).tolist()])
+        expected = np.where(batch["targets"] == IGNORED, 0, mask_of[batch["targets"].clip(0)])
+        assert batch["loss_mask"].dtype == np.uint8 and (batch["loss_mask"] == expected).all()
+
+
+def test_padded_rows_can_have_a_fixed_length():
+    random = np.random.default_rng(13)
+    for _ in range(50):
+        tokens, _ = random_documents(random)
+        shortest, fixed = (
+            build_layout(tokens, "padded", 9, pad_token_id=PAD, vocab_size=1 << 16, fixed_length=fixed)
+            for fixed in (False, True)
+        )
+        indices = [0, PADDING_SAMPLE, len(shortest) - 1]
+        batch, wide = shortest.__getitems__(indices), fixed.__getitems__(indices)
+        width = batch["input_ids"].shape[1]
+        for name, fill in {"input_ids": PAD, "targets": IGNORED, "attention_mask": 0}.items():
+            assert wide[name].shape == (3, 9)
+            assert (wide[name][:, :width] == batch[name]).all() and (wide[name][:, width:] == fill).all()
+        assert (wide["lengths"] == batch["lengths"]).all()
 
 
 def test_best_fit_cuts_only_what_is_longer_than_a_row():

@@ -28,6 +28,7 @@ from utils.text.cleaning import CleaningOptions, clean_documents
 from utils.text.deduplication import digest, is_validation
 from utils.text.recipe import PrepareConfig
 from utils.text.streaming import TextStream
+from utils.training.objectives.causal import collate
 
 LANES, ROWS, LENGTH = 4, 8, 128
 SAMPLE = Path(__file__).parent.parent / "sample_data" / "dictionaries.jsonl"
@@ -143,11 +144,11 @@ def test_a_row_holds_what_a_plain_reading_gives(texts, dataset, tmp_path):
     for ids in itertools.chain(*read_epochs(stream, 1, 3)):
         tokens += zip(ids, [*ids[1:], IGNORED], range(len(ids)), strict=True)
     rows = [row for row, _ in itertools.islice(iter_rows(stream.documents(1, None), LENGTH, 0), len(tokens) // LENGTH)]
-    assert any((row["shift_labels"] != IGNORED).all() and row["position_ids"][-1] == LENGTH - 1 for row in rows)
+    assert any((row["targets"] != IGNORED).all() and row["position_ids"][-1] == LENGTH - 1 for row in rows)
     for number, row in enumerate(rows):
         for place in range(LENGTH):
             token, target, position = tokens[number * LENGTH + place]
-            assert (row["input_ids"][place], row["shift_labels"][place]) == (token, target)
+            assert (row["input_ids"][place], row["targets"][place]) == (token, target)
             assert row["position_ids"][place] == min(position, place)
 
 
@@ -155,8 +156,8 @@ def make_loader(
     stream: TextStream, *, rank: int = 0, ranks: int = 1, workers: int = 0, state: dict | None = None, rows: int = ROWS
 ) -> StreamLoader:
     return StreamLoader(
-        stream, plan_batches(rows, 2, ranks), rank=rank, sequence_length=LENGTH, num_workers=workers,
-        device=torch.device("cpu"), state=state,
+        stream, collate, plan_batches(rows, 2, ranks), rank=rank, sequence_length=LENGTH, num_workers=workers,
+        device=torch.device("cpu"), state=state, samples_seen=0, seed=0,
     )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def plan_batches(global_batch_size: int, per_device_batch_size: int | None, data
 
 
 class TrainBatchSampler:
-    """Endless batches of `batch_size` sample ids from a position of the sample order.
+    """Endless batches of `batch_size` draws (epoch × num_samples + sample id) from a position of the sample order.
 
     A batch here is one micro-batch of *all* ranks; accelerate's `split_batches` gives each rank its slice.
     """
@@ -97,7 +97,9 @@ class TrainBatchSampler:
     def __iter__(self) -> Iterator[list[int]]:
         ahead = -(-SAMPLES_AHEAD // self.batch_size) * self.batch_size
         for start in itertools.count(self.samples_seen, ahead):
-            yield from sample_ids(start, ahead, self.num_samples, self.seed).reshape(-1, self.batch_size).tolist()
+            epochs = np.arange(start, start + ahead) // self.num_samples
+            draws = epochs * self.num_samples + sample_ids(start, ahead, self.num_samples, self.seed)
+            yield from draws.reshape(-1, self.batch_size).tolist()
 
 
 class EvaluationBatchSampler:

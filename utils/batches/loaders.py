@@ -4,18 +4,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from utils.batches.batch_plan import BatchPlan, EvaluationBatchSampler, TrainBatchSampler
+from utils.batches.collation import EVALUATION_SEED, CollatedRows, Collator, Layout
 from utils.batches.packing import Batch, BestFitLayout, PackedLayout, PaddedLayout, document_windows
 from utils.batches.token_dataset import TokenDataset
 from utils.cli import UserError
 
-Layout = PackedLayout | PaddedLayout
-
 
 def build_layout(
-    tokens: TokenDataset, layout: str, sequence_length: int, *, pad_token_id: int, vocab_size: int
-) -> Layout:
+    tokens: TokenDataset, layout: str, sequence_length: int, *, pad_token_id: int, vocab_size: int,
+    fixed_length: bool = False,
+) -> Layout:  # fmt: skip
     """Rows of `sequence_length` positions, `layout` as in `DataConfig`; `UserError` if there is nothing to predict, or
-    an id that a model with `vocab_size` entries does not have."""
+    an id that a model with `vocab_size` entries does not have. `fixed_length`: padded rows are no shorter either."""
     if tokens.largest_id >= vocab_size:
         raise UserError(
             f"the dataset holds token id {tokens.largest_id}, its tokenizer has {vocab_size} entries: the folder is "
@@ -24,26 +24,28 @@ def build_layout(
     if not any((lengths > 1).any() for _, lengths in document_windows(tokens)):
         raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")
     if layout == "padded":
-        return PaddedLayout(tokens, sequence_length, pad_token_id)
+        return PaddedLayout(tokens, sequence_length, pad_token_id, fixed_length=fixed_length)
     return (BestFitLayout if layout == "best_fit" else PackedLayout)(tokens, sequence_length)
 
 
 def build_train_loader(
-    layout: Layout, plan: BatchPlan, *, samples_seen: int, seed: int, num_workers: int
+    layout: Layout, collate: Collator, plan: BatchPlan, *, samples_seen: int, seed: int, num_workers: int
 ) -> DataLoader:
     """Endless micro-batches from position `samples_seen`, `plan.accumulation` of them per step."""
     batch_size = plan.micro_batch * plan.data_parallel_size
-    return _build_loader(layout, TrainBatchSampler(len(layout), batch_size, seed, samples_seen), num_workers)
+    sampler = TrainBatchSampler(len(layout), batch_size, seed, samples_seen)
+    return _build_loader(CollatedRows(layout, collate, seed), sampler, num_workers)
 
 
-def build_evaluation_loader(layout: Layout, batch_size: int) -> DataLoader:
+def build_evaluation_loader(layout: Layout, collate: Collator, batch_size: int) -> DataLoader:
     """Every row once, `batch_size` rows over all ranks at a time."""
-    return _build_loader(layout, EvaluationBatchSampler(len(layout), batch_size), num_workers=0)
+    sampler = EvaluationBatchSampler(len(layout), batch_size)
+    return _build_loader(CollatedRows(layout, collate, EVALUATION_SEED), sampler, num_workers=0)
 
 
-def _build_loader(layout: Layout, sampler, num_workers: int) -> DataLoader:
+def _build_loader(rows: CollatedRows, sampler, num_workers: int) -> DataLoader:
     return DataLoader(
-        layout,  # type: ignore[arg-type] # a map-style dataset by its methods
+        rows,  # type: ignore[arg-type] # a map-style dataset by its methods
         batch_sampler=sampler,
         collate_fn=to_tensors,  # type: ignore[arg-type] # of a batch, as `__getitems__` returns it
         num_workers=num_workers,

@@ -3,6 +3,10 @@
 No layout loses a target: every token but its document's first is a target exactly once. The target of a row's last
 position is the token that follows it in the document, wherever that token itself is laid. Ignored targets are -100.
 A layout is a map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
+
+Every batch has `lengths` (B,) int64: how many positions of a row hold tokens, 0 for a `PADDING_SAMPLE`. Where the tokens
+have a loss mask, it has `loss_mask`, aligned with `targets`, uint8: 1 where a target is one and may be trained on. The
+targets themselves stay: what to do with the mask is an objective's business.
 """
 
 from bisect import bisect_left, insort
@@ -17,13 +21,13 @@ from utils.batches.token_dataset import TokenDataset
 IGNORED = -100
 WINDOW = 2**17  # documents laid out at a time, so that only what is kept grows; another number is another layout
 Row = dict[str, np.ndarray]  # name → (T,)
-Batch = dict[str, np.ndarray]  # name → (B, T)
+Batch = dict[str, np.ndarray]  # name → (B, T); `lengths` (B,)
 
 
 class PackedLayout:
     """Documents end to end, cut every T tokens.
 
-    A batch is `input_ids`, `shift_labels` (the next token of the same document) and `position_ids`, each (B, T) int64.
+    A batch is `input_ids`, `targets` (the next token of the same document) and `position_ids`, each (B, T) int64.
     `position_ids` restart at 0 with every document and every row, by which a model keeps documents apart. The free
     positions at the end of a row count as a document of their own.
     """
@@ -44,23 +48,23 @@ class PackedLayout:
         """The rows `indices` (B,) as one batch; PyTorch's loaders ask for many samples at once by this name."""
         length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
         spans = [row * length if row != PADDING_SAMPLE else end for row in indices]
-        buffer = self.tokens.gather(spans, [start + length + 1 for start in spans])
+        stops = [start + length + 1 for start in spans]
         starts = np.array(spans)
         # The documents that begin behind a row's first position, up to just behind its last; empty ones included.
         first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
         counts = last - first
         ends = offsets[np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)]
         ends += (np.arange(len(starts)) * length - starts).repeat(counts)
-        return self._batch(buffer, end - starts, ends)
+        return self._batch(spans, stops, end - starts, ends)
 
-    def _batch(self, buffer: np.ndarray, used: np.ndarray, ends: np.ndarray) -> Batch:
-        """The batch of a `buffer` of B × (T + 1) tokens: each row with the one that follows it.
+    def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
+        """The batch of the spans of tokens [start, stop), B × (T + 1) in all: each row with the one that follows it.
 
         In row i, the tokens behind the first used[i] are no document's. `ends` are the places behind each document's
         last token, counted over the (B, T) positions.
         """
         length = self.sequence_length
-        buffer = buffer.reshape(-1, length + 1)
+        buffer = self.tokens.gather(starts, stops).reshape(-1, length + 1)
         labels = buffer[:, 1:].astype(np.int64)
         labels.reshape(-1)[ends - 1] = IGNORED  # what follows is another document
         if used.min() <= length:
@@ -69,7 +73,14 @@ class PackedLayout:
         restarts.sort()
         positions = (restarts[:-1] % length).repeat(restarts[1:] - restarts[:-1]).reshape(labels.shape)
         np.subtract(self.columns, positions, out=positions)
-        return {"input_ids": buffer[:, :-1].astype(np.int64), "shift_labels": labels, "position_ids": positions}
+        batch = {
+            "input_ids": buffer[:, :-1].astype(np.int64), "targets": labels, "position_ids": positions,
+            "lengths": np.minimum(used, length),
+        }  # fmt: skip
+        if self.tokens.loss_mask is not None:
+            mask = self.tokens.loss_mask.gather(starts, stops).reshape(-1, length + 1)[:, 1:]
+            batch["loss_mask"] = mask * (labels != IGNORED)
+        return batch
 
 
 class BestFitLayout(PackedLayout):
@@ -125,18 +136,21 @@ class BestFitLayout(PackedLayout):
             starts.append(end)  # the rest of the row is zeros
             stops.append(end + length + 1 - column)
             used.append(column)
-        return self._batch(self.tokens.gather(starts, stops), np.array(used), np.array(ends, np.int64))
+        return self._batch(starts, stops, np.array(used), np.array(ends, np.int64))
 
 
 class PaddedLayout:
     """One document per row, one longer than T in as many rows as it needs; a batch is padded to its longest row.
 
-    A batch is `input_ids`, `shift_labels` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
-    with 1 ≤ longest ≤ T.
+    A batch is `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
+    with 1 ≤ longest ≤ T; (B, T) with `fixed_length`.
     """
 
-    def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int) -> None:
+    def __init__(
+        self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False
+    ) -> None:
         self.tokens, self.sequence_length, self.pad_token_id = tokens, sequence_length, pad_token_id
+        self.fixed_length = fixed_length
         # A document of n tokens has n - 1 targets. `rows` counts the rows before each document.
         self.rows = np.zeros_like(tokens.offsets)
         self._num_inputs = 0
@@ -163,15 +177,20 @@ class PaddedLayout:
         padding = rows == PADDING_SAMPLE
         starts[padding], sizes[padding] = self.tokens.num_tokens, 0
         lengths = sizes.clip(1, length)  # one position of a padding row is attended to: its softmax is defined
-        longest = int(lengths.max())
-        buffer = self.tokens.gather(starts.tolist(), (starts + longest + 1).tolist())
-        buffer = buffer.reshape(len(sizes), longest + 1).astype(np.int64)
-        columns = np.arange(longest)
-        return {
+        width = length if self.fixed_length else int(lengths.max())
+        spans = starts.tolist(), (starts + width + 1).tolist()
+        buffer = self.tokens.gather(*spans).reshape(-1, width + 1).astype(np.int64)
+        columns = np.arange(width)
+        has_target = columns + 1 < sizes[:, None]
+        batch = {
             "input_ids": np.where(columns < sizes[:, None], buffer[:, :-1], self.pad_token_id),
-            "shift_labels": np.where(columns + 1 < sizes[:, None], buffer[:, 1:], IGNORED),
+            "targets": np.where(has_target, buffer[:, 1:], IGNORED),
             "attention_mask": (columns < lengths[:, None]).astype(np.int64),
+            "lengths": np.minimum(sizes, length),
         }
+        if self.tokens.loss_mask is not None:
+            batch["loss_mask"] = self.tokens.loss_mask.gather(*spans).reshape(-1, width + 1)[:, 1:] * has_target
+        return batch
 
 
 def document_windows(tokens: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from utils.batches.batch_plan import BatchPlan
+from utils.batches.collation import Collator, RowGenerators
 from utils.batches.packing import IGNORED, Row
 from utils.cli import UserError
 from utils.config import TrainConfig
@@ -88,7 +89,8 @@ def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token:
             cursor = {**document.here, "token": token}
         else:  # without a look at the next document, for which a block of text might have to be read
             cursor = {**document.after, "token": 0}
-        yield {"input_ids": ids, "shift_labels": labels, "position_ids": positions}, cursor
+        row = {"input_ids": ids, "targets": labels, "position_ids": positions, "lengths": np.array(sequence_length)}
+        yield row, cursor
 
 
 class LaneRows(NamedTuple):
@@ -139,8 +141,8 @@ class StreamLoader:
     """
 
     def __init__(
-        self, stream: DocumentStream, plan: BatchPlan, *, rank: int, sequence_length: int, num_workers: int,
-        device: torch.device, state: dict[str, Any] | None,
+        self, stream: DocumentStream, collate: Collator, plan: BatchPlan, *, rank: int, sequence_length: int,
+        num_workers: int, device: torch.device, state: dict[str, Any] | None, samples_seen: int, seed: int,
     ) -> None:  # fmt: skip
         """`state` is an earlier `state()`, or None for the beginning; the first step is read at once (all ranks call).
 
@@ -149,11 +151,13 @@ class StreamLoader:
         if state is not None and state["identity"] != stream.identity:
             raise UserError("the stream's sources are not those of the checkpoint: files were added, removed or have "
                             "another size; restore them, or start again in another --output")  # fmt: skip
-        self.identity, self.device, self.micro_batch = stream.identity, device, plan.micro_batch
+        self.identity, self.device, self.collate = stream.identity, device, collate
+        self.plan, self.samples_seen, self.seed = plan, samples_seen, seed
+        self.rows_per_lane = plan.global_batch_size // stream.num_lanes
         lanes = range(rank, stream.num_lanes, plan.data_parallel_size)
         self.cursors: dict[int, Cursor] = {lane: state["lanes"][lane] for lane in lanes} if state else {}
         num_workers = min(num_workers, len(lanes))
-        dataset = _Lanes(stream, lanes, self.cursors, plan.global_batch_size // stream.num_lanes, sequence_length)
+        dataset = _Lanes(stream, lanes, self.cursors, self.rows_per_lane, sequence_length)
         loader = DataLoader(
             dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else it draws from the numbers that dropout uses
@@ -172,10 +176,19 @@ class StreamLoader:
         for step in self._steps:
             self.cursors = {part.lane: part.cursor for part in step}
             rows = [row for part in step for row in part.rows]
-            for start in range(0, len(rows), self.micro_batch):
-                micro_batch = rows[start : start + self.micro_batch]
-                batch = {name: torch.from_numpy(np.stack([row[name] for row in micro_batch])) for name in rows[0]}
-                yield send_to_device(batch, self.device)
+            # A row's draw is its number among all rows of the run, on whichever process it is.
+            draws = [
+                self.samples_seen + part.lane * self.rows_per_lane + number
+                for part in step
+                for number in range(self.rows_per_lane)
+            ]
+            for start in range(0, len(rows), self.plan.micro_batch):
+                micro_batch = slice(start, start + self.plan.micro_batch)
+                batch = {name: np.stack([row[name] for row in rows[micro_batch]]) for name in rows[0]}
+                collated = self.collate(batch, RowGenerators(self.seed, draws[micro_batch]))
+                tensors = {name: torch.from_numpy(values) for name, values in collated.items()}
+                yield send_to_device(tensors, self.device)
+            self.samples_seen += self.plan.global_batch_size
 
     def state(self) -> dict[str, Any]:
         """JSON: the cursors of all lanes, of this process and the others (all ranks call)."""

@@ -1,7 +1,8 @@
 """The token dataset on disk: a folder with `train/` and `validation/` (Arrow), `tokenizer/` and `manifest.json`.
 
-A split is a `datasets` table with one row per document and one column, `input_ids` (uint16 or uint32). No padding, no
-labels, no masks: rows of any length are laid out when training starts.
+A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32); of conversations it
+also has `loss_mask` (uint8), 1 on the tokens that the assistant says. No padding, no labels: rows of any length are laid
+out when training starts.
 """
 
 import itertools
@@ -42,11 +43,13 @@ class TokenDataset:
 
     Attributes:
         offsets: (N + 1,) int64; document i is stream positions offsets[i] to offsets[i + 1].
+        loss_mask: 1 for every token that may be trained on, else 0, in place of the token; None if all may be.
     """
 
-    def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray) -> None:
+    def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray, loss_mask: "TokenDataset | None" = None) -> None:
         """`chunks` make up the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
         self._chunks = chunks
+        self.loss_mask = loss_mask
         self._chunk_starts = [0, *itertools.accumulate(map(len, chunks))]
         self.offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         self.offsets[1:] = lengths
@@ -60,6 +63,11 @@ class TokenDataset:
     def largest_id(self) -> int:
         """Reads all tokens: some seconds for 1e10 of them."""
         return max((int(chunk.max()) for chunk in self._chunks if len(chunk)), default=-1)
+
+    @property
+    def total(self) -> int:
+        """The sum: of a loss mask, how many tokens may be trained on."""
+        return sum(int(chunk.sum()) for chunk in self._chunks)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, (stop - start,) int64, cut at the stream's end."""
@@ -88,10 +96,16 @@ def open_split(folder: str | Path, split: str) -> TokenDataset:
         raise UserError(f"dataset {folder}: the {split} split cannot be read: {error}") from None
     if not isinstance(table, datasets.Dataset) or table._indices is not None:
         raise UserError(f"dataset {folder}: the {split} split is not a plain table")
+    mask = TokenDataset(*_read_lists(table, "loss_mask")) if "loss_mask" in table.column_names else None
+    return TokenDataset(*_read_lists(table, "input_ids"), mask)
+
+
+def _read_lists(table: datasets.Dataset, column: str) -> tuple[list[np.ndarray], np.ndarray]:
+    """The values of a column of lists, in chunks, and the lengths of the lists (N,)."""
     chunks, lengths = [], [np.empty(0, np.int32)]
-    for chunk in table.data.column("input_ids").chunks:
+    for chunk in table.data.column(column).chunks:
         # Arrow's own buffers. A slice's first offset need not be 0, so the offsets are always applied.
         offsets = chunk.offsets.to_numpy()
         chunks.append(chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]])
         lengths.append(np.diff(offsets))
-    return TokenDataset(chunks, np.concatenate(lengths))
+    return chunks, np.concatenate(lengths)

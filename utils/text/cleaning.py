@@ -4,7 +4,6 @@ Every transformation is idempotent: applied twice, it does what it does once.
 """
 
 import difflib
-import ipaddress
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -15,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from utils.text.conversations import assistant_text, map_contents
 from utils.text.filters import FILTERS, Verdict, language, length, licence
+from utils.text.personal_data import mask_personal_data
 
 # Everything in Unicode's categories Cc (controls) but tab and newline, and the zero-width characters that no script
 # needs: ZERO WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D spell words and emoji: kept.
@@ -67,27 +68,6 @@ BOILERPLATE = [(hint, re.compile(form)) for hints, form in _BOILERPLATE for hint
 C4_END_MARKS = (".", "!", "?", '"', "”")
 C4_MIN_WORDS = 5
 C4_NOTICES = re.compile(r"javascript|terms of use|(?:privacy|cookie) policy|uses? (?:of )?cookies", re.IGNORECASE)
-
-# What must not stand before a number is asked behind its first character: a pattern that begins with a character is
-# searched for four times as fast.
-EMAIL = re.compile(
-    r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]{1,64}@(?!\d+x\.)(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-])"
-)  # not icon@2x.png
-IPV4 = re.compile(r"[0-9](?<![\w.].)(?<![A-Za-z]-.)\d{0,2}(?:\.\d{1,3}){3}(?!\w|\.\w|-[A-Za-z])")
-IPV6 = re.compile(  # 2000::/3, the only part of the space that is in public use
-    r"[23](?<![\w:.].)[0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}(?:[0-9A-Fa-f]{1,4}|(?<=::))(?!\w|:\w)"
-)
-VERSION_WORD = re.compile(
-    r"(?:\b(?:versions?|ver|v|rev(?:ision)?|releases?d?|firmware|driver|build|sections?|chapters?)|§)[ \t.:=#\"'(]*\Z",
-    re.IGNORECASE,
-)
-# E.164 allows 15 digits behind the plus sign; with fewer than 8 it may be any number.
-INTERNATIONAL_PHONE = re.compile(r"\+(?<![\w.+].)[1-9](?:[ ./()-]{0,2}\d){7,14}(?!\w|[.,-]\d)")
-# The North American plan: area code and exchange begin with 2 to 9. With (), behind "1-", or with - or . between.
-US_PHONE = re.compile(
-    r"[(1-9](?<![\w.+/-].)(?:(?<=\()[2-9]\d\d\)[ -]?|(?<=1)[ .-]\(?[2-9]\d\d\)?[ .-]|(?<=[2-9])\d\d[.-])"
-    r"[2-9]\d\d[ .-]\d{4}(?!\w|[.-]\d)"
-)
 
 
 def fix_unicode(text: str) -> str:
@@ -157,56 +137,6 @@ def _keep_lines(text: str, keep: list[bool]) -> str:
     return BLANK_LINES.sub("\n\n", "\n".join(compress(text.split("\n"), keep))).strip("\n")
 
 
-def mask_personal_data(text: str) -> str:
-    """E-mail addresses, public IP addresses and phone numbers become <EMAIL>, <IP_ADDRESS> and <PHONE_NUMBER>.
-
-    Private, loopback and documentation addresses stay, as in FineWeb (arXiv 2406.17557), and multicast. So do four
-    numbers that look like a version or a section: behind such a word, within a name ("foo-1.2.3.45"), or if three of
-    them have one digit ("2.6.19.2"; so have one in 4,300 of all addresses). Phone numbers are international ones with a
-    plus sign and North American ones; others cannot be told from numbers. Names are not looked for.
-    """
-    masked = _mask_once(text)
-    if masked == text:
-        return text
-    lines = masked.split("\n")
-    for i, before in enumerate(text.split("\n")):  # no pattern reaches across a line end
-        while lines[i] != before:  # a placeholder can set free what stood against the number before it
-            before, lines[i] = lines[i], _mask_once(lines[i])
-    return "\n".join(lines)
-
-
-def _mask_once(text: str) -> str:
-    if "@" in text:
-        text = EMAIL.sub("<EMAIL>", text)
-    text = IPV4.sub(_mask_address, text)
-    if ":" in text:
-        text = IPV6.sub(_mask_address, text)
-    if "+" in text:
-        text = INTERNATIONAL_PHONE.sub(_mask_phone, text)
-    return US_PHONE.sub("<PHONE_NUMBER>", text)
-
-
-def _mask_address(match: re.Match[str]) -> str:
-    found, before = match[0], match.string[max(0, match.start() - 16) : match.start()]
-    single_digits = sum(len(part) == 1 for part in found.split("."))  # 0 in IPv6
-    if single_digits >= 3 or VERSION_WORD.search(before):
-        return found
-    try:
-        address = ipaddress.ip_address(found)
-    except ValueError:
-        return found
-    return "<IP_ADDRESS>" if address.is_global and not address.is_multicast else found
-
-
-def _mask_phone(match: re.Match[str]) -> str:
-    groups = re.findall(r"\d+", match[0])
-    if len(groups) == 1:  # "+12345678" is more often a number
-        is_phone = len(groups[0]) >= 10
-    else:  # one point is a decimal point; after the area code no group has a single digit
-        is_phone = not (len(groups) == 2 and "." in match[0]) and all(len(group) > 1 for group in groups[2:])
-    return "<PHONE_NUMBER>" if is_phone else match[0]
-
-
 TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
     "fix_unicode": fix_unicode,
     "remove_controls": remove_controls,
@@ -253,6 +183,7 @@ class CleaningOptions:
     max_characters: int | None = None  # length; None: any
     licences: tuple[str, ...] = ()  # licence: SPDX identifiers to keep; "NONE" keeps files that state none
     code_sources: frozenset[str] = frozenset()  # values of column `source`: code
+    conversations: bool = False  # texts are conversations, as `utils.text.conversations` writes them
 
 
 def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[str, Any]:
@@ -260,13 +191,16 @@ def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[st
 
     `text` is cleaned, that of a dropped document as far as it got; `reason` says why it is dropped, "" that it is kept;
     bit i of `changed` (uint32) is set when step i of `expand_steps(options.steps)` changed the text. PROSE_STEPS pass
-    over documents whose source is in `code_sources`, CODE_STEPS over the others.
+    over documents whose source is in `code_sources`, CODE_STEPS over the others. Of a conversation, transformations
+    change the content of each message, and filters judge what the assistant says: that is what is learnt.
     """
     filters: dict[str, Callable[[str], Verdict]] = FILTERS | {
         "language": partial(language, languages=options.languages, min_score=options.min_language_score),
         "length": partial(length, min_characters=options.min_characters, max_characters=options.max_characters),
         "licence": partial(licence, licences=options.licences),
     }
+    transform: Callable[[str, Callable[[str], str]], str] = map_contents if options.conversations else _transform
+    judged: Callable[[str], str] = assistant_text if options.conversations else str
     steps = list(enumerate(expand_steps(options.steps)))
     texts, reasons, changes = [], [], []
     for raw, source in zip(batch["text"], batch["source"], strict=True):
@@ -276,18 +210,22 @@ def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[st
             if name in passed_over:
                 continue
             if name in TRANSFORMATIONS:
-                before, text = text, TRANSFORMATIONS[name](text)
+                before, text = text, transform(text, TRANSFORMATIONS[name])
                 changed |= (text != before) << index
-            elif (verdict := filters[name](text)) is not True:
+            elif (verdict := filters[name](judged(text))) is not True:
                 reason = verdict[1]
                 break
         texts.append(text)
-        reasons.append(reason if text.strip() else EMPTY)
+        reasons.append(reason if judged(text).strip() else EMPTY)
         changes.append(changed)
     return {
         "text": texts, "source": batch["source"], "id": batch["id"], "reason": reasons,
         "changed": np.array(changes, dtype=np.uint32),
     }  # fmt: skip
+
+
+def _transform(text: str, step: Callable[[str], str]) -> str:
+    return step(text)
 
 
 def encodable(text: str) -> str:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError
 from utils.text.readers import Broken, Document
-from utils.text.recipe import SourceConfig
+from utils.text.source_config import SourceConfig
 from utils.text.sources import OTHER_KIND, count_other_files, iter_records, known_suffixes, reading_units
 from utils.text.stages import SLICE_BYTES, SLICE_DOCUMENTS
 

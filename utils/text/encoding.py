@@ -10,6 +10,7 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -35,12 +36,17 @@ class Encoder:
     (`splits_at_spaces`). With any other tokenizer it is encoded whole, in up to 180 times its bytes of memory.
 
     Attributes:
+        columns: of the documents, that `encode_table` reads.
+        features: of the table that it returns.
         dtype: uint16 or uint32, by the size of the vocabulary.
         note: which library encodes, and why; look at it after the last document, as gigatoken may fail on the way.
     """
 
+    columns = ("text",)
+
     def __init__(self, tokenizer: Any) -> None:
         self.dtype = token_dtype(len(tokenizer))
+        self.features = datasets.Features(input_ids=datasets.List(datasets.Value(self.dtype.__name__)))
         self.note = "encoded by tokenizers"
         self._gigatoken: Any = None
         self._backend: Tokenizer = tokenizer.backend_tokenizer

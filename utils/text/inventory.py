@@ -8,7 +8,8 @@ from typing import Any
 
 from utils.batches.token_dataset import FORMAT_VERSION
 from utils.cli import UserError
-from utils.text.recipe import PrepareConfig, SourceConfig
+from utils.text.recipe import PrepareConfig
+from utils.text.source_config import SourceConfig
 from utils.text.sources import find_files
 from utils.text.stages import hash_json
 

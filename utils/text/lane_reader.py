@@ -15,7 +15,7 @@ import numpy as np
 
 from utils.batches.batch_plan import permute
 from utils.text.readers import Document, Skipped, make_document
-from utils.text.recipe import SourceConfig
+from utils.text.source_config import SourceConfig
 from utils.text.sources import OPENERS, is_saved_dataset, iter_records
 from utils.text.tables import load_hub, load_saved
 

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet
 
-from utils.text.recipe import SourceConfig
+from utils.text.conversations import find_fault, join_messages
+from utils.text.source_config import SourceConfig
 
 MAX_RECORD_BYTES = 32 << 20  # a longer line is no document but an accident; it is not even held in memory
 TEXT_PART_BYTES = 4 << 20  # a longer text file is read as several documents, cut between paragraphs or lines
@@ -235,12 +236,12 @@ def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[
 def needed_columns(source: SourceConfig) -> list[str]:
     """The columns that `make_document` looks at."""
     if source.template is None:
-        return [str(source.text_column)]
+        return [str(source.messages_column or source.text_column)]
     return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None))
 
 
 def make_document(record: Any, name: str, number: int, unit: str, source: SourceConfig) -> Document | Broken:
-    """The text of a record, by the source's column or template. A null text is an empty document.
+    """The text of a record, by the source's column or template, or its conversation. A null text is an empty document.
 
     `name` and `number` (of the line or record: `unit`) say where it stands.
     """
@@ -249,11 +250,17 @@ def make_document(record: Any, name: str, number: int, unit: str, source: Source
     try:
         if source.template is not None:
             text = source.template.format_map({key: "" if value is None else value for key, value in record.items()})
+        elif source.messages_column is not None:
+            messages = record[source.messages_column]
+            if fault := find_fault(messages):
+                return Broken(name, f"{unit} {number}: column {source.messages_column!r} {fault}")
+            text = join_messages(messages)
         else:
             text = record[str(source.text_column)]
     except KeyError as error:
         have = ", ".join(map(str, list(record)[:20])) or "nothing"
-        return Broken(name, f"{unit} {number}: no column {error.args[0]!r}; it has {have} (see text_column)")
+        option = "messages_column" if source.messages_column else "text_column"
+        return Broken(name, f"{unit} {number}: no column {error.args[0]!r}; it has {have} (see {option})")
     if text is not None and not isinstance(text, str):
         return Broken(name, f"{unit} {number}: column {source.text_column!r} holds {type(text).__name__}, not text")
     return Document(LONE_SURROGATE.sub("\ufffd", text or ""), f"{name}:{number}")

@@ -1,120 +1,12 @@
 """The options of prepare_data.py: one dataclass per subject. No heavy import, so that mistakes are answered at once."""
 
-import difflib
 import re
-import string
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from utils.cli import at_least
-
-Kind = Literal["text", "json", "csv", "parquet", "html", "code"]
-
-KIND_OF_SUFFIX: dict[str, Kind] = {
-    ".txt": "text", ".md": "text", ".rst": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json",
-    ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".html": "html", ".htm": "html",
-}  # fmt: skip
-COMPRESSED = (".gz", ".dz", ".zst")  # .dz is gzip with an index
-TAR_ENDS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
-
-
-@dataclass
-class SourceConfig:
-    """One entry of `sources`; a bare string is short for `path: string`."""
-
-    path: str | None = None
-    """File, folder, tar archive, folder saved by `datasets`, or - for standard input."""
-    hub: str | None = None
-    """Instead of a path: a dataset on the Hub, or a local folder in the Hub's layout, read by `load_dataset`."""
-    name: str | None = None
-    """What tables call this source. null: the last part of the path, up to its first dot."""
-    kind: Kind | None = None
-    """How to read the files. null: by their suffix. code: every file one document, with the filters for code."""
-    include: str | None = None
-    """Only files whose path within the folder or archive matches this pattern, as in "*.rst.gz"."""
-    text_column: str | None = None
-    """Column with the text. null: the recipe's text_column."""
-    template: str | None = None
-    """Text made from several columns, as in "{title}\\n\\n{body}"; instead of text_column."""
-    new_document: str | None = None
-    """Text files: a regular expression; a line that it matches begins a new document. null: one file, one document."""
-    weight: float = 1.0
-    """How often each training document is used per epoch: 2 is twice, 0.5 a half of them, chosen by a hash."""
-    extensions: list[str] | None = None
-    """code: suffixes to take. null: those of common programming languages."""
-    max_file_bytes: int = 1_000_000
-    """code: longer files are passed over."""
-    config: str | None = None
-    """hub: name of the dataset's configuration."""
-    split: str = "train"
-    """hub: name of the split."""
-    revision: str | None = None
-    """hub: commit, tag or branch."""
-    streaming: bool = False
-    """hub: read over the network as it goes, without storing the files."""
-
-    def problems(self, where: str) -> list[str]:
-        found = []
-        if (self.path is None) == (self.hub is None):
-            found.append(f"{where}: give either path or hub")
-        if self.path == "":
-            found.append(f"{where}: path is empty")
-        if self.text_column is not None and self.template is not None:
-            found.append(f"{where}: give either text_column or template")
-        if self.template is not None:
-            try:
-                parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
-                if not parts or any(form or convert or not str(name).strip() for _, name, form, convert in parts):
-                    found.append(
-                        f'{where}: template {self.template!r} should name columns, as in "{{title}}: {{body}}"'
-                    )
-            except ValueError as error:
-                found.append(f"{where}: template {self.template!r}: {error}")
-        if self.new_document is not None:
-            try:
-                re.compile(self.new_document)
-            except re.error as error:
-                found.append(f"{where}: new_document {self.new_document!r} is no regular expression: {error}")
-        if not 0 <= self.weight <= 100:
-            found.append(f"{where}: weight is {self.weight}; it must be between 0 and 100")
-        if self.max_file_bytes < 1:
-            found.append(f"{where}: max_file_bytes is {self.max_file_bytes}; it must be at least 1")
-        return found
-
-
-def parse_source(entry: Any, where: str) -> tuple[SourceConfig | None, list[str]]:
-    """One entry of `sources` → (source, problems); the types are checked too, as these are plain YAML mappings."""
-    if isinstance(entry, str):
-        entry = {"path": entry}
-    if not isinstance(entry, dict):
-        return None, [f"{where}: expected a path or a mapping with a path, found {entry!r}"]
-    kinds = {item.name: item for item in fields(SourceConfig)}
-    found = []
-    for key, value in entry.items():
-        if key not in kinds:
-            close = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
-            hint = f" (did you mean {close[0]}?)" if close else f"; known are {', '.join(kinds)}"
-            found.append(f"{where}: unknown key {key!r}{hint}")
-        elif not _fits(value, kinds[key].name):
-            found.append(f"{where}: {key} cannot be {value!r}")
-    if found:
-        return None, found
-    source = SourceConfig(**entry)
-    return source, source.problems(where)
-
-
-def _fits(value: Any, name: str) -> bool:
-    if name == "kind":
-        return value is None or value in Kind.__args__  # type: ignore[attr-defined]
-    if name in ("weight", "max_file_bytes"):
-        accepted: tuple[type, ...] = (int, float) if name == "weight" else (int,)
-        return isinstance(value, accepted) and not isinstance(value, bool)
-    if name == "streaming":
-        return isinstance(value, bool)
-    if name == "extensions":
-        return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-    return isinstance(value, str) or (value is None and name != "split")
+from utils.text.source_config import SourceConfig, parse_source
 
 
 @dataclass
@@ -223,9 +115,12 @@ class PrepareConfig:
     )
     """Files or folders of .txt, .md, .rst, .jsonl, .json, .csv, .parquet or .html, also .gz and .zst; tar archives;
     folders saved by `datasets`; - for standard input. An entry may be a mapping: path or hub, name, kind, weight,
-    text_column or template, include, and more (see docs/data.md)."""
+    text_column, template or messages_column, include, and more (see docs/data.md)."""
     text_column: str = "text"
     """Column that holds the text in JSON lines, CSV and parquet."""
+    messages_column: str | None = None
+    """Column that holds a conversation in JSON lines and parquet: a list of messages with role and content, of which the
+    assistant's are learnt. null: the sources are plain text."""
     output: str = "data/demo"
     """Folder to write."""
     stream: bool = False
@@ -264,15 +159,41 @@ class PrepareConfig:
                 found.append("sources: standard input cannot be read again while training, as stream asks")
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
+            found += self._conversation_problems(sources)
         if not 0 < self.validation_fraction < 1:
             found.append(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if not 0 <= self.max_broken_share <= 1:
             found.append(f"max_broken_share is {self.max_broken_share}; it must be between 0 and 1")
         return found
 
+    def _conversation_problems(self, sources: list[SourceConfig]) -> list[str]:
+        conversations = [str(source.name) for source in sources if source.messages_column is not None]
+        plain = [str(source.name) for source in sources if source.messages_column is None]
+        if not conversations:
+            return []
+        found = []
+        if plain:
+            found.append(
+                f"sources: {conversations[0]} holds conversations, {plain[0]} plain text; prepare them as two datasets"
+            )
+        if self.stream:
+            found.append("stream: conversations cannot be streamed; leave stream out")
+        if self.tokenizer.pretrained is None and self.tokenizer.chat_template is None:
+            found.append(
+                "tokenizer: conversations need a chat template; give tokenizer.pretrained, or tokenizer.chat_template "
+                "and its tokens, as in --tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens "
+                "'[<|im_start|>, <|im_end|>]'"
+            )
+        return found
+
+
+def holds_conversations(sources: list[SourceConfig]) -> bool:
+    """Whether the documents are conversations: of all sources or of none, as `PrepareConfig.problems` sees to."""
+    return any(source.messages_column is not None for source in sources)
+
 
 def resolve_sources(config: PrepareConfig) -> list[SourceConfig]:
-    """The entries of `sources` as dataclasses, with their names and text columns filled in."""
+    """The entries of `sources` as dataclasses, with their names and columns filled in."""
     parsed = [parse_source(entry, "")[0] for entry in config.sources]
     sources = [source for source in parsed if source]  # all of them: `problems()` has been asked before
     short = [Path(source.path or str(source.hub)).name.split(".")[0] for source in sources]
@@ -282,6 +203,8 @@ def resolve_sources(config: PrepareConfig) -> list[SourceConfig]:
         elif short.count(name) > 1 or not name:
             name = source.path or str(source.hub)
         source.name = source.name or name
-        if source.template is None:
-            source.text_column = source.text_column or config.text_column
+        if source.template is None and source.text_column is None:
+            source.messages_column = source.messages_column or config.messages_column
+            if source.messages_column is None:
+                source.text_column = config.text_column
     return sources

@@ -16,6 +16,8 @@ def table(manifest: dict[str, Any]) -> str:
     lines.append(f"{'kept':<34}{kept:>12,}")
     for split, figures in splits.items():
         lines.append(_row(split, figures))
+        if "assistant_tokens" in figures:
+            lines.append(f"{'  said by the assistant':<62}{figures['assistant_tokens']:>16,}")
         if len(figures["sources"]) > 1:
             total = max(figures["tokens"], 1)
             lines += [
@@ -76,9 +78,12 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
     tokenizer = manifest["tokenizer"]
     train = "The training text is not stored: it is read as training goes. " if manifest["stream"] else ""
     stored = "`validation/` is" if manifest["stream"] else "`train/` and `validation/` are"
+    columns = f"the column `input_ids` ({tokenizer['dtype']})"
+    if "assistant_tokens" in manifest["splits"]["validation"]:
+        columns += " and, beside it, `loss_mask` (uint8), 1 on what the assistant says"
     return (
         f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row per "
-        f"document and one column, `input_ids` ({tokenizer['dtype']}); `tokenizer/` opens with `AutoTokenizer` "
+        f"document and {columns}; `tokenizer/` opens with `AutoTokenizer` "
         f"({tokenizer['vocab_size']:,} entries, from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
         f"## Sources\n\n{listed}{more}\n\nTheir licences are their own: look them up before you share this folder.\n\n"
         f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Tokenizer\n\n```\n{tokenizer_table(manifest)}\n```\n\n"

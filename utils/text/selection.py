@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from utils.text.contamination import build_index, find_contaminated
+from utils.text.conversations import without_system
 from utils.text.deduplication import find_near_duplicates, first_of_each
 from utils.text.recipe import DeduplicationConfig
 from utils.text.stages import iter_slices
@@ -133,8 +134,9 @@ def fixed_size_chunks(table: datasets.Dataset, column: str) -> Iterator[np.ndarr
 
 
 def iter_texts(documents: datasets.Dataset, lengths: np.ndarray, mask: np.ndarray) -> Iterator[list[str]]:
-    """Batches, bounded in bytes, of the texts of the documents in `mask` (N,) bool."""
+    """Batches, bounded in bytes, of what is compared of the documents in `mask` (N,) bool."""
     tables = documents.select_columns(["text"]).with_format("arrow")
     for start, stop in iter_slices(lengths):
         if mask[start:stop].any():
-            yield tables[start:stop]["text"].filter(pa.array(mask[start:stop])).to_pylist()
+            chosen = tables[start:stop]["text"].filter(pa.array(mask[start:stop]))
+            yield [without_system(text) for text in chosen.to_pylist()]

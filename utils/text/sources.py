@@ -19,8 +19,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from utils.cli import UserError
+from utils.text.conversations import without_system
 from utils.text.readers import READERS, Broken, Document, Record, Skipped, make_document, needed_columns
-from utils.text.recipe import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
+from utils.text.source_config import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
 from utils.text.tables import load_hub, load_saved
 
 CODE_SUFFIXES = frozenset(
@@ -199,6 +200,8 @@ def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]
     kind = kind_of(source, name)
     if kind is None:  # chosen by `include` alone
         yield Broken(name, "unknown kind of file; say `kind:` in its entry")
+    elif source.messages_column is not None and kind in ("text", "html", "code"):
+        yield Broken(name, f"kind {kind} has no column {source.messages_column!r}; `kind: json` passes over such files")
     else:
         yield from READERS[kind](stream, name, source)
 
@@ -271,17 +274,17 @@ def iter_documents(source: SourceConfig, units: list[Path | None]) -> Iterator[d
             yield {"text": record.text, "source": str(source.name), "id": record.id}
 
 
-def iter_file_texts(paths: list[str], text_column: str) -> Iterator[list[str]]:
-    """Batches of the texts in evaluation files."""
+def iter_file_texts(paths: list[str], text_column: str, messages_column: str | None) -> Iterator[list[str]]:
+    """Batches of the texts in evaluation files, or of what is compared of their conversations."""
     for path in paths:
-        source = SourceConfig(path=path, name=path, text_column=text_column)
+        source = SourceConfig(path=path, name=path, text_column=text_column, messages_column=messages_column)
         records = iter_records(source, reading_units(source))
         found = 0
         while batch := list(itertools.islice(records, 1000)):
             for record in batch:
                 if isinstance(record, Broken):  # what cannot be read cannot be kept out of training
                     raise UserError(f"evaluation file {record.file}: {record.why}")
-            texts = [record.text for record in batch if isinstance(record, Document)]
+            texts = [without_system(record.text) for record in batch if isinstance(record, Document)]
             found += len(texts)
             yield texts
         if not found:

@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 
 from utils.cli import UserError
-from utils.text.recipe import SourceConfig
+from utils.text.source_config import SourceConfig
 
 
 def load_saved(path: Path, split: str) -> datasets.Dataset:

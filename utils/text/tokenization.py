@@ -26,6 +26,7 @@ PADDING = "<|pad|>"
 WORDPIECE_TOKENS = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
+TEMPLATE_TOKEN = re.compile(r"<\|[\w-]+\|>")
 LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
 SAMPLE_BATCH_BYTES = 1_000_000
 # Thai to Lao, Burmese, Khmer, kana, Chinese characters: scripts that put no space between words.
@@ -54,7 +55,7 @@ def train_tokenizer(
     them count in `vocab_size`. `chat_template` is Jinja text, saved with the tokenizer.
 
     Raises `UserError` for a vocabulary too small for its algorithm, a special token that is empty or stands twice, a
-    chat template with a syntax error.
+    chat template with a syntax error or with a <|token|> that is none.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -63,6 +64,8 @@ def train_tokenizer(
     for token, count in Counter(special).items():
         if count > 1 or not token.strip():
             raise UserError(f"tokenizer.special_tokens: {token!r} is {'there already' if token.strip() else 'empty'}")
+    if lacking := sorted(set(TEMPLATE_TOKEN.findall(chat_template or "")) - set(special)):
+        raise UserError(f"tokenizer.special_tokens lacks {', '.join(lacking)}, as tokenizer.chat_template writes")
     # The unigram trainer overshoots if the bytes leave it no room for one piece of its own.
     least = len(special) + {"bpe": 256, "unigram": 257, "wordpiece": 4}[algorithm]
     if vocab_size < least:
@@ -157,6 +160,17 @@ def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[
     trained.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     trained.add_special_tokens(special)
     return trained
+
+
+def get_chat_template(tokenizer: Any) -> str:
+    """The template that conversations are written by; `UserError` if the tokenizer has none."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(
+            "the tokenizer has no chat template to write conversations by; give one as tokenizer.chat_template, such as "
+            "configs/chat_template.jinja"
+        ) from None
 
 
 def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -254,6 +268,8 @@ def load_tokenizer(name: str) -> Any:
         raise UserError(f"{name}: no tokenizer can be loaded from here: {' '.join(str(error).split())[:200]}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: only tokenizers with a tokenizer.json (fast ones) are supported")
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:  # BERT's names for the same
+        tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token, which ends each document")
     # A saved tokenizer may carry the limits of the model it was made for; here a document is encoded whole.

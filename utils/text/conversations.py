@@ -1,0 +1,59 @@
+"""Conversations: lists of messages, each of which passes through the stages as one text.
+
+That text is, for each message, U+001E (ASCII's record separator), the role, a newline and the content. So all that works on
+text works on conversations, nothing is escaped, and the words are those that were said.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+SEPARATOR = "\x1e"
+
+
+def find_fault(messages: Any) -> str | None:
+    """Why a record's value is no conversation to learn from; None if it is one."""
+    if not isinstance(messages, list):
+        return f"holds {type(messages).__name__}, not a list of messages"
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            return f"message {number} is {type(message).__name__}, not a mapping with role and content"
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            return f"message {number} has the role {role!r}; known are {', '.join(ROLES)}"
+        if message.get("tool_calls"):  # it is what the assistant says there
+            return f"message {number} has tool_calls, which are not supported"
+        if not isinstance(content, str):
+            return f"message {number} has a content of type {type(content).__name__}, not text"
+    if not any(message["role"] == "assistant" for message in messages):
+        return "has no message of the assistant" if messages else "is an empty list"
+    return None
+
+
+def join_messages(messages: list[dict[str, str]]) -> str:
+    """The text of a conversation; of each message role and content count. A separator in a content becomes a space."""
+    return "".join(f"{SEPARATOR}{item['role']}\n{item['content'].replace(SEPARATOR, ' ')}" for item in messages)
+
+
+def split_messages(text: str) -> list[dict[str, str]]:
+    """What `join_messages` joined: role and content of each message."""
+    parts = (part.partition("\n") for part in text.split(SEPARATOR)[1:])
+    return [{"role": role, "content": content} for role, _, content in parts]
+
+
+def map_contents(text: str, function: Callable[[str], str]) -> str:
+    """The conversation with `function` of each content."""
+    return join_messages([item | {"content": function(item["content"])} for item in split_messages(text)])
+
+
+def assistant_text(text: str) -> str:
+    """What the assistant says in all of its turns, with blank lines between."""
+    return "\n\n".join(item["content"] for item in split_messages(text) if item["role"] == "assistant")
+
+
+def without_system(text: str) -> str:
+    """The conversation without the system message at its beginning, which a whole corpus may share: compared with it,
+    all short conversations would be near duplicates, and hold evaluation text. Other text is given back as it is."""
+    if not text.startswith(f"{SEPARATOR}system\n"):
+        return text
+    return SEPARATOR + text[1:].partition(SEPARATOR)[2]
