@@ -1,0 +1,56 @@
+"""An exponential moving average of the weights (Polyak and Juditsky, 1992), kept beside them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """The average of a model's trainable parameters, in fp32, each shared one once.
+
+    It costs four bytes per parameter and one pass over them per step, and is the same on all ranks, as the weights are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Begins as a copy of the weights, on their device: make it when the model is where it will be trained."""
+        self.decay = decay
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.averages = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step` (1, 2, …).
+
+        The decay is min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten; that of
+        TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. As it follows from the step, there is
+        nothing to store but the average.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, [parameter.float() for parameter in self.parameters], 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model with the average for its weights, to be evaluated or saved, not to be trained.
+
+        The parameters stay the objects that they are, for optimizer and DDP; nothing is copied where they are fp32.
+        """
+        weights = [parameter.data for parameter in self.parameters]
+        try:
+            for parameter, average in zip(self.parameters, self.averages, strict=True):
+                parameter.data = average.to(parameter.dtype)
+            yield
+        finally:
+            for parameter, weight in zip(self.parameters, weights, strict=True):
+                parameter.data = weight
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameter name → average, not copied."""
+        return dict(zip(self.names, self.averages, strict=True))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])
