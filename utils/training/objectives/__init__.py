@@ -1,0 +1,126 @@
+"""Objectives: what a model learns to predict. Each is a module of this folder, named as in `objective.name`, with
+
+    AUTO_MODEL                            transformers' class that loads a model with the right head
+    build_collator(config, tokenizer)     rows of the dataset → what the model reads and its targets
+
+The loss is the same for all: cross-entropy between the logits and the targets that stand at the same positions. The
+module `Objective` is what `accelerator.prepare` wraps, so autocast, DDP and sharding see every use of the parameters.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.batches.packing import IGNORED
+from utils.cli import UserError
+from utils.objective_config import ObjectiveConfig
+
+
+def objective_module(name: str) -> ModuleType:
+    """The module of an objective."""
+    return importlib.import_module(f"utils.training.objectives.{name}")
+
+
+def load_options(values: dict[str, Any]) -> ObjectiveConfig:
+    """The options of a run, from the section `objective` of its config.yaml."""
+    sections = {
+        name: type(getattr(ObjectiveConfig(), name))(**options)
+        for name, options in values.items()
+        if isinstance(options, dict)
+    }
+    return ObjectiveConfig(**(values | sections))
+
+
+class Objective(nn.Module):
+    """The model with its loss."""
+
+    def __init__(self, model: nn.Module, config: ObjectiveConfig | None = None) -> None:
+        super().__init__()
+        self.model, self.config = model, config or ObjectiveConfig()
+
+    def forward(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Summed cross-entropy in nats, an fp32 scalar; in training with label smoothing and z-loss, if asked for.
+
+        Args:
+            targets: (B, T); the token that the logits at each position are to give, -100 where there is none. Nothing
+                is shifted here.
+            inputs: what the model's own forward takes, such as input_ids (B, T). With `position_ids` (B, T), packed
+                rows, which restart at 0 with each document, and without a mask and a cache, transformers' decoders
+                keep the documents of a row apart; an encoder is given the mask that does so.
+
+        Label smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv 1512.00567). The z-loss
+        adds weight × log²Z per target, Z being the softmax's normaliser (Chowdhery et al., 2022, arXiv 2204.02311).
+        """
+        logits = self.logits(**inputs).flatten(0, 1)
+        targets = targets.flatten()
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
+        if self.training and self.config.z_loss:
+            loss = loss + self.config.z_loss * logits[targets != IGNORED].logsumexp(-1).square().sum()
+        return loss
+
+    def logits(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """(B, T, V) fp32."""
+        if self.config.name == "masked" and "position_ids" in inputs:
+            inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
+        return self.model(**inputs, use_cache=False).logits.float()
+
+
+def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
+    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0.
+
+    A decoder in transformers keeps documents apart by their restarting `position_ids`, an encoder does not: give it
+    this as `attention_mask`, along with `position_ids`. The mask is added to the scores: 0 where two positions belong
+    to one document, else the lowest fp32 number. transformers passes a mask of four dimensions on as it is, and eager
+    attention would add a boolean one as 0 and 1: the documents of a row would see each other without a word.
+    """
+    documents = (position_ids == 0).cumsum(-1)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return torch.where(same, 0.0, torch.finfo(torch.float32).min)
+
+
+def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
+    """`document_mask`; where some layers see a window only (ModernBERT), for each kind of layer its own.
+
+    transformers passes a mask of four dimensions on to all layers, and the window would be lost.
+    """
+    mask = document_mask(position_ids)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return mask
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device)
+    far = (columns[:, None] - columns).abs() > config.sliding_window
+    return {"full_attention": mask, "sliding_attention": mask.masked_fill(far, torch.finfo(torch.float32).min)}
+
+
+@torch.no_grad()
+def check_documents_stay_apart(objective: Objective) -> None:
+    """`UserError` if a document's logits in a packed row are not those that it has alone; two short passes.
+
+    A model that carries a state along the row, makes a mask of its own, or counts positions from another number than 0,
+    goes wrong without a word.
+    """
+    was_training = objective.training
+    objective.eval()
+    model: Any = objective.model
+    window = model.config.sliding_window if objective.config.name == "masked" and hasattr(
+        model.config, "sliding_window") else None  # fmt: skip
+    length = 8 + (window or 0)  # longer than what a layer with a window sees
+    device = next(objective.parameters()).device
+    ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
+    positions = torch.arange(2 * length, device=device)[None] % length
+    together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
+    alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
+    objective.train(was_training)
+    if not float((together - alone).abs().max()) <= 1e-3 * float(alone.std()):
+        raise UserError(
+            f"{type(model).__name__} does not keep the documents of a packed row apart; choose data.layout padded"
+        )
+
+
+def count_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions of the batch that have a target; a scalar on the batch's device."""
+    return (batch["targets"] != IGNORED).sum()
