@@ -55,15 +55,23 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from utils.batches.loaders import build_evaluation_loader, build_layout
 from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
+from utils.objective_config import ObjectiveConfig
 from utils.text.encoding import Encoder
 from utils.training.checkpoints import resolve_checkpoint
 from utils.training.evaluation import evaluate, write_text
-from utils.training.modeling import count_parameters, load_model, longest_sequence, pad_token_id, same_vocabulary
-from utils.training.objectives import CausalObjective
+from utils.training.modeling import (
+    count_parameters,
+    covers_vocabulary,
+    load_model,
+    longest_sequence,
+    pad_token_id,
+    saved_class,
+)
+from utils.training.objectives import Objective, load_options, objective_module
 
 
 def main(config: EvaluateConfig) -> None:
@@ -88,19 +96,21 @@ def main(config: EvaluateConfig) -> None:
         report |= {"scored": what, "bytes": num_bytes, **score(config, model, tokenizer, tokens, num_bytes, run)}
         print(
             f"{what}: {report['target_tokens']:,} target tokens, {num_bytes:,} bytes\n"
-            f"loss {report['loss']:.4f} nats per token, perplexity {report['perplexity']:.2f}, "
-            f"{report['bits_per_byte']:.3f} bits per byte"
+            f"loss {report['loss']:.4f} nats per target, perplexity {report['perplexity']:.2f}"
+            + (f", {report['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in report else "")
         )
-        if config.compare_with_xz:
+        if config.compare_with_xz and "bits_per_byte" in report:
             report["xz_bits_per_byte"] = xz_bits_per_byte(tokens, tokenizer)
             saved = 1 - report["bits_per_byte"] / report["xz_bits_per_byte"]
             print(
                 f"xz -9, same text: {report['xz_bits_per_byte']:.3f} bits per byte; the model needs {abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
             )
     if config.prompt is not None:
+        if saved_class(model.config) is not AutoModelForCausalLM:
+            raise UserError(f"--prompt: {type(model).__name__} does not continue a text")
         report["text"] = write_text(
             model, tokenizer, config.prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            seed=config.seed,
+            seed=config.seed, chat=objective_options(model, run).name == "instruction",
         )  # fmt: skip
         print(f"---\n{report['text']}\n---")
     if config.report is not None:
@@ -124,7 +134,7 @@ def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
 def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:
     """The validation documents of a dataset folder, and their length in bytes."""
     manifest = load_manifest(dataset)
-    if not same_vocabulary(tokenizer, Path(dataset) / "tokenizer"):
+    if not covers_vocabulary(tokenizer, Path(dataset) / "tokenizer"):
         raise UserError(f"{dataset} was made with another tokenizer than the model's; score text with --text_file")
     return open_split(dataset, "validation"), manifest["splits"]["validation"]["bytes"]
 
@@ -155,20 +165,25 @@ def score(
         cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
+    objective = objective_options(model, run)
+    collate = objective_module(objective.name).build_collator(objective, tokenizer)
     layout = build_layout(
-        tokens,
-        run["data"]["layout"] if run else "packed",
-        length,
-        pad_token_id=pad_token_id(tokenizer),
+        tokens, run["data"]["layout"] if run else "packed", length, pad_token_id=pad_token_id(tokenizer),
         vocab_size=len(tokenizer),
-    )
-    loader = build_evaluation_loader(layout, config.batch_size)
-    objective, loader = accelerator.prepare(CausalObjective(model), loader)
-    result = evaluate(accelerator, objective, loader)
-    return {
-        "loss": result.loss, "perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte(num_bytes),
-        "target_tokens": result.num_tokens,
-    }  # fmt: skip
+    )  # fmt: skip
+    loader = build_evaluation_loader(layout, collate, config.batch_size)
+    prepared, loader = accelerator.prepare(Objective(model, objective), loader)
+    result = evaluate(accelerator, prepared, loader)
+    scores = {"loss": result.loss, "perplexity": result.perplexity, "target_tokens": result.num_tokens}
+    return scores | ({"bits_per_byte": result.bits_per_byte(num_bytes)} if objective.name == "causal" else {})
+
+
+def objective_options(model: PreTrainedModel, run: dict[str, Any] | None) -> ObjectiveConfig:
+    """The run's own objective; without a run, what a model with this head predicts."""
+    if run is None:
+        names = {"AutoModelForMaskedLM": "masked", "AutoModelForSeq2SeqLM": "span_corruption"}
+        return ObjectiveConfig(name=names.get(saved_class(model.config).__name__, "causal"))  # type: ignore[arg-type]
+    return load_options(run.get("objective", {}))
 
 
 def xz_bits_per_byte(tokens: TokenDataset, tokenizer: Any) -> float:

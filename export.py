@@ -2,13 +2,14 @@
 
     python export.py --checkpoint runs/demo --output exports/demo
 
-The output folder opens with `AutoModelForCausalLM.from_pretrained`; it appears only when its logits agree.
+The output folder opens with the `from_pretrained` of the Auto class that is printed; it appears only when its logits agree.
 """
 
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from utils.cli import UserError, parse_config, run_script
 
@@ -23,15 +24,19 @@ class ExportConfig:
     """Folder to write."""
     max_logit_difference: float = 1e-5
     """Largest allowed difference between a logit of the checkpoint and of the reloaded export."""
+    weights: Literal["trained", "average"] = "trained"
+    """average: the moving average of the weights, where the run kept one (optimizer.ema_decay)."""
 
 
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import copy
 
-from utils.training.checkpoints import load_state, resolve_checkpoint
-from utils.training.modeling import count_parameters, load_model, longest_sequence
+import torch
+from transformers import AutoTokenizer, PreTrainedModel
+
+from utils.training.checkpoints import load_average, load_state, resolve_checkpoint
+from utils.training.modeling import count_parameters, load_model, longest_sequence, saved_class
 
 PROBE_TOKENS = 256
 
@@ -41,22 +46,31 @@ def main(config: ExportConfig) -> None:
     if output.exists():
         raise UserError(f"{output} exists; remove it, or choose another --output")
     checkpoint = resolve_checkpoint(config.checkpoint)
-    model = load_model(checkpoint).eval()
+    model = load_model(checkpoint)
+    if config.weights == "average":
+        load_average(checkpoint, model)
+    model.eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     work = output.with_name(f".{output.name}.exporting")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        model.save_pretrained(work)
+        # Adapters go into the weights that they stand beside; the comparison is with the two apart.
+        merged: Any = model
+        if hasattr(model, "merge_and_unload"):
+            merged = copy.deepcopy(merged).merge_and_unload()
+        merged.save_pretrained(work)
         tokenizer.save_pretrained(work)
         # Read back the way a stranger would, without a word about precision or attention.
-        reloaded = AutoModelForCausalLM.from_pretrained(work).eval()
-        difference = largest_logit_difference(model, reloaded)
+        auto_model = saved_class(merged.config)
+        difference = largest_logit_difference(model, auto_model.from_pretrained(work).eval())
         report = {
             "checkpoint": str(config.checkpoint),
+            "weights": config.weights,
+            "opens_with": auto_model.__name__,
             "optimizer_step": load_state(checkpoint).optimizer_step,
-            "parameters": count_parameters(model),
+            "parameters": count_parameters(merged),
             "max_logit_difference": difference,
             "allowed_logit_difference": config.max_logit_difference,
         }
@@ -71,7 +85,7 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}")
+    print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}; opens with {auto_model.__name__}")
     print(f"largest logit difference to the checkpoint: {difference:.2e} (allowed {config.max_logit_difference:.0e})")
 
 
@@ -81,7 +95,8 @@ def largest_logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> 
     length = min(PROBE_TOKENS, longest_sequence(model))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    return float((model(input_ids=ids).logits - other(input_ids=ids).logits.float()).abs().max())
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})
+    return float((model(**inputs).logits - other(**inputs).logits.float()).abs().max())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a causal language model on a token dataset: the loop, in plain sight.
+"""Train a language model on a token dataset: the loop, in plain sight.
 
     accelerate launch train.py --config configs/demo.yaml --model.hidden_size 256
 
@@ -28,19 +28,30 @@ from accelerate.utils import (
     set_seed,
 )
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from utils.batches.batch_plan import plan_batches
-from utils.batches.loaders import Layout, build_evaluation_loader, build_layout, build_train_loader
+from utils.batches.collation import EVALUATION_SEED, CollatedRows, Layout
+from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader, to_tensors
 from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream
 from utils.batches.token_dataset import load_manifest, open_split
 from utils.training.checkpoints import TrainState, load_state, load_training_state, save_checkpoint
-from utils.training.evaluation import evaluate, write_text
+from utils.training.dry_run import describe_model, describe_work, dry_run_report
+from utils.training.ema import WeightAverage
+from utils.training.evaluation import evaluate, write_predictions, write_text
+from utils.training.initialization import describe_initialization
 from utils.training.launch_check import check_launch, describe_launch
-from utils.training.modeling import build_model, count_parameters, load_model, longest_sequence, pad_token_id
-from utils.training.objectives import CausalObjective, count_targets
-from utils.training.optimization import build_optimizer, build_scheduler
+from utils.training.modeling import (
+    build_model,
+    count_parameters,
+    enable_activation_checkpointing,
+    load_model,
+    longest_sequence,
+    pad_token_id,
+)
+from utils.training.objectives import Objective, check_documents_stay_apart, count_targets, objective_module
+from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
 from utils.training.tracking import RunTracker
 
@@ -62,25 +73,43 @@ def main(config: TrainConfig) -> None:
     )
     check_launch(accelerator, plan)
     torch.set_float32_matmul_precision(config.matmul_precision)
-    checkpoint, notes = open_run(accelerator, config, manifest["key"])
-    state = load_state(checkpoint) if checkpoint else TrainState(dataset_key=manifest["key"])
 
     # ---- Data: rows laid out over the mapped token stream, nothing is copied; or made of a source as it is being read.
+    # The objective turns them into what the model reads, and may add special tokens to the tokenizer for it.
     tokenizer = AutoTokenizer.from_pretrained(Path(config.data.dataset) / "tokenizer")
-    pad = pad_token_id(tokenizer)
+    kind = objective_module(config.objective.name)
+    collate = kind.build_collator(config.objective, tokenizer)
 
     def lay_out(split: str) -> Layout:
-        rows = open_split(config.data.dataset, split)
         return build_layout(
-            rows, config.data.layout, config.data.sequence_length, pad_token_id=pad, vocab_size=len(tokenizer)
-        )
+            open_split(config.data.dataset, split), config.data.layout, config.data.sequence_length,
+            pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
+            fixed_length=config.data.pad_to == "max_length",
+        )  # fmt: skip
 
     validation_rows = lay_out("validation")
     train_rows = None if manifest.get("stream") else lay_out("train")
+    max_steps = resolve_max_steps(
+        config.schedule, num_rows=None if train_rows is None else len(train_rows),
+        global_batch_size=plan.global_batch_size, sequence_length=config.data.sequence_length,
+    )  # fmt: skip
+    example = to_tensors(CollatedRows(validation_rows, collate, EVALUATION_SEED).__getitems__([0]))
+    if config.dry_run:
+        with torch.device("meta"):
+            planned = Objective(build_model(config.model, tokenizer, kind.AUTO_MODEL, weights=False), config.objective)
+        if accelerator.is_main_process:
+            print(*describe_launch(accelerator, plan), sep="\n")
+            print(*dry_run_report(
+                planned, example, config, plan, max_steps=max_steps, device=accelerator.device,
+                num_rows=None if train_rows is None else len(train_rows), mixed_precision=accelerator.mixed_precision,
+            ), sep="\n")  # fmt: skip
+        return accelerator.end_training()
+    checkpoint, notes = open_run(accelerator, config, manifest["key"])
+    state = load_state(checkpoint) if checkpoint else TrainState(dataset_key=manifest["key"])
     train_loader: DataLoader | StreamLoader
     if train_rows is not None:
         train_loader = build_train_loader(
-            train_rows, plan, samples_seen=state.samples_seen, seed=config.seed,
+            train_rows, collate, plan, samples_seen=state.samples_seen, seed=config.seed,
             num_workers=config.data.num_workers,
         )  # fmt: skip
     else:
@@ -89,39 +118,50 @@ def main(config: TrainConfig) -> None:
 
         documents = TextStream(manifest["options"], Path(config.data.dataset), config.data.stream_lanes, config.seed)
         train_loader = StreamLoader(
-            documents, plan, rank=accelerator.process_index, sequence_length=config.data.sequence_length,
+            documents, collate, plan, rank=accelerator.process_index, sequence_length=config.data.sequence_length,
             num_workers=config.data.num_workers, device=accelerator.device, state=state.stream,
+            samples_seen=state.samples_seen, seed=config.seed,
         )  # fmt: skip
     validation_loader = build_evaluation_loader(
-        validation_rows, config.evaluation.per_device_batch_size * plan.data_parallel_size
+        validation_rows, collate, config.evaluation.per_device_batch_size * plan.data_parallel_size
     )
-    validation_bytes = manifest["splits"]["validation"]["bytes"]
-    max_steps = config.schedule.max_steps or math.ceil(
-        config.schedule.num_epochs * len(train_rows) / plan.global_batch_size  # type: ignore[operator, arg-type]
-    )
+    # Bits per byte of text: where every token of it is a target, and read in its order.
+    validation_bytes = manifest["splits"]["validation"]["bytes"] if config.objective.name == "causal" else None
 
     # ---- Model: the same seed on every rank, so every rank starts from the same weights.
     set_seed(config.seed)
-    model = load_model(checkpoint, config.model.attention) if checkpoint else build_model(config.model, tokenizer)
+    if checkpoint:
+        model = load_model(checkpoint, config.model.attention)
+        if config.model.activation_checkpointing:
+            enable_activation_checkpointing(model)
+    else:
+        model = build_model(config.model, tokenizer, kind.AUTO_MODEL)
     if config.data.sequence_length > longest_sequence(model):
         raise UserError(
             f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} "
-            f"positions of {config.model.pretrained}; lower it"
+            f"positions of the model; lower it"
         )
+    objective = Objective(model, config.objective)
+    if "position_ids" in example:
+        check_documents_stay_apart(objective)
     optimizer = build_optimizer(model, config.optimizer, fused=accelerator.scaler is None)
     scheduler = build_scheduler(optimizer, config.schedule, max_steps)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
-        CausalObjective(model), optimizer, train_loader, validation_loader
+        objective, optimizer, train_loader, validation_loader
     )
+    average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     if checkpoint:
-        load_training_state(checkpoint, accelerator, optimizer, scheduler)
+        load_training_state(checkpoint, accelerator, optimizer, scheduler, average)
 
     if accelerator.is_main_process:  # from here on the folder is this run's: whatever can be refused has been
         record_launch(accelerator, config)
     tracker = RunTracker(accelerator, config, step=state.optimizer_step, max_steps=max_steps)
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
-    tracker.say(f"model: {type(model).__name__}, {count_parameters(model):,} parameters")
+    for line in [*describe_model(model), describe_work(Objective(model, config.objective), example, config, plan)]:
+        tracker.say(line)
+    if not checkpoint:
+        tracker.say(describe_initialization(model))
     if train_rows is None:
         tracker.say(
             f"data: a stream of {config.data.stream_lanes} lanes, rows of {config.data.sequence_length}; {max_steps} steps"
@@ -184,6 +224,8 @@ def main(config: TrainConfig) -> None:
         scheduler.step()
         state.optimizer_step += 1
         step = state.optimizer_step
+        if average is not None:
+            average.update(step)
         is_last = step == max_steps
         tracker.advance()
 
@@ -202,16 +244,23 @@ def main(config: TrainConfig) -> None:
         if step % config.evaluation.every_steps == 0 or is_last:
             evaluation = evaluate(accelerator, objective, validation_loader)
             improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
-            tracker.log(evaluation.metrics(validation_bytes), step)
+            figures = evaluation.metrics(validation_bytes)
+            if average is not None:
+                with average.swapped():
+                    figures["eval/average_loss"] = evaluate(accelerator, objective, validation_loader).loss
+            tracker.log(figures, step)
         stop_reason = "max_steps" if is_last else early_stop(state, config)
 
         # ---- Once in a while: a text by the model as it is (main process).
         sample_every = config.tracking.sample_every_steps
         if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
-            text = write_text(
-                model, tokenizer, config.tracking.sample_prompt, max_new_tokens=config.tracking.sample_max_new_tokens,
-                temperature=0.8, seed=config.seed,
-            )  # fmt: skip
+            if kind.AUTO_MODEL is AutoModelForCausalLM:
+                text = write_text(
+                    model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
+                    max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
+                )  # fmt: skip
+            else:
+                text = write_predictions(accelerator.unwrap_model(objective), tokenizer, example)
             tracker.sample(text, step)
 
         # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
@@ -220,7 +269,7 @@ def main(config: TrainConfig) -> None:
                 state.stream = train_loader.state()
             save_checkpoint(
                 accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
-                keep_last=config.checkpoint.keep_last,
+                average, keep_last=config.checkpoint.keep_last,
             )  # fmt: skip
 
     # ---- The end: what came out, and an orderly way down, without which a gloo rank may abort at exit.
@@ -233,7 +282,8 @@ def main(config: TrainConfig) -> None:
         "finished": True, "reason": stop_reason, "optimizer_step": state.optimizer_step,
         "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
         "eval_loss": evaluation.loss, "perplexity": evaluation.perplexity,
-        "bits_per_byte": evaluation.bits_per_byte(validation_bytes), "best_loss": state.best_loss,
+        "bits_per_byte": None if validation_bytes is None else evaluation.bits_per_byte(validation_bytes),
+        "best_loss": state.best_loss,
         "best_step": state.best_step, "train_seconds": state.train_seconds,
         "tokens_per_second": state.tokens_seen / state.train_seconds,
     })  # fmt: skip

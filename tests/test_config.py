@@ -1,6 +1,7 @@
 """Configuration: names, types and values, quickly and in one line."""
 
 import dataclasses
+import re
 import sys
 import time
 
@@ -12,7 +13,7 @@ from utils.cli import parse_config
 from utils.config import TrainConfig
 from utils.training.run_folder import _differences
 
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -47,8 +48,8 @@ def test_help_explains_every_option():
     [
         (["--model.hiden_size", "3"], "unknown option --model.hiden_size (did you mean --model.hidden_size?)"),
         (["--optimizer.learning_rat", "3"], "did you mean --optimizer.learning_rate?"),
-        (["--model.hidden_size", "wide"], "model.hidden_size: Expected a int. Got value: wide"),
-        (["--model.architecture", "bert"], "Literal['llama', 'gpt2']"),
+        (["--model.hidden_size", "wide"], "model.hidden_size: Expected int or null. Got value: wide"),
+        (["--model.architecture", "qwen3"], "model.architecture qwen3 has no size tiny"),
         (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate"),
         (["somewhere"], "unexpected argument 'somewhere'"),
         (["--config", "no/such.yaml"], "no/such.yaml: no such file"),
@@ -60,7 +61,10 @@ def test_help_explains_every_option():
             ["--data.sequence_length", "512"],
             "data.sequence_length (512) is longer than model.max_position_embeddings (256)",
         ),
-        (["--schedule.num_epochs", "3"], "exactly one of schedule.max_steps and schedule.num_epochs"),
+        (
+            ["--schedule.num_epochs", "3"],
+            "exactly one of schedule.max_steps, schedule.num_epochs and schedule.max_tokens",
+        ),
         (["--schedule.max_steps", "5.5"], "schedule.max_steps: Expected int or null. Got value: 5.5"),
         (["--tracking.trackers", "wandb"], "Expected a list. Write '[wandb]'"),
         (["--tracking.trackers", "[wandb,"], "put '…' around it"),
@@ -84,7 +88,7 @@ def test_mistakes_on_the_command_line(arguments, expected, capsys):
         ("modl: {hidden_size: 3}", "unknown option modl.hidden_size (did you mean model.hidden_size?)"),
         ("hidden_size: 3", "did you mean model.hidden_size?"),
         ("model:\n  hidden_size: 4\n  hidden_size: 5", "line 3: 'hidden_size' stands twice"),
-        ("model: {hidden_size: 3.5}", "model.hidden_size: Expected a int"),
+        ("model: {hidden_size: 3.5}", "model.hidden_size: Expected int or null"),
         ("model: [1", "expected ',' or ']'"),
         ("output: null", "output is null"),
         ("seed: null", "seed is null"),
@@ -117,11 +121,13 @@ def test_the_demo_recipe_is_the_default():
     assert parse("--config", str(ROOT / "configs/demo.yaml")) == TrainConfig()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_parse(path):
     config = parse("--config", str(path))
-    first = path.read_text().splitlines()[0]
-    assert first == f"# accelerate launch train.py --config configs/{path.name}"
+    first, *_, last = path.read_text().splitlines()
+    name = path.relative_to(ROOT)
+    assert re.fullmatch(f"# accelerate launch (--config_file accelerate_configs/.*)?train.py --config {name}", first)
+    assert last.startswith("# expect: ")
     given = yaml.safe_load(path.read_text())
     assert given["output"] == config.output
 

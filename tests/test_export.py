@@ -58,7 +58,7 @@ def test_an_export_that_differs_is_not_written(finished_run, tmp_path, monkeypat
     import export as module
     from utils.cli import UserError
 
-    monkeypatch.setattr(module, "AutoModelForCausalLM", DamagedReader)
+    monkeypatch.setattr(module, "saved_class", lambda config: DamagedReader)
     with pytest.raises(UserError, match="logits differ from the checkpoint's by"):
         module.main(module.ExportConfig(checkpoint=str(finished_run), output=str(tmp_path / "export")))
     assert list(tmp_path.iterdir()) == []

@@ -5,19 +5,17 @@ import math
 
 import pytest
 import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
 from utils.batches.batch_plan import PADDING_SAMPLE, sample_ids
 from utils.batches.loaders import build_layout, to_tensors
 from utils.batches.packing import IGNORED
 from utils.batches.token_dataset import open_split
-from utils.config import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from utils.config import DataConfig
+from utils.model_config import ModelConfig
 from utils.training.modeling import build_model, pad_token_id
-from utils.training.objectives import CausalObjective, count_targets, document_mask
-from utils.training.optimization import build_optimizer, build_scheduler, learning_rate_factor, split_by_decay
+from utils.training.objectives import Objective, count_targets, document_mask
+from utils.training.objectives.causal import collate
 
 ATTENTIONS = ModelConfig.__dataclass_fields__["attention"].type.__args__  # every one that can be chosen
 LAYOUTS = DataConfig.__dataclass_fields__["layout"].type.__args__
@@ -55,7 +53,7 @@ def sample_batch(layout: str, dataset, tokenizer) -> dict[str, torch.Tensor]:
         open_split(dataset, "train"), layout, LENGTH, pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer)
     )
     indices = [*sample_ids(0, 12, len(rows), seed=3).tolist(), 0, len(rows) - 1, PADDING_SAMPLE]
-    return to_tensors(rows.__getitems__(indices))
+    return to_tensors(collate(rows.__getitems__(indices), []))
 
 
 def pieces(batch) -> list[tuple[int, int, int]]:
@@ -67,9 +65,7 @@ def pieces(batch) -> list[tuple[int, int, int]]:
         else:
             edges = [*(batch["position_ids"][row] == 0).nonzero()[:, 0].tolist(), LENGTH]
         found += [(row, *edge) for edge in itertools.pairwise(edges)]
-    return [
-        (row, start, stop) for row, start, stop in found if (batch["shift_labels"][row, start:stop] != IGNORED).any()
-    ]
+    return [(row, start, stop) for row, start, stop in found if (batch["targets"][row, start:stop] != IGNORED).any()]
 
 
 def piecewise(batch, logits, piece_loss) -> tuple[float, float]:
@@ -79,7 +75,7 @@ def piecewise(batch, logits, piece_loss) -> tuple[float, float]:
     """
     error = loss = 0.0
     for row, start, stop in pieces(batch):
-        ids, labels = batch["input_ids"][row : row + 1, start:stop], batch["shift_labels"][row : row + 1, start:stop]
+        ids, labels = batch["input_ids"][row : row + 1, start:stop], batch["targets"][row : row + 1, start:stop]
         alone, mean = piece_loss(ids, labels)
         error = max(error, float((alone[0] - logits[row, start:stop]).abs().max()))
         loss += float(mean) * int((labels != IGNORED).sum())
@@ -99,10 +95,10 @@ def test_losses_in_rows_equal_those_of_single_pieces(architecture, attention, la
         logits = model(input_ids=ids, use_cache=False).logits
         return logits, model.loss_function(logits, None, len(tokenizer), shift_labels=labels)
 
-    logits = model(**{k: v for k, v in batch.items() if k != "shift_labels"}, use_cache=False).logits
+    logits = model(**{k: v for k, v in batch.items() if k != "targets"}, use_cache=False).logits
     error, loss = piecewise(batch, logits, piece_loss)
     assert len(pieces(batch)) > len(batch["input_ids"]) or layout == "padded"
-    assert abs(float(CausalObjective(model)(**batch)) - loss) / int(count_targets(batch)) < 1e-5
+    assert abs(float(Objective(model)(**batch)) - loss) / int(count_targets(batch)) < 1e-5
     assert error < 1e-5 * max(1.0, float(logits.abs().max()))
 
 
@@ -112,7 +108,7 @@ def test_packing_without_restarts_would_be_noticed(dataset, tokenizer):
     batch = sample_batch("packed", dataset, tokenizer)
     wrong = batch | {"position_ids": torch.arange(LENGTH).expand(len(batch["input_ids"]), -1)}
     with torch.no_grad():
-        right_loss, wrong_loss = (float(CausalObjective(model)(**item)) for item in (batch, wrong))
+        right_loss, wrong_loss = (float(Objective(model)(**item)) for item in (batch, wrong))
     assert abs(right_loss - wrong_loss) / int(count_targets(batch)) > 1e-4
 
 
@@ -123,7 +119,7 @@ def test_an_encoder_keeps_documents_apart_by_the_document_mask(attention, layout
     """Reference: BERT's own loss on each piece by itself. Without the mask its documents do see each other."""
     model = scale_up(bert(attention, tokenizer))
     batch = sample_batch(layout, dataset, tokenizer)
-    labels, positions = batch["shift_labels"], batch["position_ids"]  # any target will do
+    labels, positions = batch["targets"], batch["position_ids"]  # any target will do
 
     def piece_loss(ids, labels):
         out = model(input_ids=ids, labels=labels)
@@ -148,65 +144,6 @@ def test_document_mask_is_what_a_plain_loop_says():
         for i, j in itertools.product(range(6), repeat=2):
             apart = any(of_row[between] == 0 for between in range(min(i, j) + 1, max(i, j) + 1))
             assert mask[row, 0, i, j] == (torch.finfo(torch.float32).min if apart else 0)
-
-
-@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
-def test_schedules_equal_transformers(shape):
-    reference = {
-        "linear": transformers.get_linear_schedule_with_warmup, "cosine": transformers.get_cosine_schedule_with_warmup,
-        "constant": transformers.get_constant_schedule_with_warmup,
-    }[shape]  # fmt: skip
-    horizon = {} if shape == "constant" else {"num_training_steps": 300}
-    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1) for _ in range(2))
-    schedule = build_scheduler(ours, ScheduleConfig(shape=shape, warmup_steps=20), max_steps=300)
-    expected = reference(theirs, num_warmup_steps=20, **horizon)
-    for _ in range(300):  # up to the end: behind it transformers' cosine rises again
-        assert abs(schedule.get_last_lr()[0] - expected.get_last_lr()[0]) < 1e-12
-        for optimizer, scheduler in ((ours, schedule), (theirs, expected)):
-            optimizer.step()
-            scheduler.step()
-
-
-@pytest.mark.parametrize("shape", ["linear", "cosine"])
-def test_schedules_end_at_the_floor(shape):
-    factor = learning_rate_factor(ScheduleConfig(shape=shape, warmup_steps=10, min_learning_rate_ratio=0.1), 100)
-    assert factor(0) == 0 and factor(10) == 1
-    assert math.isclose(factor(100), 0.1) and math.isclose(factor(500), 0.1)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_only_matrices_are_decayed(architecture, tokenizer):
-    model = small_model(architecture, tokenizer, tie_word_embeddings=False)
-    decayed, others = split_by_decay(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert len(decayed) + len(others) == len(names)
-    assert {names[id(parameter)] for parameter in others} == {
-        name for name in names.values() if "norm" in name or ".ln_" in name or name.endswith(".bias")
-    }
-    groups = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_scaled_overflow_is_seen_as_skipped_only_without_fusing(fused, tokenizer):
-    """Why train.py does not fuse under fp16: torch's scaler and accelerate's optimizer, on an infinite gradient."""
-    model = small_model("llama", tokenizer)
-    scaler = torch.amp.GradScaler("cpu")
-    Accelerator(cpu=True)
-    optimizer = AcceleratedOptimizer(build_optimizer(model, OptimizerConfig(), fused=fused), scaler=scaler)
-    scaler.scale(sum(parameter.sum() for parameter in model.parameters()) * 1e38).backward()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer.step()
-    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert optimizer.step_was_skipped is not fused
-
-
-def test_a_shared_matrix_is_optimized_once(tokenizer):
-    model = small_model("llama", tokenizer, tie_word_embeddings=True)
-    decayed, others = split_by_decay(model)
-    assert (
-        len({id(parameter) for parameter in decayed + others}) == len(decayed + others) == len(list(model.parameters()))
-    )
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -24,7 +24,7 @@ def make_copy(folder: Path, max_steps: int) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name, old, new in (
-        ("utils/config.py", "max_steps: int | None = 800", f"max_steps: int | None = {max_steps}"),
+        ("utils/optimizer_config.py", "max_steps: int | None = 800", f"max_steps: int | None = {max_steps}"),
         ("configs/demo.yaml", "max_steps: 800", f"max_steps: {max_steps}"),
     ):
         text = (folder / name).read_text()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, train, train_losses
 
-from utils.config import ScheduleConfig
+from utils.optimizer_config import ScheduleConfig
 from utils.training.checkpoints import find_problem
 from utils.training.optimization import learning_rate_factor
 

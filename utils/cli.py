@@ -73,6 +73,7 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
     )  # fmt: skip
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win.")
     parser.add_class_arguments(cls)
+    argv = _complete_switches(argv, cls)
     names = sorted(action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config"))
     for path in _config_paths(argv):
         _check_yaml(parser, path, names)
@@ -89,6 +90,15 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
     if problems:
         raise UserError("; ".join(problems))
     return config
+
+
+def _complete_switches(argv: list[str], cls: type) -> list[str]:
+    """`--dry_run` is short for `--dry_run true`, for every option of type bool."""
+    switches = {f"--{item.name}" for item in dataclasses.fields(cls) if item.type is bool}
+    completed = []
+    for flag, value in pairwise([*argv, "--"]):
+        completed += [flag, "true"] if flag in switches and value.startswith("--") else [flag]
+    return completed
 
 
 def _config_paths(argv: list[str]) -> list[Path]:

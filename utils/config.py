@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from utils.cli import at_least
+from utils.model_config import ModelConfig
+from utils.objective_config import ObjectiveConfig
+from utils.optimizer_config import OptimizerConfig, ScheduleConfig
 
 
 @dataclass
@@ -18,11 +21,13 @@ class DataConfig:
     dataset: str = "data/demo"
     """Folder written by prepare_data.py."""
     sequence_length: int = 256
-    """Positions per row (T), in tokens."""
+    """Positions per row (T), in tokens. Of an encoder-decoder: tokens of text, before spans are cut out of it."""
     layout: Literal["packed", "best_fit", "padded"] = "packed"
     """packed: documents end to end, cut every T tokens, each attending to itself only. best_fit: likewise, but only
     documents longer than T are cut, and a row may have a few free positions. padded: one document, or one piece of a
     longer one, per row, with an attention_mask. None of them loses a target."""
+    pad_to: Literal["longest", "max_length"] = "longest"
+    """Layout padded: fill rows up to the longest of the batch, or to sequence_length, for the same shape every time."""
     num_workers: int = 0
     """Loader processes per rank. 0 is fastest for stored data: a row is a slice of a mapped file. Those of a stream, at
     most one per lane, read and tokenize beside the training."""
@@ -32,50 +37,6 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         return at_least("data", self, sequence_length=2, num_workers=0, stream_lanes=1)
-
-
-@dataclass
-class ModelConfig:
-    """A model from its configuration, or from a folder of weights."""
-
-    pretrained: str | None = None
-    """Folder or Hub name of a causal language model to start from. The sizes below are then its own and ignored."""
-    architecture: Literal["llama", "gpt2"] = "llama"
-    """llama: RMSNorm, rotary positions, gated MLP, no biases. gpt2: LayerNorm, learned positions, biases."""
-    hidden_size: int = 192
-    """Width of the residual stream (D)."""
-    num_hidden_layers: int = 4
-    """Transformer blocks."""
-    num_attention_heads: int = 4
-    """Attention heads per block (H); must divide hidden_size."""
-    intermediate_size: int = 512
-    """Width of the MLP."""
-    max_position_embeddings: int = 256
-    """Longest sequence the model can read, in tokens."""
-    dropout: float = 0.0
-    """Probability, given to every dropout that the architecture has (llama has only the attention's)."""
-    tie_word_embeddings: bool = True
-    """Use one matrix for the input embedding and the output head."""
-    initialization: Literal["model", "normal"] = "model"
-    """model: the architecture's own. normal: weights N(0, 0.02), biases 0, norm weights 1."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """sdpa: torch's fused attention. eager: plain matrix products."""
-
-    def problems(self) -> list[str]:
-        found = at_least(
-            "model", self, hidden_size=1, num_hidden_layers=1, num_attention_heads=1, intermediate_size=1,
-            max_position_embeddings=2,
-        )  # fmt: skip
-        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
-            found.append(
-                f"model.num_attention_heads ({self.num_attention_heads}) does not divide "
-                f"model.hidden_size ({self.hidden_size})"
-            )
-        elif self.architecture == "llama" and self.hidden_size // max(1, self.num_attention_heads) % 2:
-            found.append("model.hidden_size / model.num_attention_heads must be even: rotary positions turn pairs")
-        if not 0 <= self.dropout < 1:
-            found.append(f"model.dropout is {self.dropout}; it must be at least 0 and less than 1")
-        return found
 
 
 @dataclass
@@ -89,61 +50,6 @@ class BatchConfig:
 
     def problems(self) -> list[str]:
         return at_least("batch", self, global_batch_size=1, per_device_batch_size=1)
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW."""
-
-    learning_rate: float = 3e-3
-    """Peak learning rate."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only: never on biases and norm weights."""
-    beta1: float = 0.9
-    """Decay rate of the gradient's running mean."""
-    beta2: float = 0.95
-    """Decay rate of the squared gradient's running mean."""
-    epsilon: float = 1e-8
-    """Added to the denominator."""
-    max_grad_norm: float = 1.0
-    """Clip the gradient's global norm to this. 0: measure but do not clip."""
-
-    def problems(self) -> list[str]:
-        found = at_least("optimizer", self, weight_decay=0, max_grad_norm=0)
-        if self.learning_rate <= 0:
-            found.append(f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        if self.epsilon <= 0:
-            found.append(f"optimizer.epsilon is {self.epsilon}; it must be positive")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"optimizer.{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
-        return found
-
-
-@dataclass
-class ScheduleConfig:
-    """The learning rate as a function of the step, and how long to train."""
-
-    shape: Literal["linear", "cosine", "constant"] = "cosine"
-    """Form of the decay after the linear warm-up."""
-    warmup_steps: int = 40
-    """Steps from 0 to the peak learning rate."""
-    min_learning_rate_ratio: float = 0.0
-    """Learning rate at the last step of linear and cosine, as a share of the peak."""
-    max_steps: int | None = 800
-    """Optimizer steps in all. Give this or num_epochs, and null for the other."""
-    num_epochs: float | None = None
-    """Passes over the training rows; the last global batch is filled up from the next pass."""
-
-    def problems(self) -> list[str]:
-        found = at_least("schedule", self, warmup_steps=0, max_steps=1)
-        if (self.max_steps is None) == (self.num_epochs is None):
-            found.append("give exactly one of schedule.max_steps and schedule.num_epochs (null for the other)")
-        if self.num_epochs is not None and self.num_epochs <= 0:
-            found.append(f"schedule.num_epochs is {self.num_epochs}; it must be positive")
-        if not 0 <= self.min_learning_rate_ratio <= 1:
-            found.append(f"schedule.min_learning_rate_ratio is {self.min_learning_rate_ratio}; it must lie in [0, 1]")
-        return found
 
 
 @dataclass
@@ -212,9 +118,12 @@ class TrainConfig:
     """Run folder."""
     seed: int = 1234
     """Seed of the initial weights, the data order, dropout and the samples."""
+    dry_run: bool = False
+    """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision: what fp32 matrix products may round to."""
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -227,9 +136,11 @@ class TrainConfig:
         found = at_least("", self, seed=0)
         if self.seed >= 2**32:
             found.append(f"seed is {self.seed}; it must be less than 2**32")
-        if self.model.pretrained is None and self.data.sequence_length > self.model.max_position_embeddings:
-            found.append(
-                f"data.sequence_length ({self.data.sequence_length}) is longer than "
-                f"model.max_position_embeddings ({self.model.max_position_embeddings}); lower one or raise the other"
-            )
+        if self.model.pretrained is None and not self.model.problems() and self.model.architecture != "t5":
+            positions = self.model.sizes()["max_position_embeddings"]
+            if positions is not None and self.data.sequence_length > positions:
+                found.append(
+                    f"data.sequence_length ({self.data.sequence_length}) is longer than "
+                    f"model.max_position_embeddings ({positions}); lower one or raise the other"
+                )
         return found

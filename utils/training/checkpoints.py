@@ -2,8 +2,9 @@
 
     checkpoints/step-00000100/
         model.safetensors, config.json, tokenizer.json, …   opens with transformers' from_pretrained
-        optimizer.pt                                        AdamW's state (read back with weights_only)
-        state.json                                          TrainState, scheduler, and the gradient scaler of fp16
+        optimizer.pt                                        the optimizer's state (read back with weights_only)
+        average.safetensors                                 the average of the weights, where the run keeps one
+    state.json                                          TrainState, scheduler, and the gradient scaler of fp16
         manifest.json                                       size and SHA-256 of every file above
     checkpoints/best, checkpoints/last                      links to two of them
 
@@ -21,10 +22,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
+from utils.training.ema import WeightAverage
 
 PREFIX = "step-"
 TEMPORARY_PREFIX = ".tmp-"
@@ -59,7 +62,7 @@ class TrainState:
 
 def save_checkpoint(
     accelerator: Accelerator, folder: Path, state: TrainState, model: PreTrainedModel, tokenizer: Any,
-    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, keep_last: int,
+    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, average: WeightAverage | None, keep_last: int,
 ) -> None:  # fmt: skip
     """Write `folder/step-N` atomically, move the links, then remove what is no longer needed (all ranks call this).
 
@@ -74,6 +77,8 @@ def save_checkpoint(
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+            if average is not None:
+                save_file(average.state_dict(), temporary / "average.safetensors")
             record = {"state": asdict(state), "scheduler": scheduler.state_dict()}
             if accelerator.scaler is not None:
                 record["scaler"] = accelerator.scaler.state_dict()
@@ -97,9 +102,10 @@ def save_checkpoint(
 
 
 def load_training_state(
-    checkpoint: Path, accelerator: Accelerator, optimizer: torch.optim.Optimizer, scheduler: LambdaLR
-) -> None:
-    """Restore optimizer, scheduler and scaler, after `accelerator.prepare` (every rank reads the same files)."""
+    checkpoint: Path, accelerator: Accelerator, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
+    average: WeightAverage | None,
+) -> None:  # fmt: skip
+    """Restore optimizer, scheduler, scaler and average, after `accelerator.prepare` (every rank reads the same files)."""
     optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     scheduler.load_state_dict(record["scheduler"])
@@ -109,6 +115,19 @@ def load_training_state(
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
     if accelerator.scaler is not None and "scaler" in record:
         accelerator.scaler.load_state_dict(record["scaler"])
+    if average is not None:
+        average.load_state_dict(load_file(checkpoint / "average.safetensors"))
+
+
+@torch.no_grad()
+def load_average(checkpoint: Path, model: PreTrainedModel) -> None:
+    """Put the moving average of the weights in the place of the weights; `UserError` if the run kept none."""
+    path = checkpoint / "average.safetensors"
+    if not path.is_file():
+        raise UserError(f"{checkpoint}: the run kept no average of its weights; train with --optimizer.ema_decay")
+    parameters = dict(model.named_parameters())
+    for name, values in load_file(path).items():
+        parameters[name].copy_(values)
 
 
 def load_state(checkpoint: Path) -> TrainState:

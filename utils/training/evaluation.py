@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from utils.batches.packing import IGNORED
 from utils.training.modeling import longest_sequence
-from utils.training.objectives import count_targets
+from utils.training.objectives import Objective, count_targets
 
 
 @dataclass
@@ -34,9 +35,10 @@ class Evaluation:
         """
         return self.loss * self.num_tokens / math.log(2) / num_bytes
 
-    def metrics(self, num_bytes: int) -> dict[str, float]:
-        return {"eval/loss": self.loss, "eval/perplexity": self.perplexity,
-                "eval/bits_per_byte": self.bits_per_byte(num_bytes)}  # fmt: skip
+    def metrics(self, num_bytes: int | None) -> dict[str, float]:
+        """`num_bytes` is the length of the text; None where the targets are not all of its tokens."""
+        found = {"eval/loss": self.loss, "eval/perplexity": self.perplexity}
+        return found | ({} if num_bytes is None else {"eval/bits_per_byte": self.bits_per_byte(num_bytes)})
 
 
 @torch.no_grad()
@@ -57,15 +59,20 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, loader: Iterable[di
 
 @torch.no_grad()
 def write_text(
-    model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int
-) -> str:
+    model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int,
+    chat: bool = False,
+) -> str:  # fmt: skip
     """Continue `prompt` (empty: start a document) on this rank alone; returns prompt and continuation.
 
-    Of a prompt longer than the model's positions the end counts. Seeds torch's generators: the caller's own random
+    With `chat`, a prompt that is not empty is what a user says, and the model takes the assistant's turn. Of a prompt longer than the model's positions the end counts. Seeds torch's generators: the caller's own random
     numbers must not depend on their state.
     """
     positions = longest_sequence(model)
-    ids = tokenizer(prompt)["input_ids"]
+    if chat and prompt:
+        turns = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with it
         ids = ids[:-1]
     ids = ids[1 - positions :] or [tokenizer.eos_token_id]
@@ -82,3 +89,20 @@ def write_text(
     )
     model.train(was_training)
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def write_predictions(objective: Objective, tokenizer: Any, batch: dict[str, torch.Tensor]) -> str:
+    """For models that do not continue a text: what the first row reads, and the likeliest token for each target."""
+    was_training = objective.training
+    objective.eval()
+    inputs = {name: values.to(next(objective.parameters()).device) for name, values in batch.items()}
+    targets = inputs.pop("targets")[0]
+    predicted = objective.logits(**inputs)[0].argmax(-1)[targets != IGNORED].tolist()
+    objective.train(was_training)
+    wanted = targets[targets != IGNORED].tolist()
+    right = sum(guess == target for guess, target in zip(predicted, wanted, strict=True))
+    return (
+        f"{tokenizer.decode(batch['input_ids'][0])}\n--- {right} of {len(wanted)} targets right\n"
+        f"targets:   {tokenizer.decode(wanted)}\npredicted: {tokenizer.decode(predicted)}"
+    )

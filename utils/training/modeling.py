@@ -1,75 +1,165 @@
-"""The model: from its configuration, a pretrained folder or a checkpoint; its initial weights; its size."""
+"""The model: from its configuration, a pretrained folder or a checkpoint."""
 
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, LlamaConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
-from utils.config import ModelConfig
+from utils.model_config import SIZE_OVERRIDES, LoraConfig, ModelConfig
+from utils.training.initialization import INITIALIZATIONS
 
-INITIAL_STD = 0.02
+# The class that opens a saved model for a stranger, from the objective's.
+AUTO_MODELS = (
+    transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
+)  # fmt: skip
+# Our name of a size → its other names in configuration classes, beyond transformers' own `attribute_map`.
+OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
 
 
-def build_model(config: ModelConfig, tokenizer: Any) -> PreTrainedModel:
-    """A model on the CPU in fp32, its special tokens set from the tokenizer; the caller seeds torch first.
+def build_model(
+    config: ModelConfig, tokenizer: Any, auto_model: Any = transformers.AutoModelForCausalLM, *, weights: bool = True
+) -> PreTrainedModel:
+    """A model in fp32 with a row of the embedding for each token; the caller seeds torch first.
 
-    Raises `UserError` if `config.pretrained` cannot be loaded or belongs to another tokenizer.
+    `auto_model` is the objective's. Without `weights`, those of `config.pretrained` are not read: for a model on the
+    meta device. Raises `UserError` if the configuration makes no model, or `config.pretrained` cannot be loaded or
+    belongs to another tokenizer.
     """
     special = {
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": pad_token_id(tokenizer),
     }  # fmt: skip
-    if config.pretrained is not None:
-        model = load_model(config.pretrained, config.attention)
-        if len(tokenizer) > model.config.vocab_size or not same_vocabulary(tokenizer, config.pretrained):
-            raise UserError(
-                f"model.pretrained {config.pretrained} was trained with another tokenizer than the dataset's; prepare the "
-                f"data with --tokenizer.pretrained {config.pretrained}"
-            )
+    architecture = build_architecture(config, auto_model, special)
+    multiple = config.vocabulary_multiple
+    architecture.vocab_size = max(
+        architecture.vocab_size if config.pretrained else 0, -(-len(tokenizer) // multiple) * multiple
+    )
+    if config.pretrained is not None and weights:
+        model = load_pretrained(config, tokenizer, auto_model, architecture)
     else:
-        architecture = architecture_config(config, len(tokenizer), special)
-        model = AutoModelForCausalLM.from_config(
-            architecture, attn_implementation=config.attention, dtype=torch.float32
-        )
-        if config.initialization == "normal":
-            initialize_normal(model)
+        try:
+            model = auto_model.from_config(architecture, attn_implementation=config.attention, dtype=torch.float32)
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"model.architecture {architecture.model_type}: {' '.join(str(error).split())[:200]}; choose another "
+                "architecture, objective.name or model.attention"
+            ) from None
+        INITIALIZATIONS[config.initialization](model)
     model.config.update(special)
-    model.generation_config = GenerationConfig(**special)
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            **special,
+            **({"decoder_start_token_id": special["pad_token_id"]} if architecture.is_encoder_decoder else {}),
+        )
+    if config.lora.rank:
+        model = add_lora(model, config.lora)
+    if config.activation_checkpointing:
+        enable_activation_checkpointing(model)
     return model
 
 
-def architecture_config(config: ModelConfig, vocab_size: int, special: dict[str, Any]) -> LlamaConfig | GPT2Config:
+def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, Any]) -> Any:
     """transformers' own configuration; `config.dropout` goes to every dropout that the architecture has."""
-    if config.architecture == "gpt2":
-        return GPT2Config(
-            vocab_size=vocab_size, n_embd=config.hidden_size, n_layer=config.num_hidden_layers,
-            n_head=config.num_attention_heads, n_inner=config.intermediate_size,
-            n_positions=config.max_position_embeddings, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout, tie_word_embeddings=config.tie_word_embeddings,
-            **special,
-        )  # fmt: skip
-    return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=config.hidden_size, num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads, intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_position_embeddings, attention_dropout=config.dropout,
-        tie_word_embeddings=config.tie_word_embeddings, **special,
-    )  # fmt: skip
+    if config.pretrained is not None:
+        try:
+            architecture = AutoConfig.from_pretrained(config.pretrained)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"model.pretrained {config.pretrained}: no model can be loaded from here: {_short(error)}"
+            ) from None
+    else:
+        if config.architecture not in CONFIG_MAPPING:
+            hint = _nearest(config.architecture, CONFIG_MAPPING)
+            raise UserError(f"model.architecture {config.architecture} is not one of transformers'{hint}")
+        cls = CONFIG_MAPPING[config.architecture]
+        fields = {item.name for item in dataclasses.fields(cls)}
+        for name in config.overrides:
+            if name not in fields:
+                raise UserError(f"model.overrides: {cls.__name__} has no {name}{_nearest(name, fields)}")
+        values: dict[str, Any] = special | {"tie_word_embeddings": config.tie_word_embeddings}
+        for name, value in config.sizes().items():
+            names = (cls.attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
+            field = next((known for known in names if known in fields), None)
+            if field is not None and value is not None:
+                values[field] = value
+            elif getattr(config, name) is not None:
+                raise UserError(f"model.{name} is unknown to {cls.__name__}; name its own field in model.overrides")
+        if "num_key_value_heads" in fields and values.get("num_attention_heads") is not None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        values |= SIZE_OVERRIDES.get((config.architecture, config.size or ""), {})
+        if config.architecture == "t5":
+            values["d_kv"] = values["d_model"] // values["num_heads"] if "d_model" in values else 64
+        # An encoder with a language model's head would see what it is to predict.
+        if auto_model is transformers.AutoModelForCausalLM and "is_decoder" in fields:
+            values["is_decoder"] = True
+        for name in ("cls_token_id", "sep_token_id"):
+            values |= (
+                {name: special["bos_token_id" if name == "cls_token_id" else "eos_token_id"]} if name in fields else {}
+            )
+        try:
+            architecture = cls(**(values | config.overrides))
+        except Exception as error:  # each class checks in its own way
+            raise UserError(f"model: {cls.__name__} refuses these values: {_short(error)}") from None
+        if architecture.is_encoder_decoder:
+            architecture.decoder_start_token_id = special["pad_token_id"]
+    for name in vars(architecture):
+        if ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary")):
+            setattr(architecture, name, config.dropout)
+    return architecture
 
 
-def load_model(name: str | Path, attention: str = "sdpa") -> PreTrainedModel:
-    """A causal language model in fp32 from a folder (or, for `--model.pretrained`, the Hub)."""
+def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, architecture: Any) -> PreTrainedModel:
+    """The weights of `config.pretrained`, its embedding grown to the tokenizer's entries."""
+    name = str(config.pretrained)
+    entries = architecture.vocab_size
+    architecture.vocab_size = AutoConfig.from_pretrained(name).vocab_size
+    if not covers_vocabulary(tokenizer, name):
+        raise UserError(
+            f"model.pretrained {name} was trained with another tokenizer than the dataset's; prepare the data with "
+            f"--tokenizer.pretrained {name}"
+        )
+    model = load_model(name, config.attention, auto_model, architecture)
+    if entries > architecture.vocab_size:
+        if config.lora.rank:
+            raise UserError(
+                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}; adapters leave "
+                "the embedding as it is: train all weights (model.lora.rank 0), or use data without new tokens"
+            )
+        model.resize_token_embeddings(entries)
+    return model
+
+
+def load_model(
+    name: str | Path, attention: str = "sdpa", auto_model: Any = None, architecture: Any = None
+) -> PreTrainedModel:
+    """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), by its own class if no other is given.
+
+    A folder with adapters gives the base model with the adapters beside its weights, trainable.
+    """
     transformers_logging.disable_progress_bar()
+    adapter = Path(name) / "adapter_config.json"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, attn_implementation=attention, dtype=torch.float32)
+        if adapter.is_file():
+            peft = import_peft()
+            base = peft.PeftConfig.from_pretrained(str(name)).base_model_name_or_path
+            model = peft.PeftModel.from_pretrained(load_model(base, attention), str(name), is_trainable=True)
+        else:
+            architecture = architecture or AutoConfig.from_pretrained(name)
+            model = (auto_model or saved_class(architecture)).from_pretrained(
+                name, config=architecture, attn_implementation=attention, dtype=torch.float32
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{name}: no causal language model can be loaded from here: {reason}") from None
+        raise UserError(f"{name}: no model for this objective can be loaded from here: {_short(error)}") from None
     # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
     # inputs, and a resumed run is to equal the uninterrupted one.
     for parameter in model.parameters():
@@ -77,37 +167,67 @@ def load_model(name: str | Path, attention: str = "sdpa") -> PreTrainedModel:
     return model
 
 
-def same_vocabulary(tokenizer: Any, name: str | Path) -> bool:
-    """Whether the tokenizer at `name` has the same entries; True where there is none to compare with."""
+def saved_class(architecture: Any) -> Any:
+    """The Auto class whose head a saved model has."""
+    saved = (architecture.architectures or [""])[0]
+    for auto_model in AUTO_MODELS:
+        if type(architecture) in auto_model._model_mapping:
+            found = auto_model._model_mapping[type(architecture)]
+            if saved in [getattr(cls, "__name__", "") for cls in (found if isinstance(found, tuple) else (found,))]:
+                return auto_model
+    return transformers.AutoModelForCausalLM
+
+
+def import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise UserError("model.lora needs the library peft: pip install -e '.[lora]'") from None
+    return peft
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> Any:
+    """`model` with its weights frozen and trainable adapters beside them."""
+    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
+    try:
+        return import_peft().get_peft_model(
+            model,
+            import_peft().LoraConfig(
+                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"model.lora: {_short(error)}") from None
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute each block in the backward pass (Chen et al., 2016, arXiv 1604.06174)."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
+    """Whether `tokenizer` has all entries of the one at `name`; True where there is none to compare with."""
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError, KeyError):
         return True
     # For a GPT-2 folder without tokenizer files transformers makes one of a single entry.
-    return len(vocabulary) <= 1 or vocabulary == tokenizer.get_vocab()
+    return len(vocabulary) <= 1 or vocabulary.items() <= tokenizer.get_vocab().items()
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a text, and, with a chat template, the one that ends the assistant's turn."""
+    found = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        found += [token for token in ids[-2:] if token in tokenizer.all_special_ids]  # white space may follow it
+    return sorted(set(found))
 
 
 def pad_token_id(tokenizer: Any) -> int:
     """The tokenizer's padding token, or its end-of-text where it has none: what pads is masked in any case."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-@torch.no_grad()
-def initialize_normal(model: nn.Module) -> None:
-    """Weights and embeddings N(0, 0.02) (GPT-2 and BERT's standard deviation), biases 0, norm weights 1."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            module.weight.normal_(0.0, INITIAL_STD)
-        elif is_norm(module):
-            module.weight.fill_(1.0)  # type: ignore[operator, union-attr]
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            bias.zero_()
-
-
-def is_norm(module: nn.Module) -> bool:
-    """LayerNorm or one of the RMSNorms, of which each architecture in transformers has its own class."""
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith("RMSNorm")
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -116,5 +236,14 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Positions that the model can read."""
-    return int(model.config.max_position_embeddings)
+    """Positions that the model can read; without a limit for relative positions."""
+    return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -29,7 +29,7 @@ from utils.training.checkpoints import find_newest_valid, load_state
 # bends a decaying schedule from the resumed step on; every change is printed.
 FREE_TO_CHANGE = (
     "output", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.", "checkpoint.",
-    "tracking.", "schedule.max_steps", "schedule.num_epochs",
+    "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens", "schedule.decay_steps", "model.activation_checkpointing",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 

@@ -1,0 +1,50 @@
+"""What the documentation shows is what the code does."""
+
+import re
+import sys
+
+from conftest import ROOT, SMALL, flags, metrics, run
+from test_readme import make_copy
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def test_the_walk_through_of_a_new_objective_works_as_it_stands(dataset, tmp_path):
+    copy = make_copy(tmp_path, max_steps=6)
+    text = (ROOT / "docs" / "how_to_change.md").read_text(encoding="utf-8")
+    options, module = blocks(text, "python")
+    (diff,) = blocks(text, "diff")
+    assert len([line for line in (options + module).splitlines() if line]) + diff.count("\n+") < 40
+
+    path = copy / "utils" / "objective_config.py"
+    source = path.read_text(encoding="utf-8")
+    for removed, added in re.findall(r"^-(.*)\n((?:\+.*\n)+)", diff, re.M):
+        assert source.count(removed + "\n") == 1
+        source = source.replace(removed + "\n", added.replace("\n+", "\n").removeprefix("+"))
+    source = source.replace("@dataclass\nclass ObjectiveConfig", f"{options}\n\n@dataclass\nclass ObjectiveConfig")
+    path.write_text(source, encoding="utf-8")
+    (copy / "utils/training/objectives/prefix.py").write_text(module, encoding="utf-8")
+
+    (command,) = blocks(text, "bash")
+    launched = re.sub("^accelerate launch", sys.executable, command.strip()).split()
+    small = SMALL | {"data.dataset": dataset, "schedule.max_steps": 3, "evaluation.every_steps": 3}
+    run(*launched, *flags(small), cwd=copy)
+    records = metrics(copy / "runs/prefix")
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3]
+    run(*launched, *flags(small), "--output", "runs/whole", "--objective.prefix.max_share", "0", cwd=copy)
+    whole = metrics(copy / "runs/whole")
+    assert records[0]["train/loss"] != whole[0]["train/loss"]
+
+
+def test_the_pages_name_what_is_in_the_code():
+    """Links of the form [`name`](../file.py) name something that stands in that file."""
+    found = 0
+    for page in ROOT.glob("docs/*.md"):
+        for name, target in re.findall(
+            r"\[`([^`]+)`\]\((\.\./[^)#]+\.(?:py|yaml))\)", page.read_text(encoding="utf-8")
+        ):
+            assert name in (page.parent / target).resolve().read_text(encoding="utf-8"), (page.name, name, target)
+            found += 1
+    assert found > 20

@@ -1,0 +1,194 @@
+"""Building a model: sizes, initial weights, vocabulary, adapters."""
+
+import math
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import call, error_line, metrics
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from utils.cli import UserError
+from utils.model_config import SIZES, LoraConfig, ModelConfig
+from utils.objective_config import ObjectiveConfig
+from utils.training.modeling import build_model, count_parameters
+from utils.training.objectives import Objective, check_documents_stay_apart
+
+HEADS = {
+    "llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForMaskedLM,
+    "modernbert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM,
+}  # fmt: skip
+# What each architecture calls the maps that write into the residual stream, and how many of them a stack has per block.
+RESIDUAL = {
+    "llama": (r"o_proj|down_proj", 2), "gpt2": (r"c_proj", 2),
+    "bert": (r"(attention|\d)\.output\.dense", 2), "modernbert": (r"Wo", 2), "t5": (r"\.o|wo", None),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(dataset):
+    return AutoTokenizer.from_pretrained(dataset / "tokenizer")
+
+
+def build(tokenizer, architecture: str, **options):
+    torch.manual_seed(0)
+    return build_model(ModelConfig(architecture=architecture, **options), tokenizer, HEADS[architecture])
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+@pytest.mark.parametrize("initialization", ["normal", "gpt2"])
+def test_initial_weights_have_the_spread_that_their_kind_asks_for(architecture, initialization, tokenizer):
+    model = build(tokenizer, architecture, initialization=initialization)
+    pattern, per_block = RESIDUAL[architecture]
+    for name, values in model.named_parameters():
+        expected_mean, expected_std = 0.0, 0.02
+        if re.search(r"norm|ln_|LayerNorm|layer_norm", name):
+            expected_mean, expected_std = (0.0 if name.endswith("bias") else 1.0), 0.0
+        elif name.endswith("bias"):
+            expected_std = 0.0
+        elif initialization == "gpt2" and re.search(rf"({pattern})\.weight$", name):
+            # T5: two such maps in a block of the encoder, three in one of the decoder.
+            number = (per_block or (2 if name.startswith("encoder") else 3)) * model.config.num_hidden_layers
+            expected_std = 0.02 / math.sqrt(number)
+        # The mean of n values spreads by std / √n, their standard deviation by std / √(2 n): five times that.
+        tolerance = 5 * expected_std / math.sqrt(values.numel())
+        assert abs(values.mean() - expected_mean) <= tolerance + 1e-9, name
+        assert abs(values.std() - expected_std) <= tolerance + 1e-9, name
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_the_architectures_own_initialization_is_transformers_own(architecture, tokenizer):
+    model = build(tokenizer, architecture)
+    torch.manual_seed(0)
+    reference = HEADS[architecture].from_config(model.config)
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_one_value_sets_every_dropout(architecture, tokenizer):
+    model = build(tokenizer, architecture, dropout=0.25)
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates <= {0.25}
+    assert rates or (architecture == "llama" and model.config.attention_dropout == 0.25)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "size", "millions"),  # as published; T5 and ModernBERT with their own vocabularies
+    [("gpt2", "124m", 124.4), ("gpt2", "1.5b", 1557.6), ("bert", "base", 109.5), ("llama", "135m", 134.5),
+     ("llama", "1b", 1235.8), ("llama", "7b", 6738.4), ("t5", "small", 60.5), ("modernbert", "base", 149.7)],
+)  # fmt: skip
+def test_sizes_have_the_published_number_of_parameters(architecture, size, millions, tokenizer):
+    vocabulary = {"gpt2": 50257, "bert": 30522, "t5": 32128, "modernbert": 50368}.get(architecture, 32000)
+    vocabulary = {"135m": 49152, "1b": 128256}.get(size, vocabulary)
+    with torch.device("meta"):
+        model = build_model(
+            ModelConfig(
+                architecture=architecture, size=size, vocabulary_multiple=vocabulary, tie_word_embeddings=size != "7b"
+            ),
+            tokenizer, HEADS[architecture],
+        )  # fmt: skip
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=2e-3)
+
+
+def test_every_named_size_makes_a_model():
+    for architecture, sizes in SIZES.items():
+        for size in sizes:
+            assert not ModelConfig(architecture=architecture, size=size).problems()
+
+
+def test_any_architecture_of_transformers_by_its_own_names(tokenizer):
+    options = {"size": None, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    HEADS["qwen3"] = AutoModelForCausalLM
+    model = build(tokenizer, "qwen3", **options, overrides={"head_dim": 32, "num_key_value_heads": 2})
+    assert type(model).__name__ == "Qwen3ForCausalLM" and model.config.head_dim == 32
+    check_documents_stay_apart(Objective(model))
+    with pytest.raises(UserError, match=r"Qwen3Config has no head_dimension \(did you mean head_dim\?\)"):
+        build(tokenizer, "qwen3", **options, overrides={"head_dimension": 32})
+    HEADS["qwen33"] = AutoModelForCausalLM
+    with pytest.raises(UserError, match=r"qwen33 is not one of transformers' \(did you mean qwen3"):
+        build(tokenizer, "qwen33", **options)
+
+
+def test_a_model_that_mixes_packed_documents_is_found_out(tokenizer):
+    HEADS["opt"] = AutoModelForCausalLM
+    sizes = {"size": None, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(UserError, match="OPTForCausalLM does not keep the documents of a packed row apart"):
+        check_documents_stay_apart(Objective(build(tokenizer, "opt", **sizes)))
+    for architecture in ("bert", "modernbert"):
+        model = build(tokenizer, architecture)
+        check_documents_stay_apart(Objective(model, ObjectiveConfig(name="masked")))
+        with pytest.raises(UserError, match="apart"):  # without the objective's block mask
+            check_documents_stay_apart(Objective(model))
+
+
+def test_checkpointed_activations_give_the_same_gradients(tokenizer):
+    ids = torch.arange(64)[None]
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(tokenizer, "llama", activation_checkpointing=checkpointing).train()
+        Objective(model)(ids.flip(1), input_ids=ids).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_pretrained_vocabulary_grows_with_the_tokenizer(dataset, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    base = build(tokenizer, "llama")
+    base.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    options = {"pretrained": str(tmp_path), "vocabulary_multiple": 64}
+    grown = build_model(ModelConfig(**options), tokenizer)
+    rows = grown.get_input_embeddings().weight
+    assert len(rows) == 2112 and grown.config.vocab_size == 2112  # 2048 + 1, in multiples of 64
+    assert torch.equal(rows[:2048], base.get_input_embeddings().weight)
+    with pytest.raises(UserError, match="adapters leave the embedding as it is"):
+        build_model(ModelConfig(**options, lora=LoraConfig(rank=4)), tokenizer)
+    other = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    other.add_tokens(["something"])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        build_model(ModelConfig(**options), tokenizer)
+
+
+def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, finished_run, tmp_path):
+    base, output, merged = tmp_path / "base", tmp_path / "run", tmp_path / "merged"
+    assert call("export.py", "--checkpoint", finished_run, "--output", base)[0] == 0
+    options = [
+        "--data.dataset", dataset, "--data.sequence_length", "64", "--model.pretrained", base, "--model.lora.rank", "4",
+        "--output", output, "--schedule.max_steps", "6", "--schedule.warmup_steps", "1", "--tracking.trackers", "[]",
+        "--tracking.sample_every_steps", "0", "--tracking.log_every_steps", "1", "--optimizer.learning_rate", "0.01",
+        "--checkpoint.every_steps", "3", "--evaluation.every_steps", "6",
+    ]  # fmt: skip
+    assert call("train.py", *options)[0] == 0
+    whole = metrics(output)
+    checkpoint = output / "checkpoints" / "step-00000006"
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 100_000
+    assert not (checkpoint / "model.safetensors").exists()
+
+    last = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    shutil.rmtree(checkpoint)
+    assert call("train.py", *options, "--checkpoint.resume", "auto")[0] == 0
+    again = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert [item["train/loss"] for item in metrics(output) if "train/loss" in item] == [
+        item["train/loss"] for item in whole if "train/loss" in item
+    ]
+    assert all(torch.equal(last["state"][key]["exp_avg"], again["state"][key]["exp_avg"]) for key in last["state"])
+
+    code, out, _ = call("export.py", "--checkpoint", output, "--output", merged)
+    assert code == 0 and "opens with AutoModelForCausalLM" in out
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, merged))
+    changed = {
+        name for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not torch.equal(old, new)
+    }  # fmt: skip
+    assert changed and all(name.endswith("proj.weight") for name in changed)
+
+
+def test_mistakes_are_named(dataset):
+    line = error_line("train.py", "--data.dataset", dataset, "--model.size", "huge")
+    assert "model.architecture llama has no size huge; it has tiny, 135m, 1b, 7b" in line
+    line = error_line("train.py", "--data.dataset", dataset, "--model.architecture", "qwen3")
+    assert "give model.size null and the sizes one by one" in line
