@@ -1,0 +1,146 @@
+"""What the loss of a run is worth: simple models of the same targets, on the same held-out rows.
+
+    python examples/baselines.py --run runs/small_bert_mlm
+
+Counts the training rows, as the run's objective makes them, once. unigram: the frequency of the targets. bigram: the
+token under which the target is predicted. both sides (masked): the tokens to the left and to the right, as if
+independent given the target. Smoothing is chosen on the held-out rows themselves, which favours the baselines.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.cli import UserError, parse_config, run_script
+
+
+@dataclass
+class BaselinesConfig:
+    """Options of baselines.py."""
+
+    run: str = "runs/demo"
+    """Run folder."""
+
+
+config = parse_config(BaselinesConfig, __doc__) if __name__ == "__main__" else None
+
+from collections.abc import Iterator
+
+import numpy as np
+import yaml
+from transformers import AutoTokenizer
+
+from utils.batches.collation import EVALUATION_SEED, CollatedRows
+from utils.batches.loaders import build_layout
+from utils.batches.packing import IGNORED, Batch
+from utils.batches.token_dataset import open_split
+from utils.training.modeling import pad_token_id
+from utils.training.objectives import load_options, objective_module
+
+ROWS = 64
+SMOOTHINGS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+LARGEST_VOCABULARY = 8192  # the table of pairs is dense
+
+
+def main(config: BaselinesConfig) -> None:
+    path = Path(config.run) / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{config.run} is not a run folder (it has no config.yaml); give --run")
+    run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    options = load_options(run["objective"])
+    tokenizer = AutoTokenizer.from_pretrained(Path(run["data"]["dataset"]) / "tokenizer")
+    collate = objective_module(options.name).build_collator(options, tokenizer)
+    if len(tokenizer) > LARGEST_VOCABULARY:
+        raise UserError(f"a vocabulary of {len(tokenizer)} is too large for a table of pairs ({LARGEST_VOCABULARY})")
+    rows = {
+        split: CollatedRows(
+            build_layout(
+                open_split(run["data"]["dataset"], split), run["data"]["layout"], run["data"]["sequence_length"],
+                pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
+            ),
+            collate, EVALUATION_SEED,
+        )
+        for split in ("train", "validation")
+    }  # fmt: skip
+
+    size = len(tokenizer)
+    frequencies = np.ones(size)
+    pairs = np.zeros((size, size), np.float32)  # target under input; where they differ, neighbours
+    for batch in iter_batches(rows["train"]):
+        targets = batch["targets"][batch["targets"] != IGNORED]
+        frequencies += np.bincount(targets, minlength=size)
+        left, right = neighbours(batch) if options.name == "masked" else inputs_and_targets(batch)
+        np.add.at(pairs, (left, right), 1)
+    unigram = frequencies / frequencies.sum()
+
+    held_out = list(iter_batches(rows["validation"]))
+    targets = np.concatenate([batch["targets"][batch["targets"] != IGNORED] for batch in held_out])
+    figures = {"unigram": float(-np.log(unigram[targets]).mean())}
+    print(f"{len(targets):,} held-out targets; {np.mean(targets == unigram.argmax()):.1%} are the most frequent token")
+    if options.name == "masked":
+        mask = tokenizer.mask_token_id
+        figures["both sides"] = min(both_sides_loss(held_out, pairs, unigram, mask, k) for k in SMOOTHINGS)
+    elif options.name != "span_corruption":
+        left, right = (np.concatenate(part) for part in zip(*map(inputs_and_targets, held_out), strict=True))
+        figures["bigram"] = min(float(-np.log(smooth(pairs, unigram, k)[left, right]).mean()) for k in SMOOTHINGS)
+    for name, loss in figures.items():
+        print(f"{name:<12} {loss:.4f} nats per target")
+    summary = Path(config.run) / "summary.json"
+    if summary.is_file():
+        print(f"{'this run':<12} {json.loads(summary.read_text(encoding='utf-8'))['best_loss']:.4f}")
+
+
+def iter_batches(rows: CollatedRows) -> Iterator[Batch]:
+    for start in range(0, len(rows), ROWS):
+        yield rows.__getitems__(list(range(start, min(start + ROWS, len(rows)))))
+
+
+def inputs_and_targets(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) and (n,): the token at each position that has a target, and the target."""
+    if batch["input_ids"].shape != batch["targets"].shape:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    chosen = batch["targets"] != IGNORED
+    return batch["input_ids"][chosen], batch["targets"][chosen]
+
+
+def neighbours(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) and (n,): pairs of tokens that follow one another in the uncorrupted text."""
+    text = np.where(batch["targets"] != IGNORED, batch["targets"], batch["input_ids"])
+    chosen = connected(batch)
+    return text[:, :-1][chosen], text[:, 1:][chosen]
+
+
+def connected(batch: Batch) -> np.ndarray:
+    """(B, T - 1) bool: whether a position and the next one belong to one document."""
+    if "position_ids" in batch:
+        return batch["position_ids"][:, 1:] != 0
+    return batch["attention_mask"][:, 1:] == 1
+
+
+def smooth(pairs: np.ndarray, unigram: np.ndarray, strength: float) -> np.ndarray:
+    """(V, V): the probability of each next token, `strength` pseudo-counts being spread like the unigram (Dirichlet)."""
+    return (pairs + strength * unigram) / (pairs.sum(1, keepdims=True) + strength)
+
+
+def both_sides_loss(held_out: list[Batch], pairs: np.ndarray, unigram: np.ndarray, mask: int, strength: float) -> float:
+    """P(x | left, right) ∝ P(x | left) P(right | x); a neighbour that is hidden too says nothing."""
+    following = smooth(pairs, unigram, strength).astype(np.float32)
+    total, count = 0.0, 0
+    for batch in held_out:
+        ids, same = batch["input_ids"], connected(batch)
+        for row, column in np.argwhere(batch["targets"] != IGNORED):
+            scores = unigram.copy()
+            if column > 0 and same[row, column - 1] and ids[row, column - 1] != mask:
+                scores = following[ids[row, column - 1]].astype(np.float64)
+            if column < same.shape[1] and same[row, column] and ids[row, column + 1] != mask:
+                scores = scores * following[:, ids[row, column + 1]]
+            total -= float(np.log(scores[batch["targets"][row, column]] / scores.sum()))
+            count += 1
+    return total / count
+
+
+if __name__ == "__main__":
+    run_script(main, config)

@@ -1,0 +1,36 @@
+"""A model from a GGUF file, as a transformers folder that `--model.pretrained` and `--tokenizer.pretrained` take.
+
+    python examples/import_gguf.py MODEL.gguf models/mine          # needs pip install gguf
+
+Quantised weights become the fp32 numbers that they stand for.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main(source: Path, output: Path) -> None:
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # Into a model that knows nothing of GGUF, which `save_pretrained` refuses to write.
+    values = loaded.config.to_dict()
+    values.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(values), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(output)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(output)
+    print(f"wrote {output}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="GGUF file")
+    parser.add_argument("output", type=Path, help="folder to write")
+    options = parser.parse_args()
+    if not options.source.is_file():
+        parser.error(f"{options.source}: no such file")
+    main(options.source, options.output)
