@@ -139,7 +139,7 @@ def main(config: TrainConfig) -> None:
     if config.data.sequence_length > longest_sequence(model):
         raise UserError(
             f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} "
-            f"positions of the model; lower it"
+            "positions of the model; lower it"
         )
     objective = Objective(model, config.objective)
     if "position_ids" in example:
@@ -158,10 +158,12 @@ def main(config: TrainConfig) -> None:
     tracker = RunTracker(accelerator, config, step=state.optimizer_step, max_steps=max_steps)
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
-    for line in [*describe_model(model), describe_work(Objective(model, config.objective), example, config, plan)]:
-        tracker.say(line)
-    if not checkpoint:
-        tracker.say(describe_initialization(model))
+    if accelerator.is_main_process:
+        for line in describe_model(model):
+            tracker.say(line)
+        tracker.say(describe_work(accelerator.unwrap_model(objective), example, config, plan))
+        if not checkpoint:
+            tracker.say(describe_initialization(model))
     if train_rows is None:
         tracker.say(
             f"data: a stream of {config.data.stream_lanes} lanes, rows of {config.data.sequence_length}; {max_steps} steps"
@@ -182,6 +184,8 @@ def main(config: TrainConfig) -> None:
     stop_reason = "max_steps" if state.optimizer_step >= max_steps else early_stop(state, config)
     evaluation = None
     logged = (state.tokens_seen, state.train_seconds)
+    if config.evaluation.at_start and state.optimizer_step == 0:
+        tracker.log(evaluate(accelerator, objective, validation_loader).metrics(validation_bytes), 0)
     while stop_reason is None:
         step_started = time.perf_counter()
         # The loss is a mean over the target tokens of the *global* batch, so they are counted before the first

@@ -1,19 +1,22 @@
 """The memory that is estimated before a training against what its steps take (Linux, CPU).
 
-    python benchmarks/memory.py            # a few minutes, at most 6 GB
+    python benchmarks/memory.py            # some minutes, at most 6 GB
     python benchmarks/memory.py --only bert t5
 
-Each configuration is trained for three steps in a process of its own, as train.py does it. Measured is the largest
-resident size (VmHWM) less that before the model was built. A second process does the same with
+train.py makes three steps of each configuration in a process of its own, on the sample's text. Measured is the largest
+resident size (VmHWM) up to the first evaluation, less that before the model was built. A second process does so with
 MALLOC_MMAP_THRESHOLD_=1048576, which takes blocks of 1 MiB and more straight from the system: it has no heap full of
 holes, so it shows the tensors alone, at a cost in time.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,63 +25,68 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `utils` is not installed
 
 STEPS = 3
-# Options of the model, then: entries of the vocabulary, rows, positions, precision, micro-batches, optimizer.
-LLAMA = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1376,
-         "max_position_embeddings": 512}  # fmt: skip
-CONFIGURATIONS: dict[str, tuple[dict[str, Any], int, int, int, str, int, str]] = {
-    "gpt2": ({"architecture": "gpt2", "size": "124m"}, 50257, 2, 512, "no", 1, "adamw"),
-    "gpt2 dropout": ({"architecture": "gpt2", "size": "124m", "dropout": 0.1}, 50257, 2, 512, "no", 1, "adamw"),
-    "gpt2 accumulation": ({"architecture": "gpt2", "size": "124m"}, 50257, 1, 512, "bf16", 2, "adamw"),
-    "bert": ({"architecture": "bert", "size": "base"}, 30522, 4, 256, "no", 1, "adamw"),
-    "llama": (LLAMA, 8192, 8, 512, "bf16", 1, "adamw"),
-    "llama checkpointing": (LLAMA | {"activation_checkpointing": True}, 8192, 8, 512, "bf16", 1, "adamw"),
-    "llama muon": (LLAMA, 8192, 4, 512, "no", 1, "muon"),
-    "t5": ({"architecture": "t5", "size": "small"}, 32128, 8, 512, "no", 1, "adamw"),
-}
+GPT2 = {"model.architecture": "gpt2", "model.size": "124m", "model.vocabulary_multiple": 50257,
+        "data.sequence_length": 512, "batch.global_batch_size": 2}  # fmt: skip
+LLAMA = {"model.vocabulary_multiple": 8192, "model.hidden_size": 512, "model.num_hidden_layers": 8, "model.num_attention_heads": 8,
+         "model.intermediate_size": 1376, "model.max_position_embeddings": 512, "data.sequence_length": 512,
+         "batch.global_batch_size": 8}  # fmt: skip
+# Name → accelerate's precision and options of train.py.
+CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("no", GPT2),
+    "gpt2 dropout": ("no", GPT2 | {"model.dropout": 0.1}),
+    "gpt2 accumulation": ("bf16", GPT2 | {"batch.per_device_batch_size": 1}),
+    "bert": ("no", {
+        "model.architecture": "bert", "model.size": "base", "model.vocabulary_multiple": 30522,
+        "objective.name": "masked", "data.sequence_length": 256, "batch.global_batch_size": 4,
+    }),
+    "llama": ("bf16", LLAMA),
+    "llama checkpointing": ("bf16", LLAMA | {"model.activation_checkpointing": True}),
+    "llama muon": ("no", LLAMA | {"optimizer.name": "muon", "batch.global_batch_size": 4}),
+    "t5": ("no", {
+        "model.architecture": "t5", "model.size": "small", "model.vocabulary_multiple": 32128,
+        "objective.name": "span_corruption", "data.sequence_length": 512, "batch.global_batch_size": 8,
+    }),
+}  # fmt: skip
 
 
-class Vocabulary:
-    """What `build_model` asks of a tokenizer."""
-
-    bos_token_id, eos_token_id, pad_token_id = 0, 1, 2
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
+class Measured(Exception):
+    """The training has made its steps."""
 
 
-def build(name: str) -> tuple[Any, dict[str, tuple[int, int]], Any]:
-    """Objective, shapes of a micro-batch, and options of the optimizer; on torch's default device."""
-    from utils.model_config import ModelConfig
-    from utils.objective_config import ObjectiveConfig
-    from utils.optimizer_config import OptimizerConfig
-    from utils.training.modeling import build_model
-    from utils.training.objectives import Objective, objective_module
+def train(name: str, folder: Path, **changes: Any) -> None:
+    """Run train.py's main in this process with a configuration."""
+    import train as script
+    from utils.cli import parse_config
+    from utils.config import TrainConfig
 
-    options, vocabulary, rows, positions, _, _, optimizer = CONFIGURATIONS[name]
-    kinds: dict[str, Any] = {"bert": "masked", "t5": "span_corruption"}
-    objective = ObjectiveConfig(kinds.get(options.get("architecture", "llama"), "causal"))
-    model = build_model(ModelConfig(**options), Vocabulary(vocabulary), objective_module(objective.name).AUTO_MODEL)
-    names = ["input_ids", "targets", "position_ids"]
-    shapes = dict.fromkeys(names, (rows, positions))
-    if objective.name == "span_corruption":  # 15 % of the input, in spans of 3, become the target
-        shapes = dict.fromkeys(("input_ids", "attention_mask"), (rows, positions)) | dict.fromkeys(
-            ("decoder_input_ids", "targets"), (rows, positions // 5)
-        )
-    return Objective(model, objective), shapes, OptimizerConfig(optimizer)
+    options = CONFIGURATIONS[name][1] | {
+        "data.dataset": folder / "dataset", "output": folder / "run", "schedule.max_steps": STEPS,
+        "schedule.warmup_steps": 1, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
+        "evaluation.every_steps": STEPS,
+    } | changes  # fmt: skip
+    sys.argv = ["train.py", *(text for option, value in options.items() for text in (f"--{option}", str(value)))]
+    with contextlib.redirect_stdout(sys.stderr):
+        script.main(parse_config(TrainConfig, ""))
 
 
-def estimate(name: str) -> dict[str, int]:
-    import torch
-
+def estimate(name: str, folder: Path) -> dict[str, int]:
+    """Bytes by part, from what train.py hands to its dry run."""
+    import train as script
+    from utils.training.dry_run import resized
     from utils.training.estimates import estimate_memory
 
-    *_, precision, accumulation, _ = CONFIGURATIONS[name]
-    with torch.device("meta"):
-        objective, shapes, optimizer = build(name)
-    return estimate_memory(objective, shapes, optimizer, accumulation=accumulation, mixed_precision=precision)
+    found: dict[str, int] = {}
+
+    def capture(objective: Any, example: Any, config: Any, plan: Any, *, mixed_precision: str, **_: Any) -> list[str]:
+        found.update(estimate_memory(
+            objective, resized(example, plan.micro_batch), config.optimizer, accumulation=plan.accumulation,
+            mixed_precision=mixed_precision,
+        ))  # fmt: skip
+        return []
+
+    script.dry_run_report = capture
+    train(name, folder, dry_run=True)
+    return found
 
 
 def status(field: str) -> int:
@@ -87,47 +95,35 @@ def status(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-def measure(name: str) -> dict[str, float]:
-    """Train in this process; bytes at the peak, and seconds of the last step."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin
+def measure(name: str, folder: Path) -> dict[str, float]:
+    """Train in this process up to the first evaluation; bytes at the peak, and seconds of all steps."""
+    import train as script
 
-    from utils.training import modeling, objectives  # noqa: F401 # before the memory is looked at
-    from utils.training.optimization import build_optimizer
+    before: list[float] = []
+    build_model = script.build_model
 
-    _, vocabulary, _, _, precision, accumulation, _ = CONFIGURATIONS[name]
-    accelerator = Accelerator(
-        cpu=True, mixed_precision=precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulation, sync_with_dataloader=False),
-    )  # fmt: skip
-    before = status("VmRSS")
-    torch.manual_seed(0)
-    bare, shapes, options = build(name)
-    objective, optimizer = accelerator.prepare(bare, build_optimizer(bare.model, options))
-    objective.train()
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        for _ in range(accumulation):
-            batch = {key: torch.randint(3, vocabulary, shape) for key, shape in shapes.items()}
-            if "position_ids" in batch:  # three documents a row
-                batch["position_ids"] = (torch.arange(shapes["targets"][1]) % 200).expand(shapes["targets"])
-            if "attention_mask" in batch:
-                batch["attention_mask"] = (
-                    (torch.arange(shapes["input_ids"][1]) < 500).long().expand(shapes["input_ids"])
-                )
-            with accelerator.accumulate(objective):
-                accelerator.backward(objective(**batch) / batch["targets"].numel())
-        accelerator.clip_grad_norm_(objective.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"peak": status("VmHWM") - before, "seconds": time.perf_counter() - started}
+    def build(*arguments: Any, **options: Any) -> Any:
+        before.extend([status("VmRSS"), time.perf_counter()])
+        return build_model(*arguments, **options)
+
+    def stop(*_: Any) -> None:
+        raise Measured
+
+    script.build_model, script.evaluate = build, stop
+    try:
+        train(name, folder)
+    except Measured:
+        return {"peak": status("VmHWM") - before[0], "seconds": time.perf_counter() - before[1]}
+    raise SystemExit(f"{name}: train.py ended without an evaluation")
 
 
-def run(name: str, **environment: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "--measure", name]
+def run(name: str, what: str, folder: Path, **environment: str) -> dict[str, Any]:
+    """`estimate` or `measure` in a process of its own."""
+    command = [sys.executable, __file__, "--only", name, "--child", what, "--folder", str(folder)]
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MALLOC_"))}
-    result = subprocess.run(command, capture_output=True, text=True, env=kept | environment)
+    kept |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": CONFIGURATIONS[name][0]}
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=kept | environment, cwd=ROOT)
     if result.returncode:
         raise SystemExit(f"{name} failed:\n{result.stderr[-2000:]}")
     return json.loads(result.stdout.splitlines()[-1])
@@ -136,29 +132,40 @@ def run(name: str, **environment: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--measure", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["estimate", "measure"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        print(json.dumps(measure(arguments.measure)))
+    if arguments.child:
+        child = {"estimate": estimate, "measure": measure}[arguments.child]
+        print(json.dumps(child(arguments.only[0], arguments.folder)))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = ["--output", f"{folder}/dataset"]
+        subprocess.run([sys.executable, "prepare_data.py", *dataset], cwd=ROOT, check=True, capture_output=True)
+        print(json.dumps(compare(arguments.only, Path(folder))))
+
+
+def compare(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """A line of the table for each name; all figures."""
     print(f"{'MB':<20} {'tensors':>8} {'measured':>9} {'ratio':>6}   {'estimate':>8} {'measured':>9} {'ratio':>6}")
     results = {}
-    for name in arguments.only:
-        parts = estimate(name)
+    for name in names:
+        parts = run(name, "estimate", folder)
+        usual = run(name, "measure", folder)
+        mapped = run(name, "measure", folder, MALLOC_MMAP_THRESHOLD_=str(2**20))
         total = sum(parts.values())
-        default, mapped = run(name), run(name, MALLOC_MMAP_THRESHOLD_=str(2**20))
         tensors = total - parts["allocator"]
         results[name] = {
-            "estimate": total, "tensors": tensors, "measured": default["peak"], "measured_mapped": mapped["peak"],
-            "ratio": total / default["peak"], "ratio_tensors": tensors / mapped["peak"], "parts": parts,
-            "seconds": default["seconds"], "seconds_mapped": mapped["seconds"],
+            "parts": parts, "measured": usual["peak"], "ratio": total / usual["peak"], "seconds": usual["seconds"],
+            "measured_mapped": mapped["peak"], "ratio_tensors": tensors / mapped["peak"],
+            "seconds_mapped": mapped["seconds"],
         }  # fmt: skip
         print(
             f"{name:<20} {tensors / 1e6:>8.0f} {mapped['peak'] / 1e6:>9.0f} {tensors / mapped['peak']:>6.2f}   "
-            f"{total / 1e6:>8.0f} {default['peak'] / 1e6:>9.0f} {total / default['peak']:>6.2f}",
+            f"{total / 1e6:>8.0f} {usual['peak'] / 1e6:>9.0f} {total / usual['peak']:>6.2f}",
             flush=True,
         )
-    print(json.dumps(results))
+    return results
 
 
 if __name__ == "__main__":

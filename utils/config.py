@@ -58,6 +58,8 @@ class EvaluationConfig:
 
     every_steps: int = 200
     """Optimizer steps between evaluations; the last step is always evaluated."""
+    at_start: bool = False
+    """Evaluate before the first step too: what a pretrained model brings along."""
     per_device_batch_size: int = 32
     """Sequences per evaluation batch on one device."""
     early_stopping_patience: int | None = None

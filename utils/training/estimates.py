@@ -6,7 +6,6 @@ a model of seven billion parameters on the meta device. Whatever the model and t
 """
 
 import copy
-import inspect
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
 # holes; larger ones cost what they hold. Measured by benchmarks/memory.py: 0.3 to 0.55 of the blocks alive at the peak.
 HEAP_BLOCK_BYTES = 32 * 2**20
 HEAP_HOLES = 0.4
-LIBRARY_BYTES = 40 * 2**20  # a CPU's math libraries and their threads, measured likewise
+LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries and their threads, measured likewise
 
 
 def fake_copy(objective: Objective, device: str) -> Objective:

@@ -98,4 +98,4 @@ def describe_initialization(model: nn.Module) -> str:
     for kind, count in counts.items():
         mean = sums[kind] / count
         parts.append(f"{kind} {mean:.3f} ± {math.sqrt(max(0.0, squares[kind] / count - mean**2)):.4f}")
-    return "initial weights, mean ± standard deviation: " + ", ".join(parts)
+    return "weights at the start, mean ± standard deviation: " + ", ".join(parts)

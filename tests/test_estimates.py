@@ -1,0 +1,371 @@
+"""What is said before a training starts: parameters by part, operations, memory and time."""
+
+import copy
+import json
+import sys
+import time
+
+import pytest
+import torch
+from conftest import run
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    Qwen3Config,
+    T5Config,
+)
+
+from utils.batches.batch_plan import plan_batches
+from utils.config import TrainConfig
+from utils.model_config import LoraConfig
+from utils.objective_config import ObjectiveConfig
+from utils.optimizer_config import OptimizerConfig
+from utils.training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
+from utils.training.estimates import (
+    count_flops,
+    estimate_evaluation_activations,
+    estimate_memory,
+    fake_batch,
+    fake_copy,
+)
+from utils.training.hardware import HARDWARE, duration, estimate_time, measure_flops_per_second, precision_of
+from utils.training.modeling import add_lora, count_parameters, enable_activation_checkpointing
+from utils.training.objectives import Objective
+from utils.training.optimization import build_optimizer
+
+D, L, H, M, V, P = 64, 2, 4, 160, 500, 128  # width, blocks, heads, MLP, vocabulary, positions
+SIZES = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": M}
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LLAMA = LlamaConfig(**SIZES, **SPECIAL, vocab_size=V, num_key_value_heads=2, tie_word_embeddings=False)
+GPT2 = GPT2Config(
+    **SPECIAL, n_embd=D, n_layer=L, n_head=H, n_inner=M, vocab_size=V, n_positions=P,
+    resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+)  # fmt: skip
+BERT = BertConfig(
+    **SIZES, **SPECIAL, vocab_size=V, max_position_embeddings=P, hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+MODERNBERT = ModernBertConfig(
+    **SIZES, **SPECIAL, vocab_size=V, cls_token_id=0, sep_token_id=1, global_attn_every_n_layers=2
+)
+T5 = T5Config(
+    vocab_size=V, d_model=D, d_kv=D // H, d_ff=M, num_layers=L, num_heads=H, dropout_rate=0.0, pad_token_id=2,
+    decoder_start_token_id=2,
+)  # fmt: skip
+QWEN3 = Qwen3Config(**SIZES, **SPECIAL, vocab_size=V, num_key_value_heads=2, head_dim=D // H, tie_word_embeddings=True)
+ROWS, LENGTH, TARGETS = 2, 32, 12
+PACKED = dict.fromkeys(("input_ids", "targets", "position_ids"), (ROWS, LENGTH))
+PAIRS = dict.fromkeys(("input_ids", "attention_mask"), (ROWS, LENGTH)) | dict.fromkeys(
+    ("decoder_input_ids", "targets"), (ROWS, TARGETS)
+)
+
+
+def objective_of(config, attention: str = "sdpa", device: str = "cpu", **options) -> Objective:
+    """A small model of `config` with the objective that it is made for."""
+    auto_model, name = AutoModelForCausalLM, "causal"
+    if isinstance(config, BertConfig | ModernBertConfig):
+        auto_model, name = AutoModelForMaskedLM, "masked"
+    elif isinstance(config, T5Config):
+        auto_model, name = AutoModelForSeq2SeqLM, "span_corruption"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = auto_model.from_config(copy.deepcopy(config), attn_implementation=attention, dtype=torch.float32)
+    return Objective(model, ObjectiveConfig(name, **options))
+
+
+def real_batch(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Token ids; two documents a row; a mask with a padded end."""
+    torch.manual_seed(1)
+    batch = {name: torch.randint(3, V, shape) for name, shape in shapes.items()}
+    if "position_ids" in batch:
+        batch["position_ids"] = (torch.arange(shapes["targets"][1]) % 20).expand(shapes["targets"]).contiguous()
+    if "attention_mask" in batch:
+        batch["attention_mask"] = (torch.arange(LENGTH) < LENGTH - 3).long().expand(ROWS, LENGTH).contiguous()
+    return batch
+
+
+def shapes_of(config) -> dict[str, tuple[int, int]]:
+    return PAIRS if isinstance(config, T5Config) else PACKED
+
+
+# ---- Parameters by part, by the formulas of each architecture's paper or code.
+K = D // 2  # width of the keys and values of two heads out of four
+EXPECTED = {
+    "llama": (LLAMA, {
+        "embeddings": V * D, "attention": L * (2 * D * D + 2 * D * K), "MLP": L * 3 * D * M,
+        "norms": (2 * L + 1) * D, "head": V * D, "other": 0,
+    }),
+    "gpt2": (GPT2, {
+        "embeddings": (V + P) * D, "attention": L * 4 * (D * D + D), "MLP": L * (2 * D * M + M + D),
+        "norms": (2 * L + 1) * 2 * D, "head": 0, "other": 0,
+    }),
+    "bert": (BERT, {
+        "embeddings": (V + P + 2) * D, "attention": L * 4 * (D * D + D), "MLP": L * (2 * D * M + M + D),
+        "norms": (2 * L + 2) * 2 * D, "head": D * D + D + V, "other": 0,
+    }),
+    "modernbert": (MODERNBERT, {  # the first block has no norm before its attention; the head has one
+        "embeddings": V * D, "attention": L * 4 * D * D, "MLP": L * 3 * D * M,
+        "norms": (2 * L - 1 + 3) * D, "head": D * D + V, "other": 0,
+    }),
+    "t5": (T5, {
+        "embeddings": V * D, "attention": 3 * L * 4 * D * D + 2 * 32 * H, "MLP": 2 * L * 2 * D * M,
+        "norms": (2 * L + 1 + 3 * L + 1) * D, "head": 0, "other": 0,
+    }),
+    "qwen3": (QWEN3, {
+        "embeddings": V * D, "attention": L * (2 * D * D + 2 * D * K), "MLP": L * 3 * D * M,
+        "norms": (2 * L + 1) * D + 2 * L * D // H, "head": 0, "other": 0,
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_parameters_by_part_are_those_of_the_architecture(name: str) -> None:
+    config, expected = EXPECTED[name]
+    model = objective_of(config, device="meta").model
+    counts = count_parameters_by_part(model)
+    assert {part: trainable for part, (trainable, _) in counts.items()} == expected
+    assert sum(frozen for _, frozen in counts.values()) == 0
+    assert sum(expected.values()) == count_parameters(model)
+    lines = describe_model(model)
+    assert f"{count_parameters(model):,} parameters, all trainable" in lines[0]
+    assert [line.split()[0] for line in lines[1:]] == [part for part, number in expected.items() if number]
+
+
+def test_adapters_are_trainable_and_the_rest_is_frozen() -> None:
+    model = add_lora(objective_of(LLAMA).model, LoraConfig(rank=4))
+    counts = count_parameters_by_part(model)
+    assert {part: frozen for part, (_, frozen) in counts.items()} == EXPECTED["llama"][1]
+    assert counts["attention"][0] == L * 4 * (2 * (D + D) + 2 * (D + K))  # rank × (inputs + outputs)
+    assert counts["MLP"][0] == L * 4 * 3 * (D + M)
+    assert sum(trainable for trainable, _ in counts.values()) == sum(
+        parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    )
+    assert "trainable (" in describe_model(model)[0]
+
+
+# ---- Operations.
+@pytest.mark.parametrize("name", EXPECTED)
+def test_as_many_operations_are_counted_as_a_real_step_computes(name: str) -> None:
+    """Eager attention is made of matrix products that torch's counter sees in a real step."""
+    config = EXPECTED[name][0]
+    objective = objective_of(config, "eager").train()
+    with FlopCounterMode(display=False) as counter:
+        objective(**real_batch(shapes_of(config))).backward()
+    objective.zero_grad()
+    assert count_flops(objective, shapes_of(config)) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_operations_agree_with_six_per_parameter_and_token(name: str) -> None:
+    config, parts = EXPECTED[name]
+    rows, length, targets = 2, 96, 24
+    # Per pair of positions 2 products forward and 5 backward, or 4 where the scores are kept; each 2 × D operations.
+    fused, kept = 14 * rows * D * L, 12 * rows * D * L
+    if name == "t5":  # keeps the scores of self-attention, to which it adds a trained bias
+        shapes = dict.fromkeys(("input_ids", "attention_mask"), (rows, length))
+        shapes |= dict.fromkeys(("decoder_input_ids", "targets"), (rows, targets))
+        square, mlp = L * D * D, L * 2 * D * M
+        encoder = length * (4 * square + mlp + 2 * square)  # its own attention; keys and values for the decoder's
+        decoder = targets * (4 * square + mlp + 2 * square + V * D)
+        by_hand = 6 * rows * (encoder + decoder) + kept * (length**2 + targets**2) + fused * length * targets
+    else:
+        shapes = dict.fromkeys(PACKED, (rows, length))
+        by_hand = 6 * rows * length * (parts["attention"] + parts["MLP"] + V * D) + fused * length**2
+    assert count_flops(objective_of(config, device="meta"), shapes) == pytest.approx(by_hand, rel=0.02)
+
+
+def test_checkpointing_computes_the_blocks_again_and_adapters_save_the_gradients_of_weights() -> None:
+    plain, checkpointed = objective_of(GPT2, "eager", "meta"), objective_of(GPT2, "eager", "meta")
+    enable_activation_checkpointing(checkpointed.model)
+    head = 2 * ROWS * LENGTH * V * D
+    total = count_flops(plain, PACKED)
+    again = count_flops(checkpointed, PACKED) - total
+    assert again == pytest.approx(total / 3 - head, rel=0.02)
+    adapted = objective_of(LLAMA, device="meta")
+    all_trained = count_flops(adapted, PACKED)
+    adapted.model = add_lora(adapted.model, LoraConfig(rank=1))
+    assert 0.6 * all_trained < count_flops(adapted, PACKED) < 0.8 * all_trained
+
+
+# ---- Memory.
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_peak_is_that_of_a_real_step(name: str, precision: str) -> None:
+    """Against torch's own tracker, which follows the tensors of a real step."""
+    config = EXPECTED[name][0]
+    objective = objective_of(config).train()
+    batch = real_batch(shapes_of(config))
+    parts = estimate_memory(objective, batch, OptimizerConfig("sgd", momentum=0.0), mixed_precision=precision)
+    tracker = MemTracker()
+    tracker.track_external(objective)
+    with tracker:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = objective(**batch)
+        loss.backward()
+    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert sum(parts.values()) - parts["allocator"] == pytest.approx(real, rel=0.02)
+    assert parts["optimizer state"] == 0
+
+
+def test_dropout_and_checkpointing_change_the_activations_as_they_should() -> None:
+    config = copy.deepcopy(GPT2)
+    kept = estimate_memory(objective_of(config), PACKED, OptimizerConfig())["activations"]
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
+    with_dropout = estimate_memory(objective_of(config), PACKED, OptimizerConfig())["activations"]
+    scores = ROWS * H * LENGTH**2 * 4
+    assert with_dropout > kept + L * 2 * scores  # without a fused kernel on a CPU: scores and masks are kept
+    checkpointed = objective_of(GPT2)
+    enable_activation_checkpointing(checkpointed.model)
+    assert estimate_memory(checkpointed, PACKED, OptimizerConfig())["activations"] < 0.7 * kept
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "sgd", "adamw_8bit"])
+def test_the_state_is_that_of_the_real_optimizer(name: str) -> None:
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
+    objective = objective_of(GPT2)
+    config = OptimizerConfig(name)
+    optimizer = build_optimizer(objective.model, config)
+    for parameter in objective.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    storages = {
+        value.untyped_storage()._cdata: value.untyped_storage().nbytes()
+        for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    }  # fmt: skip
+    objective.zero_grad()
+    estimated = estimate_memory(objective, PACKED, config)["optimizer state"]
+    assert estimated == pytest.approx(sum(storages.values()), rel=0.03)
+
+
+def test_what_a_launch_and_a_recipe_add_is_counted() -> None:
+    objective = objective_of(LLAMA, device="meta")
+    weights = 4 * count_parameters(objective)
+    once = estimate_memory(objective, PACKED, OptimizerConfig())
+    assert once["weights"] == pytest.approx(weights, rel=0.01) and once["optimizer state"] == pytest.approx(
+        2 * weights, rel=0.01
+    )
+    assert once["moving average"] == once["communication"] == 0
+    many = estimate_memory(
+        objective, PACKED, OptimizerConfig(ema_decay=0.999), num_processes=2, accumulation=4, mixed_precision="bf16"
+    )
+    assert many["moving average"] == many["communication"] == many["gradients"] == weights
+    # An update whose tensors outweigh a tiny batch's: the gradients of all weights are there.
+    tiny = estimate_memory(objective, dict.fromkeys(PACKED, (1, 2)), OptimizerConfig())
+    assert tiny["gradients"] == weights and tiny["activations"] < weights
+    objective.model = add_lora(objective.model, LoraConfig(rank=1))
+    adapters = 4 * sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
+    parts = estimate_memory(objective, PACKED, OptimizerConfig(ema_decay=0.9), num_processes=2)
+    assert parts["optimizer state"] == pytest.approx(2 * adapters, rel=0.02)
+    assert parts["moving average"] == parts["communication"] == adapters
+
+
+def test_an_evaluation_keeps_the_logits_and_no_activations() -> None:
+    objective = objective_of(LLAMA, device="meta")
+    logits = ROWS * 8 * LENGTH * V * 4
+    found = estimate_evaluation_activations(objective, resized(PACKED, ROWS * 8))
+    assert 2 * logits <= found < 2.6 * logits  # and their log-softmax
+
+
+def test_a_z_loss_is_estimated_too() -> None:
+    objective = objective_of(LLAMA, device="meta", z_loss=1e-4)
+    assert "FLOPs" in describe_work(objective, PACKED, TrainConfig(), plan_batches(2, None, 1))
+
+
+def test_nothing_is_computed_changed_or_drawn() -> None:
+    objective = objective_of(GPT2).eval()
+    before, drawn = copy.deepcopy(objective.state_dict()), torch.get_rng_state()
+    count_flops(objective, PACKED)
+    estimate_memory(objective, PACKED, OptimizerConfig())
+    assert torch.equal(drawn, torch.get_rng_state()) and not objective.training
+    assert all(parameter.grad is None and not parameter._backward_hooks for parameter in objective.parameters())
+    for name, value in objective.state_dict().items():
+        assert torch.equal(value, before[name])
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    with FakeTensorMode():
+        fake, inputs = fake_copy(objective, "cpu"), fake_batch(PACKED, "cpu")
+        assert isinstance(fake(**inputs), FakeTensor)
+        assert fake.model.lm_head.weight is fake.model.transformer.wte.weight  # shared as before
+
+
+@pytest.mark.slow
+def test_the_estimate_is_what_train_py_takes() -> None:
+    """Three recipes of 0.6 to 3 GB in processes of their own."""
+    output = run(sys.executable, "benchmarks/memory.py", "--only", "bert", "llama", "t5").stdout
+    for name, found in json.loads(output.splitlines()[-1]).items():
+        assert 0.85 < found["ratio"] < 1.15 and 0.9 < found["ratio_tensors"] < 1.05, (name, found)
+
+
+# ---- Time, and what is printed.
+def test_time_is_work_over_speed_at_the_stated_share_of_the_peak() -> None:
+    assert estimate_time(312e12 * 0.4 * 3600, HARDWARE["A100 80GB"]["bf16"]) == pytest.approx(3600)
+    assert estimate_time(312e12 * 0.4 * 3600, HARDWARE["A100 80GB"]["bf16"], 8) == pytest.approx(450)
+    assert [duration(seconds) for seconds in (0.3, 59, 90, 5400, 86400 * 30, 86400 * 800)] == [
+        "0.3 s", "59 s", "1.5 min", "1.5 h", "30 days", "2.2 years",
+    ]  # fmt: skip
+    assert [precision_of(*pair) for pair in (("bf16", "highest"), ("fp16", "highest"), ("no", "highest"), ("no", "high"))] == [
+        "bf16", "bf16", "fp32", "tf32",
+    ]  # fmt: skip
+
+
+def test_the_measured_speed_is_that_of_matrix_products() -> None:
+    left = torch.ones(1024, 1024)
+    left @ left
+    fastest = 0.0
+    for _ in range(20):
+        started = time.perf_counter()
+        left @ left
+        fastest = max(fastest, 2 * 1024**3 / (time.perf_counter() - started))
+    assert fastest / 8 < measure_flops_per_second(torch.device("cpu"), "no") < fastest * 2
+
+
+def test_a_dry_run_says_what_there_is_to_know() -> None:
+    config = TrainConfig()
+    config.data.sequence_length = LENGTH
+    plan = plan_batches(16, 4, 2)
+    objective = objective_of(LLAMA, device="meta")
+    lines = dry_run_report(
+        objective, real_batch(PACKED), config, plan, max_steps=100, num_rows=800, mixed_precision="bf16",
+        device=torch.device("cpu"), measure=False,
+    )  # fmt: skip
+    text = "\n".join(lines)
+    assert "100 steps of 16 rows of 32: 1,600 rows, 51,200 positions, 2.00 epochs of 800 rows" in text
+    assert "on each of 2 device(s)" in text and "micro-batch 4, precision bf16" in text
+    flops = 4 * count_flops(objective, resized(PACKED, 4))  # 2 processes × 2 micro-batches
+    assert f"work: {flops:.3g} FLOPs a step, {flops * 100:.3g} in all" in text
+    assert f"work: {flops:.3g} FLOPs a step" == describe_work(objective, PACKED, config, plan)
+    assert all(name in text for name in HARDWARE) and "this machine" not in text
+    config.data.layout = "padded"
+    assert resized({"input_ids": (1, 5), "targets": (1, 5)}, 4, 32) == {"input_ids": (4, 32), "targets": (4, 32)}
+
+
+def test_seven_billion_parameters_take_seconds_and_little_memory() -> None:
+    program = """
+import json, resource, sys, time
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from utils.batches.batch_plan import plan_batches
+from utils.config import TrainConfig
+from utils.training.dry_run import dry_run_report
+from utils.training.objectives import Objective
+started = time.perf_counter()
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(LlamaConfig(), attn_implementation="sdpa", dtype=torch.float32)
+lines = dry_run_report(
+    Objective(model), dict.fromkeys(("input_ids", "targets", "position_ids"), (1, 4096)), TrainConfig(),
+    plan_batches(8, 1, 8), max_steps=10, num_rows=None, mixed_precision="bf16", device=torch.device("cpu"), measure=False,
+)
+print(json.dumps([lines, time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
+"""
+    lines, seconds, kilobytes = json.loads(run(sys.executable, "-c", program).stdout)
+    assert "6,738,415,616 parameters" in lines[0]
+    assert seconds < 30 and kilobytes < 2e6
+    assert any("H100" in line and "80 GB are too little" in line for line in lines)
