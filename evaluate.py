@@ -23,7 +23,7 @@ class EvaluateConfig:
     text_file: str | None = None
     """Score this UTF-8 text file, as one document, in place of a dataset."""
     sequence_length: int | None = None
-    """Positions per row, in tokens. null: the run's own, else the model's longest."""
+    """Positions per row, in tokens. null: the run's own (an export's too), else the model's longest."""
     batch_size: int = 32
     """Sequences per batch."""
     prompt: str | None = None
@@ -49,6 +49,7 @@ class EvaluateConfig:
 config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else None
 
 import lzma
+import sys
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ from utils.training.objectives import Objective, load_options, objective_module
 
 def main(config: EvaluateConfig) -> None:
     folder, run = locate(Path(config.model))
-    dataset = config.dataset or (run["data"]["dataset"] if run else None)
+    dataset = config.dataset or (run["data"].get("dataset") if run else None)
     if dataset is None and config.text_file is None and config.prompt is None:
         raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
     if config.report is not None and not Path(config.report).resolve().parent.is_dir():
@@ -118,7 +119,7 @@ def main(config: EvaluateConfig) -> None:
 
 
 def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The folder to load the model from, and the configuration of the run that it lies in, if any."""
+    """The folder to load the model from, and the configuration of the run that it lies in, or was exported from."""
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         checkpoint = resolve_checkpoint(path)
         run_config = checkpoint.parent.parent / "config.yaml"
@@ -128,7 +129,8 @@ def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
         if (path / "config.yaml").is_file():
             reason = "is a run without a checkpoint so far"
         raise UserError(f"{path} {reason}; give --model, or train and export first")
-    return path, None
+    report = path / "export_report.json"
+    return path, json.loads(report.read_text(encoding="utf-8")).get("run") if report.is_file() else None
 
 
 def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:
@@ -159,6 +161,8 @@ def score(
 ) -> dict[str, float]:  # fmt: skip
     """Loss in nats per token, perplexity, bits per byte, and the number of target tokens."""
     length = config.sequence_length or (run["data"]["sequence_length"] if run else longest_sequence(model))
+    if length == sys.maxsize:
+        raise UserError("the model has no longest sequence, and lies in no run; give --sequence_length")
     if length > longest_sequence(model):
         raise UserError(f"sequence_length {length} is longer than the model's {longest_sequence(model)} positions")
     accelerator = Accelerator(

@@ -33,6 +33,7 @@ config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
 import copy
 
 import torch
+import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
 from utils.training.checkpoints import load_average, load_state, resolve_checkpoint
@@ -73,6 +74,7 @@ def main(config: ExportConfig) -> None:
             "parameters": count_parameters(merged),
             "max_logit_difference": difference,
             "allowed_logit_difference": config.max_logit_difference,
+            "run": describe_run(checkpoint),
         }
         (work / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if not difference <= config.max_logit_difference:
@@ -87,6 +89,16 @@ def main(config: ExportConfig) -> None:
         shutil.rmtree(work, ignore_errors=True)
     print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}; opens with {auto_model.__name__}")
     print(f"largest logit difference to the checkpoint: {difference:.2e} (allowed {config.max_logit_difference:.0e})")
+
+
+def describe_run(checkpoint: Path) -> dict[str, Any] | None:
+    """What evaluate.py has to know of the run to score an export like it; None for a checkpoint outside of a run."""
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.is_file():
+        return None
+    run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = {name: run["data"][name] for name in ("sequence_length", "layout")}
+    return {"data": data, "objective": run.get("objective", {})}
 
 
 @torch.no_grad()

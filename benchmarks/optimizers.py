@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATES = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (1e-3, 3e-3, 1e-2)}
+LEARNING_RATES = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (3e-3, 1e-2, 3e-2)}
 Curve = dict[int, float]  # optimizer step → evaluation loss
 
 
@@ -78,7 +78,7 @@ def plot(curves: dict[str, list[Curve]], results: dict[str, dict[str, object]], 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="configs/small/llama_tiny.yaml")
-    parser.add_argument("--steps", type=int, default=300, help="a multiple of 6")
+    parser.add_argument("--steps", type=int, default=180, help="a multiple of 6")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--plot", default="runs/optimizers.png")
     main(parser.parse_args())

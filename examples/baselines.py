@@ -4,7 +4,7 @@
 
 Counts the training rows, as the run's objective makes them, once. unigram: the frequency of the targets. bigram: the
 token under which the target is predicted. both sides (masked): the tokens to the left and to the right, as if
-independent given the target. Smoothing is chosen on the held-out rows themselves, which favours the baselines.
+independent given the target. The smoothing of pairs is chosen on the held-out rows, which favours the baselines.
 """
 
 import json
@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 from utils.batches.collation import EVALUATION_SEED, CollatedRows
 from utils.batches.loaders import build_layout
 from utils.batches.packing import IGNORED, Batch
-from utils.batches.token_dataset import open_split
+from utils.batches.token_dataset import load_manifest, open_split
 from utils.training.modeling import pad_token_id
 from utils.training.objectives import load_options, objective_module
 
@@ -50,10 +50,11 @@ def main(config: BaselinesConfig) -> None:
     if not path.is_file():
         raise UserError(f"{config.run} is not a run folder (it has no config.yaml); give --run")
     run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    load_manifest(run["data"]["dataset"])
     options = load_options(run["objective"])
     tokenizer = AutoTokenizer.from_pretrained(Path(run["data"]["dataset"]) / "tokenizer")
     collate = objective_module(options.name).build_collator(options, tokenizer)
-    if len(tokenizer) > LARGEST_VOCABULARY:
+    if options.name != "span_corruption" and len(tokenizer) > LARGEST_VOCABULARY:
         raise UserError(f"a vocabulary of {len(tokenizer)} is too large for a table of pairs ({LARGEST_VOCABULARY})")
     rows = {
         split: CollatedRows(
@@ -68,7 +69,9 @@ def main(config: BaselinesConfig) -> None:
 
     size = len(tokenizer)
     frequencies = np.ones(size)
-    pairs = np.zeros((size, size), np.float32)  # target under input; where they differ, neighbours
+    pairs = np.zeros(
+        (size, size) if options.name != "span_corruption" else (0, 0), np.float32
+    )  # target under input; where they differ, neighbours
     for batch in iter_batches(rows["train"]):
         targets = batch["targets"][batch["targets"] != IGNORED]
         frequencies += np.bincount(targets, minlength=size)
@@ -115,7 +118,7 @@ def neighbours(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 def connected(batch: Batch) -> np.ndarray:
     """(B, T - 1) bool: whether a position and the next one belong to one document."""
-    if "position_ids" in batch:
+    if "position_ids" in batch:  # the free end of a row counts as a document: its zeros favour nothing but zeros
         return batch["position_ids"][:, 1:] != 0
     return batch["attention_mask"][:, 1:] == 1
 

@@ -46,13 +46,17 @@ from transformers import AutoTokenizer
 from utils.batches.batch_plan import plan_batches
 from utils.batches.collation import CollatedRows
 from utils.batches.loaders import build_layout, to_tensors
-from utils.batches.token_dataset import open_split
+from utils.batches.token_dataset import load_manifest, open_split
 from utils.training.modeling import build_model, pad_token_id
 from utils.training.objectives import Objective, count_targets, objective_module
+from utils.training.optimization import build_optimizer
 
 
 def main(config: MicroBatchConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
+    if load_manifest(recipe.data.dataset).get("stream"):
+        raise UserError(f"{recipe.data.dataset} is a stream; find_micro_batch.py needs a dataset with stored tokens")
+    torch.set_float32_matmul_precision(recipe.matmul_precision)
     accelerator = Accelerator(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     if accelerator.num_processes > 1:
         raise UserError("find_micro_batch.py measures one device; launch it with --num_processes 1, and say with its own "
@@ -63,10 +67,13 @@ def main(config: MicroBatchConfig) -> None:
     layout = build_layout(
         open_split(recipe.data.dataset, "train"), recipe.data.layout, recipe.data.sequence_length,
         pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
+        fixed_length=True,  # as in the longest batch
     )  # fmt: skip
     rows = CollatedRows(layout, collate, recipe.seed)
     set_seed(recipe.seed)
-    objective = accelerator.prepare(Objective(build_model(recipe.model, tokenizer, kind.AUTO_MODEL), recipe.objective))
+    model = build_model(recipe.model, tokenizer, kind.AUTO_MODEL)
+    optimizer = build_optimizer(model, recipe.optimizer, fused=accelerator.scaler is None)
+    objective, optimizer = accelerator.prepare(Objective(model, recipe.objective), optimizer)
     objective.train()
 
     share = plan_batches(recipe.batch.global_batch_size, None, config.num_processes).micro_batch
@@ -80,13 +87,14 @@ def main(config: MicroBatchConfig) -> None:
         batch = send_to_device(to_tensors(rows.__getitems__(list(range(size)))), accelerator.device)
         try:
             seconds = [time_pass(accelerator, objective, batch) for _ in range(config.repeats + 1)][1:]
+            optimizer.step()  # not timed, as it is once per step; its state takes memory from here on
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             print(f"{size:>5}: out of memory")
             break
         finally:
-            objective.zero_grad()
+            optimizer.zero_grad()
         peaks[size] = peak_bytes(accelerator.device)
         found[size] = statistics.median(seconds) * share / size
         print(
@@ -99,7 +107,7 @@ def main(config: MicroBatchConfig) -> None:
         )
     best = min(found, key=lambda size: found[size])
     print(f"fastest: --batch.per_device_batch_size {best}")
-    release_memory(objective)
+    release_memory(objective, optimizer)
 
 
 def time_pass(accelerator: Accelerator, objective: torch.nn.Module, batch: dict[str, torch.Tensor]) -> float:

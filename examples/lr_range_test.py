@@ -34,7 +34,9 @@ class RangeTestConfig:
     """Image to write."""
 
     def problems(self) -> list[str]:
-        found = at_least("", self, num_steps=10, stop_ratio=1)
+        found = at_least("", self, num_steps=10)
+        if self.stop_ratio <= 1:
+            found.append(f"stop_ratio is {self.stop_ratio}; it must be more than 1")
         if not 0 < self.min_learning_rate < self.max_learning_rate:
             found.append("min_learning_rate must be positive and less than max_learning_rate")
         return found
@@ -42,6 +44,7 @@ class RangeTestConfig:
 
 config = parse_config(RangeTestConfig, __doc__) if __name__ == "__main__" else None
 
+import gc
 import math
 
 import torch
@@ -52,7 +55,7 @@ from transformers import AutoTokenizer
 
 from utils.batches.batch_plan import plan_batches
 from utils.batches.loaders import build_layout, build_train_loader
-from utils.batches.token_dataset import open_split
+from utils.batches.token_dataset import load_manifest, open_split
 from utils.training.modeling import build_model, pad_token_id
 from utils.training.objectives import Objective, count_targets, objective_module
 from utils.training.optimization import build_optimizer
@@ -62,6 +65,11 @@ SMOOTHING = 0.9  # of the exponential moving average of the loss
 
 def main(config: RangeTestConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
+    if recipe.optimizer.name == "adafactor":
+        raise UserError("adafactor caps the learning rate at 1 / √step, so that raising it shows nothing; try another")
+    if load_manifest(recipe.data.dataset).get("stream"):
+        raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
+    torch.set_float32_matmul_precision(recipe.matmul_precision)
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     plan = plan_batches(
         recipe.batch.global_batch_size, recipe.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
@@ -114,6 +122,10 @@ def main(config: RangeTestConfig) -> None:
             break
     if accelerator.is_main_process:
         report(config, rates, losses)
+    accelerator.wait_for_everyone()
+    del batches, model
+    objective, optimizer, loader = accelerator.free_memory(objective, optimizer, loader)
+    gc.collect()
     accelerator.end_training()
 
 

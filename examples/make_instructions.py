@@ -4,7 +4,7 @@
     python prepare_data.py --sources '[data/instructions.jsonl]' --messages_column messages --output data/instructions \\
         --tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'
 
-Every entry is used once. A hash of its id decides how it is asked for, so the same entries give the same file.
+Every entry that has a headword and a definition is used once. A hash of its id decides how it is asked for, so the same entries give the same file.
 """
 
 import argparse

@@ -418,7 +418,35 @@ def test_loss_and_gradients_of_the_assistants_turns_are_transformers_own(layout_
         count = int((labels[:, 1:] != -100).sum())
         reference = model(torch.tensor([encoded["input_ids"]]), labels=labels).loss * count
         reference.backward()
-        total += float(reference)
+        total += float(reference.detach())
     assert float(loss) == pytest.approx(total, rel=1e-5)
     for mine, parameter in zip(ours, model.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, rtol=1e-4, atol=1e-5 * float(parameter.grad.abs().max()))
+
+
+@pytest.mark.parametrize("template", [MARKED, (ROOT / "configs" / "chat_template_plain.jinja").read_text("utf-8")])
+def test_what_a_model_is_asked_with_is_the_beginning_of_what_it_has_read(template, tokenizer, conversations):
+    asking = with_special(tokenizer, template)
+    for messages in conversations[:100]:
+        asked = asking.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        read = asking.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert read[: len(asked)] == asked
+
+
+def with_special(tokenizer, template):
+    changed = train_copy(tokenizer)
+    changed.add_special_tokens({"extra_special_tokens": SPECIAL})
+    changed.chat_template = template
+    return changed
+
+
+def test_a_given_tokenizer_must_have_what_the_template_writes(tmp_path, conversations):
+    plain = train_tokenizer([["some text"]], algorithm="bpe", vocab_size=300)
+    plain.save_pretrained(tmp_path / "plain")
+    write_lines(tmp_path / "chats.jsonl", conversations[:40])
+    line = error_line(
+        "prepare_data.py", "--sources", f"[{tmp_path / 'chats.jsonl'}]", "--messages_column", "messages",
+        "--output", tmp_path / "out", "--tokenizer.pretrained", tmp_path / "plain", "--tokenizer.chat_template",
+        ROOT / "configs/chat_template.jinja", "--validation_fraction", "0.3",
+    )  # fmt: skip
+    assert "chat_template writes <|im_end|>, <|im_start|>, which the tokenizer does not have" in line

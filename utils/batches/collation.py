@@ -18,10 +18,11 @@ EVALUATION_SEED = 0  # whatever a run's own seed: the evaluations of all runs hi
 
 
 class RowGenerators(Sequence[np.random.Generator]):
-    """One random generator per draw, made when it is asked for: most objectives leave nothing to chance."""
+    """One random generator per draw, made when it is first asked for: most objectives leave nothing to chance."""
 
     def __init__(self, seed: int, draws: Sequence[int]) -> None:
         self.seed, self.draws = seed, draws
+        self.made: dict[int, np.random.Generator] = {}
 
     def __len__(self) -> int:
         return len(self.draws)
@@ -29,7 +30,9 @@ class RowGenerators(Sequence[np.random.Generator]):
     def __getitem__(self, index):  # type: ignore[override] # no slices
         if index >= len(self.draws):
             raise IndexError(index)
-        return np.random.default_rng([self.seed, self.draws[index] + 1])  # + 1: a padding row's draw is -1
+        if index not in self.made:
+            self.made[index] = np.random.default_rng([self.seed, self.draws[index] + 1])  # a padding row's draw is -1
+        return self.made[index]
 
 
 class CollatedRows:

@@ -53,9 +53,6 @@ def check_stream_options(config: TrainConfig, plan: BatchPlan) -> None:
     """`UserError` if the options cannot go with a stream, with numbers of lanes that would fit."""
     if config.data.layout != "packed":
         raise UserError(f"data.layout {config.data.layout} needs stored documents; a stream is always packed")
-    if config.schedule.max_steps is None:
-        raise UserError("schedule.num_epochs has no meaning for a stream, whose length is not known; give "
-                        "schedule.max_steps, and null for num_epochs")  # fmt: skip
     lanes, ranks, rows = config.data.stream_lanes, plan.data_parallel_size, plan.global_batch_size
     if lanes % ranks or rows % lanes:
         fitting = ", ".join(str(size) for size in range(ranks, rows + 1, ranks) if rows % size == 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.text.conversations import assistant_text, map_contents
+from utils.text.conversations import assistant_text, lacks_content, map_contents
 from utils.text.filters import FILTERS, Verdict, language, length, licence
 from utils.text.personal_data import mask_personal_data
 
@@ -201,6 +201,7 @@ def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[st
     }
     transform: Callable[[str, Callable[[str], str]], str] = map_contents if options.conversations else _transform
     judged: Callable[[str], str] = assistant_text if options.conversations else str
+    is_empty: Callable[[str], bool] = lacks_content if options.conversations else lambda text: not text.strip()
     steps = list(enumerate(expand_steps(options.steps)))
     texts, reasons, changes = [], [], []
     for raw, source in zip(batch["text"], batch["source"], strict=True):
@@ -216,7 +217,7 @@ def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[st
                 reason = verdict[1]
                 break
         texts.append(text)
-        reasons.append(reason if judged(text).strip() else EMPTY)
+        reasons.append(EMPTY if is_empty(text) else reason)
         changes.append(changed)
     return {
         "text": texts, "source": batch["source"], "id": batch["id"], "reason": reasons,

@@ -51,6 +51,13 @@ def assistant_text(text: str) -> str:
     return "\n\n".join(item["content"] for item in split_messages(text) if item["role"] == "assistant")
 
 
+def lacks_content(text: str) -> bool:
+    """Whether a message of the user or the assistant is empty: it would teach to answer nothing, or with nothing."""
+    return any(
+        message["role"] in ("user", "assistant") and not message["content"].strip() for message in split_messages(text)
+    )
+
+
 def without_system(text: str) -> str:
     """The conversation without the system message at its beginning, which a whole corpus may share: compared with it,
     all short conversations would be near duplicates, and hold evaluation text. Other text is given back as it is."""

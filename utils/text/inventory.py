@@ -73,6 +73,8 @@ def recipe_key(config: PrepareConfig, sources: list[SourceConfig], files: list[d
     del options["sources"]  # their content and their entries stand for them: the same files elsewhere are the same
     contents = identify(files, config)
     entries = [reading_options(source) | {"weight": source.weight} for source in sources]
+    # What is null is not there, so that an option that is newer than a dataset leaves its key as it was.
+    options, entries = without_nulls(options), without_nulls(entries)
     evaluation = hash_paths(config.deduplication.evaluation_files)
     return hash_json(FORMAT_VERSION, VERSIONS, options, entries, contents, tokenizer_files(config), evaluation)
 
@@ -87,6 +89,13 @@ def reading_options(source: SourceConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(source).items() if name not in ("path", "hub", "weight")} | {
         "hub": source.hub is not None
     }
+
+
+def without_nulls(values: Any) -> Any:
+    """Nested mappings and lists without the keys whose value is None."""
+    if isinstance(values, dict):
+        return {name: without_nulls(value) for name, value in values.items() if value is not None}
+    return [without_nulls(value) for value in values] if isinstance(values, list) else values
 
 
 def tokenizer_files(config: PrepareConfig) -> dict[str, str]:

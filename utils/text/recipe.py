@@ -93,6 +93,10 @@ class TokenizerConfig:
                 f"{least}"
             )
         found += at_least("tokenizer", self, vocab_size=10)
+        if self.pretrained is not None and self.special_tokens:
+            found.append(
+                "tokenizer.special_tokens are for a tokenizer that is trained here, not for tokenizer.pretrained"
+            )
         if len(set(self.special_tokens)) < len(self.special_tokens) or not all(self.special_tokens):
             found.append("tokenizer.special_tokens holds an empty or a repeated token")
         if self.vocab_size > 2**31:

@@ -174,6 +174,10 @@ def get_chat_template(tokenizer: Any) -> str:
 
 
 def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """`UserError` if the template has a mistake of syntax, or writes special tokens that the tokenizer lacks."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    if lacking := sorted(set(TEMPLATE_TOKEN.findall(tokenizer.chat_template)) - added):
+        raise UserError(f"tokenizer.chat_template writes {', '.join(lacking)}, which the tokenizer does not have")
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except jinja2.TemplateSyntaxError as error:

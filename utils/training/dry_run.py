@@ -35,8 +35,7 @@ def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     included. norms: all of them, wherever they stand. head: what stands outside the base model. A block is an entry of
     a module list.
     """
-    # Without the wrapper of adapters.
-    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    bare = without_adapters(model)
     backbone = getattr(bare, bare.base_model_prefix, None)
     head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
     counts = {part: [0, 0] for part in PARTS}
@@ -65,12 +64,17 @@ def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
 
 
+def without_adapters(model: Any) -> Any:
+    """The model of transformers in peft's wrapper, or as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def describe_model(model: nn.Module) -> list[str]:
     """Lines: the class and its parameters, then those of each part."""
     counts = count_parameters_by_part(model)
     trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
     trained = "all trainable" if not frozen else f"{trainable:,} trainable ({trainable / (trainable + frozen):.2%})"
-    lines = [f"model: {type(model).__name__}, {trainable + frozen:,} parameters, {trained}"]
+    lines = [f"model: {type(without_adapters(model)).__name__}, {trainable + frozen:,} parameters, {trained}"]
     for part, (part_trainable, part_frozen) in counts.items():
         number = part_trainable + part_frozen
         if number:
@@ -118,23 +122,26 @@ def dry_run_report(
     except RuntimeError as error:  # an operation of this model does not work on tensors without values
         return [*lines, f"memory and time: no estimate for this model: {' '.join(str(error).split())[:150]}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
-    needed = max(sum(memory.values()), evaluation)
+    step = sum(memory.values())
     lines += [
-        f"memory: {gigabytes(sum(memory.values()))} on each of {processes} device(s) at the peak of a step, micro-batch "
-        f"{plan.micro_batch}, precision {mixed_precision}; {gigabytes(evaluation)} in an evaluation, batch "
-        f"{config.evaluation.per_device_batch_size}",
-        *(f"  {part:<15} {gigabytes(size):>9}" for part, size in memory.items() if size),
+        f"memory on each device: {readable(step)} at the peak of a step (micro-batch {plan.micro_batch}, precision "
+        f"{mixed_precision}), {readable(evaluation)} in an evaluation (batch {config.evaluation.per_device_batch_size})",
+        *(f"  {part:<15} {readable(size, of=step):>10}" for part, size in memory.items() if size),
         f"work: {flops:.3g} FLOPs a step, {flops * max_steps:.3g} in all",
-        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}:",
+        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}, which small models do not reach:",
     ]
     for name, figures in HARDWARE.items():
-        fits = "" if needed < figures["memory"] * 1e9 else f"; its {figures['memory']:.0f} GB are too little"
+        fits = (
+            ""
+            if max(step, evaluation) < figures["memory"] * 1e9
+            else f"; its {figures['memory']:.0f} GB are too little"
+        )
         seconds = estimate_time(flops * max_steps, figures[precision], processes)
-        lines.append(f"  {name:<15} {duration(seconds):>9}{fits}")
+        lines.append(f"  {name:<15} {duration(seconds):>10}{fits}")
     if measure:
         speed = measure_flops_per_second(device, mixed_precision)
         seconds = estimate_time(flops * max_steps, speed, processes)
-        lines.append(f"  {'this machine':<15} {duration(seconds):>9}; {speed / 1e12:.2g} TFLOP/s measured")
+        lines.append(f"  {'this machine':<15} {duration(seconds):>10}; {speed / 1e12:.2g} TFLOP/s measured")
     return lines
 
 
@@ -157,5 +164,6 @@ def resized(batch: BatchShapes, rows: int, longest: int | None = None) -> dict[s
     return {name: (rows, -(-shape[1] * (longest or length) // length)) for name, shape in shapes.items()}
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def readable(size: int, of: int | None = None) -> str:
+    """Bytes in the unit that suits them, or the sum that they are part `of`."""
+    return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForMaskedLM
 
 from utils.batches.packing import IGNORED
 from utils.cli import UserError
@@ -41,6 +42,8 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, config: ObjectiveConfig | None = None) -> None:
         super().__init__()
         self.model, self.config = model, config or ObjectiveConfig()
+        # Encoders keep packed documents apart by a mask, decoders by their positions.
+        self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
 
     def forward(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy in nats, an fp32 scalar; in training with label smoothing and z-loss, if asked for.
@@ -65,7 +68,7 @@ class Objective(nn.Module):
 
     def logits(self, **inputs: torch.Tensor) -> torch.Tensor:
         """(B, T, V) fp32."""
-        if self.config.name == "masked" and "position_ids" in inputs:
+        if self.is_encoder and "position_ids" in inputs:
             inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
         return self.model(**inputs, use_cache=False).logits.float()
 
@@ -106,8 +109,7 @@ def check_documents_stay_apart(objective: Objective) -> None:
     was_training = objective.training
     objective.eval()
     model: Any = objective.model
-    window = model.config.sliding_window if objective.config.name == "masked" and hasattr(
-        model.config, "sliding_window") else None  # fmt: skip
+    window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
     length = 8 + (window or 0)  # longer than what a layer with a window sees
     device = next(objective.parameters()).device
     ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
