@@ -34,6 +34,9 @@ class RunTracker:
             return
         self.logger = logging.getLogger("plainloop")
         self.logger.setLevel(logging.INFO)
+        for old in list(self.logger.handlers):  # of an earlier run in this process
+            self.logger.removeHandler(old)
+            old.close()
         handler = logging.FileHandler(self.run / "training.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.logger.addHandler(handler)
