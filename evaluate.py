@@ -5,7 +5,7 @@ python evaluate.py --model exports/demo --text_file my_notes.txt
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,16 @@ from utils.training.modeling import (
 )
 from utils.training.objectives import Objective, load_options, objective_module
 
+NOT_WRITERS = ("masked", "span_corruption")
+
 
 def main(config: EvaluateConfig) -> None:
     folder, run = locate(Path(config.model))
     dataset = config.dataset or (run["data"].get("dataset") if run else None)
     if dataset is None and config.text_file is None and config.prompt is None:
         raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
+    if config.prompt is not None and run is not None and run.get("objective", {}).get("name") in NOT_WRITERS:
+        raise UserError(f"--prompt: a model of objective {run['objective']['name']} does not continue a text")
     if config.report is not None and not Path(config.report).resolve().parent.is_dir():
         raise UserError(f"--report {config.report}: there is no folder to write it to")
     model = load_model(folder)
@@ -170,6 +174,8 @@ def score(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     objective = objective_options(model, run)
+    if config.text_file is not None and objective.name == "instruction":  # all of a text counts
+        objective = replace(objective, name="causal")
     collate = objective_module(objective.name).build_collator(objective, tokenizer)
     layout = build_layout(
         tokens, run["data"]["layout"] if run else "packed", length, pad_token_id=pad_token_id(tokenizer),

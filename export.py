@@ -37,9 +37,10 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
 from utils.training.checkpoints import load_average, load_state, resolve_checkpoint
-from utils.training.modeling import count_parameters, load_model, longest_sequence, saved_class
+from utils.training.modeling import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
 
 PROBE_TOKENS = 256
+MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights and adapters, once per layer
 
 
 def main(config: ExportConfig) -> None:
@@ -61,11 +62,14 @@ def main(config: ExportConfig) -> None:
         merged: Any = model
         if hasattr(model, "merge_and_unload"):
             merged = copy.deepcopy(merged).merge_and_unload()
+        if merged.can_generate():
+            merged.generation_config.eos_token_id = stop_token_ids(tokenizer)
         merged.save_pretrained(work)
         tokenizer.save_pretrained(work)
         # Read back the way a stranger would, without a word about precision or attention.
         auto_model = saved_class(merged.config)
-        difference = largest_logit_difference(model, auto_model.from_pretrained(work).eval())
+        difference, _ = largest_logit_difference(merged, auto_model.from_pretrained(work).eval())
+        merging, size = largest_logit_difference(model, merged)  # rounding only: both are zero without adapters
         report = {
             "checkpoint": str(config.checkpoint),
             "weights": config.weights,
@@ -73,6 +77,7 @@ def main(config: ExportConfig) -> None:
             "optimizer_step": load_state(checkpoint).optimizer_step,
             "parameters": count_parameters(merged),
             "max_logit_difference": difference,
+            "max_logit_difference_of_merging": merging,
             "allowed_logit_difference": config.max_logit_difference,
             "run": describe_run(checkpoint),
         }
@@ -82,6 +87,9 @@ def main(config: ExportConfig) -> None:
                 f"the export's logits differ from the checkpoint's by {difference:.2e}, more than "
                 f"--max_logit_difference {config.max_logit_difference:.0e} allows; nothing was written"
             )
+        if not merging <= MERGING_TOLERANCE * size:
+            raise UserError(f"merged adapters give other logits than adapters beside the weights, by {merging:.2e} of "
+                            f"{size:.1f}; nothing was written")  # fmt: skip
         work.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
@@ -102,13 +110,17 @@ def describe_run(checkpoint: Path) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def largest_logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
-    """Over two rows of random tokens (2, T), every position and entry of the vocabulary; NaN stays NaN."""
+def largest_logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
+    """Over two rows of random tokens (2, T), every position and entry of the vocabulary; and the largest logit.
+
+    NaN stays NaN.
+    """
     length = min(PROBE_TOKENS, longest_sequence(model))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})
-    return float((model(**inputs).logits - other(**inputs).logits.float()).abs().max())
+    logits = model(**inputs).logits
+    return float((logits - other(**inputs).logits.float()).abs().max()), float(logits.abs().max())
 
 
 if __name__ == "__main__":

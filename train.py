@@ -44,10 +44,10 @@ from utils.training.initialization import describe_initialization
 from utils.training.launch_check import check_launch, describe_launch
 from utils.training.modeling import (
     build_model,
+    check_length,
     count_parameters,
     enable_activation_checkpointing,
     load_model,
-    longest_sequence,
     pad_token_id,
 )
 from utils.training.objectives import Objective, check_documents_stay_apart, count_targets, objective_module
@@ -97,6 +97,7 @@ def main(config: TrainConfig) -> None:
     if config.dry_run:
         with torch.device("meta"):
             planned = Objective(build_model(config.model, tokenizer, kind.AUTO_MODEL, weights=False), config.objective)
+        check_length(planned.model, config.data.sequence_length)
         if accelerator.is_main_process:
             print(*describe_launch(accelerator, plan), sep="\n")
             print(*dry_run_report(
@@ -131,16 +132,12 @@ def main(config: TrainConfig) -> None:
     # ---- Model: the same seed on every rank, so every rank starts from the same weights.
     set_seed(config.seed)
     if checkpoint:
-        model = load_model(checkpoint, config.model.attention)
+        model = load_model(checkpoint, config.model.attention, dropout=config.model.dropout)
         if config.model.activation_checkpointing:
             enable_activation_checkpointing(model)
     else:
         model = build_model(config.model, tokenizer, kind.AUTO_MODEL)
-    if config.data.sequence_length > longest_sequence(model):
-        raise UserError(
-            f"data.sequence_length ({config.data.sequence_length}) is longer than the {longest_sequence(model)} "
-            "positions of the model; lower it"
-        )
+    check_length(model, config.data.sequence_length)
     objective = Objective(model, config.objective)
     if "position_ids" in example:
         check_documents_stay_apart(objective)

@@ -147,18 +147,18 @@ def main() -> None:
 
 def compare(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
     """A line of the table for each name; all figures."""
-    print(f"{'MB':<20} {'tensors':>8} {'measured':>9} {'ratio':>6}   {'estimate':>8} {'measured':>9} {'ratio':>6}")
+    print(f"{'MB':<20} {'no heap':>8} {'measured':>9} {'ratio':>6}   {'estimate':>8} {'measured':>9} {'ratio':>6}")
     results = {}
     for name in names:
         parts = run(name, "estimate", folder)
         usual = run(name, "measure", folder)
         mapped = run(name, "measure", folder, MALLOC_MMAP_THRESHOLD_=str(2**20))
         total = sum(parts.values())
-        tensors = total - parts["allocator"]
+        tensors = total - parts["heap"]
         results[name] = {
             "parts": parts, "measured": usual["peak"], "ratio": total / usual["peak"], "seconds": usual["seconds"],
-            "measured_mapped": mapped["peak"], "ratio_tensors": tensors / mapped["peak"],
-            "seconds_mapped": mapped["seconds"],
+            "measured_without_heap": mapped["peak"], "ratio_without_heap": tensors / mapped["peak"],
+            "seconds_without_heap": mapped["seconds"],
         }  # fmt: skip
         print(
             f"{name:<20} {tensors / 1e6:>8.0f} {mapped['peak'] / 1e6:>9.0f} {tensors / mapped['peak']:>6.2f}   "

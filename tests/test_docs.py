@@ -45,6 +45,8 @@ def test_the_pages_name_what_is_in_the_code():
         for name, target in re.findall(
             r"\[`([^`]+)`\]\((\.\./[^)#]+\.(?:py|yaml))\)", page.read_text(encoding="utf-8")
         ):
-            assert name in (page.parent / target).resolve().read_text(encoding="utf-8"), (page.name, name, target)
+            text = (page.parent / target).resolve().read_text(encoding="utf-8")
+            known = rf'(def|class) {name}\b|\b{name}\(|"{name}"|^(    )?{name}(: .*)? =|\.{name}\b'
+            assert re.search(known, text, re.M), (page.name, name, target)
             found += 1
     assert found > 20

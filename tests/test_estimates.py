@@ -24,12 +24,10 @@ from transformers import (
 
 from utils.batches.batch_plan import plan_batches
 from utils.config import TrainConfig
-from utils.model_config import LoraConfig
 from utils.objective_config import ObjectiveConfig
 from utils.optimizer_config import OptimizerConfig
 from utils.training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
 from utils.training.estimates import (
-    HEAP_HOLES,
     count_flops,
     estimate_evaluation_activations,
     estimate_memory,
@@ -37,7 +35,7 @@ from utils.training.estimates import (
     fake_copy,
 )
 from utils.training.hardware import HARDWARE, duration, estimate_time, measure_flops_per_second, precision_of
-from utils.training.modeling import add_lora, count_parameters, enable_activation_checkpointing
+from utils.training.modeling import count_parameters, enable_activation_checkpointing
 from utils.training.objectives import Objective
 from utils.training.optimization import build_optimizer
 
@@ -92,6 +90,15 @@ def real_batch(shapes: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
+
+
+def tensors_of(parts: dict[str, int]) -> int:
+    return sum(parts.values()) - parts["libraries"] - parts["heap"]
+
+
 def shapes_of(config) -> dict[str, tuple[int, int]]:
     return PAIRS if isinstance(config, T5Config) else PACKED
 
@@ -140,7 +147,7 @@ def test_parameters_by_part_are_those_of_the_architecture(name: str) -> None:
 
 
 def test_adapters_are_trainable_and_the_rest_is_frozen() -> None:
-    model = add_lora(objective_of(LLAMA).model, LoraConfig(rank=4))
+    model = with_adapters(objective_of(LLAMA).model, 4)
     counts = count_parameters_by_part(model)
     assert {part: frozen for part, (_, frozen) in counts.items()} == EXPECTED["llama"][1]
     assert counts["attention"][0] == L * 4 * (2 * (D + D) + 2 * (D + K))  # rank × (inputs + outputs)
@@ -191,7 +198,7 @@ def test_checkpointing_computes_the_blocks_again_and_adapters_save_the_gradients
     assert count_flops(checkpointed, PACKED) - total == total / 3 - not_again
     adapted = objective_of(LLAMA, device="meta")
     all_trained = count_flops(adapted, PACKED)
-    adapted.model = add_lora(adapted.model, LoraConfig(rank=1))
+    adapted.model = with_adapters(adapted.model, 1)
     assert 0.6 * all_trained < count_flops(adapted, PACKED) < 0.8 * all_trained
 
 
@@ -211,7 +218,7 @@ def test_the_peak_is_that_of_a_real_step(name: str, precision: str) -> None:
             loss = objective(**batch)
         loss.backward()
     real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert sum(parts.values()) - parts["allocator"] == pytest.approx(real, rel=0.02)
+    assert tensors_of(parts) == pytest.approx(real, rel=0.02)
     assert parts["optimizer state"] == 0
 
 
@@ -260,8 +267,8 @@ def test_what_a_launch_and_a_recipe_add_is_counted() -> None:
     assert many["moving average"] == many["communication"] == many["gradients"] == weights
     # With next to no activations, the peak is the update's: weights, gradients and two of AdamW.
     tiny = estimate_memory(objective, dict.fromkeys(PACKED, (1, 2)), OptimizerConfig())
-    assert 4 * weights <= sum(tiny.values()) - tiny["allocator"] < 4.3 * weights
-    objective.model = add_lora(objective.model, LoraConfig(rank=1))
+    assert 4 * weights <= tensors_of(tiny) < 4.3 * weights
+    objective.model = with_adapters(objective.model, 1)
     adapters = 4 * sum(parameter.numel() for parameter in objective.parameters() if parameter.requires_grad)
     parts = estimate_memory(objective, PACKED, OptimizerConfig(ema_decay=0.9), num_processes=2)
     assert parts["optimizer state"] == pytest.approx(2 * adapters, rel=0.02)
@@ -276,7 +283,7 @@ def test_the_peak_of_an_evaluation_is_that_of_a_real_one() -> None:
     with torch.no_grad(), tracker:
         objective(**batch)
     real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - 4 * count_parameters(objective)
-    found = estimate_evaluation_activations(objective, batch) / (1 + HEAP_HOLES)  # all its blocks are small
+    found = estimate_evaluation_activations(objective, batch)
     assert found == pytest.approx(real, rel=0.02)
     assert found < estimate_memory(objective, batch, OptimizerConfig())["activations"] / 2
 
@@ -303,7 +310,7 @@ def test_the_estimate_is_what_train_py_takes() -> None:
     """Three recipes of 0.6 to 3 GB in processes of their own."""
     output = run(sys.executable, "benchmarks/memory.py", "--only", "bert", "llama", "t5").stdout
     for name, found in json.loads(output.splitlines()[-1]).items():
-        assert 0.85 < found["ratio"] < 1.15 and 0.9 < found["ratio_tensors"] < 1.05, (name, found)
+        assert 0.85 < found["ratio"] < 1.15 and 0.95 < found["ratio_without_heap"] < 1.05, (name, found)
 
 
 # ---- Time, and what is printed.

@@ -1,5 +1,6 @@
 """Building a model: sizes, initial weights, vocabulary, adapters."""
 
+import json
 import math
 import re
 import shutil
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from utils.cli import UserError
 from utils.model_config import SIZES, LoraConfig, ModelConfig
 from utils.objective_config import ObjectiveConfig
+from utils.training.adapters import hash_weights
 from utils.training.modeling import build_model, count_parameters
 from utils.training.objectives import Objective, check_documents_stay_apart
 
@@ -92,10 +94,12 @@ def test_sizes_have_the_published_number_of_parameters(architecture, size, milli
     assert count_parameters(model) / 1e6 == pytest.approx(millions, rel=2e-3)
 
 
-def test_every_named_size_makes_a_model():
+def test_every_named_size_makes_a_model(tokenizer):
     for architecture, sizes in SIZES.items():
         for size in sizes:
-            assert not ModelConfig(architecture=architecture, size=size).problems()
+            with torch.device("meta"):
+                model = build(tokenizer, architecture, size=size)
+            assert model.config.hidden_size == sizes[size][0]
 
 
 def test_any_architecture_of_transformers_by_its_own_names(tokenizer):
@@ -156,6 +160,8 @@ def test_a_pretrained_vocabulary_grows_with_the_tokenizer(dataset, tmp_path):
 def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, finished_run, tmp_path):
     base, output, merged = tmp_path / "base", tmp_path / "run", tmp_path / "merged"
     assert call("export.py", "--checkpoint", finished_run, "--output", base)[0] == 0
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.5}))  # the run's own is 0
     options = [
         "--data.dataset", dataset, "--data.sequence_length", "64", "--model.pretrained", base, "--model.lora.rank", "4",
         "--output", output, "--schedule.max_steps", "6", "--schedule.warmup_steps", "1", "--tracking.trackers", "[]",
@@ -177,6 +183,12 @@ def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, fi
     ]
     assert all(torch.equal(last["state"][key]["exp_avg"], again["state"][key]["exp_avg"]) for key in last["state"])
 
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\1")
+    hash_weights.cache_clear()
+    assert "whose weights have changed since" in error_line("export.py", "--checkpoint", output, "--output", merged)
+    (base / "model.safetensors").write_bytes(weights)
+    hash_weights.cache_clear()
     code, out, _ = call("export.py", "--checkpoint", output, "--output", merged)
     assert code == 0 and "opens with AutoModelForCausalLM" in out
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, merged))
@@ -190,5 +202,10 @@ def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, fi
 def test_mistakes_are_named(dataset):
     line = error_line("train.py", "--data.dataset", dataset, "--model.size", "huge")
     assert "model.architecture llama has no size huge; it has tiny, 135m, 1b, 7b" in line
+    line = error_line("train.py", "--data.dataset", dataset, "--model.lora.rank", "4")
+    assert "model.lora.rank is for pretrained weights" in line
+    line = error_line("train.py", "--data.dataset", dataset, "--model.num_attention_heads", "8", "--model.size", "135m",
+                      "--model.overrides", "{num_key_value_heads: 3}")  # fmt: skip
+    assert "3 key-value heads do not divide 8 attention heads" in line
     line = error_line("train.py", "--data.dataset", dataset, "--model.architecture", "qwen3")
     assert "give model.size null and the sizes one by one" in line

@@ -73,6 +73,16 @@ def test_a_run_is_the_same_split_or_resumed_and_opens_as_the_class_of_its_object
     assert code == 0, err
     best = json.loads((resumed / "summary.json").read_text())["best_loss"]
     assert json.loads(report.read_text())["loss"] == pytest.approx(best, rel=1e-5)
+    figures = [item for item in metrics(resumed) if "eval/average_loss" in item]
+    if name == "gpt2_124m":  # the recipe that keeps an average of the weights
+        assert call("export.py", "--checkpoint", resumed, "--output", tmp_path / "ema", "--weights", "average")[0] == 0
+        code, _, err = call(
+            "evaluate.py", "--model", tmp_path / "ema", "--dataset", datasets / "text", "--report", report
+        )
+        assert code == 0, err
+        average = json.loads(report.read_text())["loss"]
+        assert average == pytest.approx(figures[-1]["eval/average_loss"], rel=1e-5)
+        assert average != pytest.approx(best, rel=1e-4)
     assert "## Step 4" in (resumed / "samples.md").read_text(encoding="utf-8")
 
 

@@ -93,7 +93,7 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
 
 
 def _complete_switches(argv: list[str], cls: type) -> list[str]:
-    """`--dry_run` is short for `--dry_run true`, for every option of type bool."""
+    """`--dry_run` is short for `--dry_run true`, for the options of type bool outside of sections."""
     switches = {f"--{item.name}" for item in dataclasses.fields(cls) if item.type is bool}
     completed = []
     for flag, value in pairwise([*argv, "--"]):

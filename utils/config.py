@@ -140,6 +140,7 @@ class TrainConfig:
             found.append(f"seed is {self.seed}; it must be less than 2**32")
         if self.model.pretrained is None and not self.model.problems() and self.model.architecture != "t5":
             positions = self.model.sizes()["max_position_embeddings"]
+            positions = self.model.overrides.get("max_position_embeddings", positions)  # type: ignore[assignment]
             if positions is not None and self.data.sequence_length > positions:
                 found.append(
                     f"data.sequence_length ({self.data.sequence_length}) is longer than "

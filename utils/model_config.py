@@ -6,8 +6,8 @@ from typing import Literal
 from utils.cli import at_least
 
 # architecture → name → hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings.
-# `tiny` trains in minutes on a CPU; the others are the published models' (their config.json on the Hub: SmolLM2,
-# Llama 3.2 and Llama 2, GPT-2, BERT, ModernBERT, T5).
+# `tiny` trains in minutes on a CPU; the others have width, depth and heads of published models: SmolLM2, Llama 3.2 and
+# Llama 2 (with fewer positions and rope_theta 10,000), GPT-2, BERT, ModernBERT, T5.
 SIZES: dict[str, dict[str, tuple[int, int, int, int, int]]] = {
     "llama": {
         "tiny": (192, 4, 4, 512, 256), "135m": (576, 30, 9, 1536, 2048), "1b": (2048, 16, 32, 8192, 8192),
@@ -118,6 +118,10 @@ class ModelConfig:
             found.append(f"model.dropout is {self.dropout}; it must be at least 0 and less than 1")
         if self.pretrained is not None:
             return found
+        if self.lora.rank:
+            found.append(
+                "model.lora.rank is for pretrained weights, which it leaves as they are; give model.pretrained"
+            )
         if self.size is not None and self.size not in SIZES.get(self.architecture, {}):
             known = ", ".join(SIZES.get(self.architecture, ()))
             advice = f"it has {known}" if known else "give model.size null and the sizes one by one"

@@ -21,6 +21,8 @@ class MaskedConfig:
 
     def problems(self) -> list[str]:
         found = shares("objective.masked", self, "mask_rate", "replace_rate", "random_rate")
+        if self.mask_rate == 0:
+            found.append("objective.masked.mask_rate is 0; there would be nothing to predict")
         if not found and self.replace_rate + self.random_rate > 1:
             found.append("objective.masked.replace_rate and random_rate add up to more than 1")
         return found

@@ -1,7 +1,8 @@
 """Checkpoints: folders that exist only when they are complete, and are believed only when their hashes agree.
 
     checkpoints/step-00000100/
-        model.safetensors, config.json, tokenizer.json, …   opens with transformers' from_pretrained
+        model.safetensors, config.json, tokenizer.json, …   opens with transformers' from_pretrained; with
+                                                            adapters: they alone, and base.json
         optimizer.pt                                        the optimizer's state (read back with weights_only)
         average.safetensors                                 the average of the weights, where the run keeps one
     state.json                                          TrainState, scheduler, and the gradient scaler of fp16
@@ -27,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
+from utils.training.adapters import has_adapters, save_base
 from utils.training.ema import WeightAverage
 
 PREFIX = "step-"
@@ -75,6 +77,8 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             model.save_pretrained(temporary)
+            if has_adapters(temporary):
+                save_base(model, temporary)
             tokenizer.save_pretrained(temporary)
             torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
             if average is not None:

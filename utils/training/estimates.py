@@ -2,13 +2,13 @@
 
 The loop's own step runs on fake tensors, which have a shape, a type and a device but no memory: its operations are
 counted and its tensors followed through forward pass, backward pass and update, and nothing is computed. Seconds for
-a model of seven billion parameters on the meta device. Whatever the model and the optimizer do, the estimate does too.
+a model of seven billion parameters on the meta device. What the model and the optimizer do, the estimate does too, but for models that compute by values.
 """
 
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,12 @@ from utils.training.optimization import build_optimizer
 
 # A batch by name: tensors, or only their shapes (int64).
 BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
-# glibc takes blocks of up to 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c) from a heap, which comes to be full of
-# holes; larger ones cost what they hold. Measured by benchmarks/memory.py: 0.3 to 0.55 of the blocks alive at the peak.
+# glibc takes blocks of up to 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c) from a heap that it does not give back
+# and that comes to be full of holes; larger blocks cost what they hold, while they do. How much more than its blocks
+# the heap takes was measured by benchmarks/memory.py: 6 to 76 %, and as good as nothing without such a heap.
 HEAP_BLOCK_BYTES = 32 * 2**20
-HEAP_HOLES = 0.4
-LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries and their threads, measured likewise
+HEAP_HOLES = 0.3
+LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries, their threads and scratch, measured likewise
 
 
 def fake_copy(objective: Objective, device: str) -> Objective:
@@ -72,19 +73,20 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that are alive, by kind; a copy of them at their peak."""
+    """Bytes of the tensors that are alive, by kind, and what they were at their peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self.heap_bytes = 0  # of them in blocks that a CPU takes from the heap
+        self.heap, self.mapped = 0, 0  # of all of them, in blocks that a CPU takes from the heap, and in larger ones
         self.answer_items = False
         self._storages: dict[int, tuple[str, int, weakref.ref]] = {}
         self.restart()
 
     def restart(self) -> None:
-        """Forget the peak, not the tensors."""
-        self.peak, self.peak_heap_bytes = Counter(self.bytes), self.heap_bytes
+        """Forget the peaks, not the tensors."""
+        self.peak = Counter(self.bytes)
+        self.heap_peak, self.mapped_peak = self.heap, self.mapped
 
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
         """Follow `tensor` as one of `kind`, whatever it was before."""
@@ -102,7 +104,11 @@ class LiveTensors(TorchDispatchMode):
 
     def _count(self, kind: str, size: int, sign: int) -> None:
         self.bytes[kind] += sign * size
-        self.heap_bytes += sign * size * (size < HEAP_BLOCK_BYTES)
+        if size < HEAP_BLOCK_BYTES:
+            self.heap += sign * size
+        else:
+            self.mapped += sign * size
+        self.heap_peak, self.mapped_peak = max(self.heap_peak, self.heap), max(self.mapped_peak, self.mapped)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.answer_items and func is torch.ops.aten._local_scalar_dense.default:
@@ -111,8 +117,8 @@ class LiveTensors(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._storages:
                 self.mark(tensor, "activations")
-        if self.bytes.total() > self.peak.total():
-            self.restart()
+        if self.heap + self.mapped > self.peak.total():
+            self.peak = Counter(self.bytes)
         return result
 
 
@@ -132,8 +138,8 @@ def estimate_memory(
 
     Returns:
         weights (buffers too), gradients, activations (all that the passes keep for each other or for a moment, logits
-        and autocast's casts of the weights among them), optimizer state, moving average, communication (DDP's buckets)
-        and allocator (what a CPU's heap and math libraries take beside the tensors).
+        and autocast's casts of the weights among them), optimizer state, moving average, communication (DDP's
+        buckets), and of a CPU libraries and heap (what they take beside the tensors).
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, inputs = fake_copy(objective, device), fake_batch(batch, device)
@@ -143,45 +149,53 @@ def estimate_memory(
             live.mark(tensor, "weights")
         for parameter in trainable:
             parameter.register_post_accumulate_grad_hook(lambda parameter: live.mark(parameter.grad, "gradients"))
+        update = _prepare_update(fake, live, optimizer_config, mixed_precision)
+        live.restart()
         with live:
             for _ in range(min(accumulation, 2)):  # the second one finds gradients, as all further ones do
                 with autocast(device, mixed_precision):
                     loss = fake(**inputs)
                 loss.backward()
-        passes, passes_heap = live.peak, live.peak_heap_bytes
-        live.restart()
-        state, state_heap = _update(fake, live, optimizer_config, mixed_precision)
-    passes["optimizer state"], passes_heap = state, passes_heap + state_heap
-    peak, heap = max((passes, passes_heap), (live.peak, live.peak_heap_bytes), key=lambda found: found[0].total())
-    copies = sum(parameter.numel() for parameter in trainable)
-    parts = {name: peak[name] for name in ("weights", "gradients", "activations", "optimizer state")}
-    parts["moving average"] = 4 * copies if optimizer_config.ema_decay else 0
-    parts["communication"] = 4 * copies if num_processes > 1 else 0
-    parts["allocator"] = LIBRARY_BYTES + int(HEAP_HOLES * heap) if device == "cpu" else 0
+            update()
+    copies = 4 * sum(parameter.numel() for parameter in trainable)
+    parts = {name: live.peak[name] for name in ("weights", "gradients", "activations", "optimizer state")}
+    parts["moving average"] = copies if optimizer_config.ema_decay else 0
+    parts["communication"] = copies if num_processes > 1 else 0
+    parts["libraries"] = LIBRARY_BYTES if device == "cpu" else 0
+    heap = (1 + HEAP_HOLES) * live.heap_peak + live.mapped_peak - live.peak.total()
+    parts["heap"] = int(heap) if device == "cpu" else 0
     return parts
 
 
-def _update(fake: Objective, live: LiveTensors, config: OptimizerConfig, mixed_precision: str) -> tuple[int, int]:
-    """Clip and update under `live`; bytes of the optimizer's state, in all and in the heap."""
+def _prepare_update(
+    fake: Objective, live: LiveTensors, config: OptimizerConfig, mixed_precision: str
+) -> Callable[[], Any]:
+    """The optimizer's state, as the first update leaves it; returns what makes another, to be called under `live`."""
     trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
-    if config.name == "adamw_8bit":  # its kernels take no fake tensors. One byte a number, a scale per 256 of them
+    if config.name == "adamw_8bit":  # its kernels take no fake tensors. A byte a number, and a scale for each 256
         sizes = [parameter.numel() for parameter in trainable]
-        blocks = [2 * size + 8 * -(-size // 256) if size >= 4096 else 8 * size for size in sizes]
-        state = [size // 2 for size in blocks for _ in range(2)]
-        live.bytes["optimizer state"] += sum(state)
-        live.restart()
-    else:
-        optimizer = build_optimizer(fake.model, config, fused=mixed_precision != "fp16")
+        blocks = [size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes]
+        state = [torch.empty(size, dtype=torch.uint8) for size in blocks for _ in range(2)]
+        for tensor in state:
+            live.mark(tensor, "optimizer state")
+        return partial(len, state)  # keeps it
+    optimizer = build_optimizer(fake.model, config, fused=mixed_precision != "fp16")
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         live.answer_items = True
-        with live:
-            torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
-            optimizer.step()
-        tensors = [value for values in optimizer.state.values() for value in values.values()]
-        state = [value.untyped_storage().nbytes() for value in tensors if isinstance(value, torch.Tensor)]
-        # Within the step they were counted as activations.
-        live.peak["optimizer state"] = sum(state)
-        live.peak["activations"] -= sum(state)
-    return sum(state), sum(size for size in state if size < HEAP_BLOCK_BYTES)
+        optimizer.step()
+        live.answer_items = False
+
+    for parameter in trainable:
+        parameter.grad = torch.empty_like(parameter)
+    with live:
+        update()
+    for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+        if isinstance(tensor, torch.Tensor):
+            live.mark(tensor, "optimizer state")
+    optimizer.zero_grad()
+    return update
 
 
 def estimate_evaluation_activations(
@@ -193,11 +207,9 @@ def estimate_evaluation_activations(
         live = LiveTensors()
         for tensor in [*fake.parameters(), *fake.buffers()]:
             live.mark(tensor, "weights")
-        resident = live.heap_bytes
         with live, autocast(device, mixed_precision):
             fake(**inputs)
-    holes = HEAP_HOLES * (live.peak_heap_bytes - resident) if device == "cpu" else 0
-    return live.peak["activations"] + int(holes)
+    return live.peak["activations"]
 
 
 def autocast(device: str, mixed_precision: str) -> torch.autocast:

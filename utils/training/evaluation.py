@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.batches.packing import IGNORED
-from utils.training.modeling import longest_sequence
+from utils.training.modeling import longest_sequence, stop_token_ids
 from utils.training.objectives import Objective, count_targets
 
 
@@ -86,6 +86,7 @@ def write_text(
         max_new_tokens=min(max_new_tokens, positions - len(ids)),
         do_sample=temperature > 0,
         temperature=temperature or None,
+        eos_token_id=stop_token_ids(tokenizer),
     )
     model.train(was_training)
     return tokenizer.decode(output[0], skip_special_tokens=True)

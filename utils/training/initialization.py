@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from utils.cli import UserError
+
 INITIAL_STD = 0.02
 # Ends of the names of the maps that write into the residual stream, of attention and MLP: llama and its kin, gpt2,
 # bert, modernbert, t5, gpt_neox.
@@ -23,8 +25,8 @@ def initialize_normal(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             module.weight.normal_(0.0, INITIAL_STD)
-        elif is_norm(module):
-            module.weight.fill_(1.0)  # type: ignore[operator, union-attr]
+        elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
+            module.weight.fill_(1.0)  # an RMSNorm of transformers is at its neutral value, with some 0, as it comes
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("bias"):
                 parameter.zero_()
@@ -37,6 +39,11 @@ def initialize_gpt2(model: PreTrainedModel) -> None:
     stacks = [model.get_encoder(), model.get_decoder()] if model.config.is_encoder_decoder else [model]
     for stack in stacks:
         projections = residual_projections(stack)
+        if len(projections) < 2 * model.config.num_hidden_layers:
+            raise UserError(
+                f"model.initialization gpt2: which maps of {type(model).__name__} write into the residual stream is not "
+                "known; choose model or normal"
+            )
         for projection in projections:
             projection.weight.div_(math.sqrt(len(projections)))  # type: ignore[operator, union-attr]
 

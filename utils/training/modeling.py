@@ -15,13 +15,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationCo
 from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
-from utils.model_config import SIZE_OVERRIDES, LoraConfig, ModelConfig
+from utils.model_config import SIZE_OVERRIDES, ModelConfig
+from utils.training.adapters import add_adapters, base_of, has_adapters, import_peft
 from utils.training.initialization import INITIALIZATIONS
 
 # The class that opens a saved model for a stranger, from the objective's.
 AUTO_MODELS = (
     transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
 )  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 # Our name of a size → its other names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
 
@@ -41,28 +43,27 @@ def build_model(
     }  # fmt: skip
     architecture = build_architecture(config, auto_model, special)
     multiple = config.vocabulary_multiple
-    architecture.vocab_size = max(
-        architecture.vocab_size if config.pretrained else 0, -(-len(tokenizer) // multiple) * multiple
-    )
+    entries = max(len(tokenizer), architecture.vocab_size if config.pretrained else 0)
+    architecture.vocab_size = -(-entries // multiple) * multiple
     if config.pretrained is not None and weights:
         model = load_pretrained(config, tokenizer, auto_model, architecture)
     else:
         try:
             model = auto_model.from_config(architecture, attn_implementation=config.attention, dtype=torch.float32)
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # each class checks in its own way
             raise UserError(
-                f"model.architecture {architecture.model_type}: {' '.join(str(error).split())[:200]}; choose another "
-                "architecture, objective.name or model.attention"
+                f"model.architecture {architecture.model_type}: {_short(error)}; choose other sizes, another architecture, "
+                "objective.name or model.attention"
             ) from None
         INITIALIZATIONS[config.initialization](model)
     model.config.update(special)
     if model.can_generate():
         model.generation_config = GenerationConfig(
-            **special,
+            **(special | {"eos_token_id": stop_token_ids(tokenizer)}),
             **({"decoder_start_token_id": special["pad_token_id"]} if architecture.is_encoder_decoder else {}),
         )
     if config.lora.rank:
-        model = add_lora(model, config.lora)
+        model = add_adapters(model, config.lora)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model
@@ -96,12 +97,10 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
                 raise UserError(f"model.{name} is unknown to {cls.__name__}; name its own field in model.overrides")
         if "num_key_value_heads" in fields and values.get("num_attention_heads") is not None:
             values["num_key_value_heads"] = values["num_attention_heads"]
-        values |= SIZE_OVERRIDES.get((config.architecture, config.size or ""), {})
-        if config.architecture == "t5":
-            values["d_kv"] = values["d_model"] // values["num_heads"] if "d_model" in values else 64
-        # An encoder with a language model's head would see what it is to predict.
-        if auto_model is transformers.AutoModelForCausalLM and "is_decoder" in fields:
-            values["is_decoder"] = True
+        if config.num_attention_heads is None:
+            values |= SIZE_OVERRIDES.get((config.architecture, config.size or ""), {})
+        if config.architecture == "t5" and {"d_model", "num_heads"} <= values.keys():
+            values["d_kv"] = values["d_model"] // values["num_heads"]
         for name in ("cls_token_id", "sep_token_id"):
             values |= (
                 {name: special["bos_token_id" if name == "cls_token_id" else "eos_token_id"]} if name in fields else {}
@@ -112,10 +111,22 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
             raise UserError(f"model: {cls.__name__} refuses these values: {_short(error)}") from None
         if architecture.is_encoder_decoder:
             architecture.decoder_start_token_id = special["pad_token_id"]
-    for name in vars(architecture):
-        if ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary")):
-            setattr(architecture, name, config.dropout)
+        heads, groups = (getattr(architecture, f"num_{name}_heads", 1) for name in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise UserError(f"model: {groups} key-value heads do not divide {heads} attention heads")
+    # An encoder with the head of a decoder would see what it is to predict.
+    if auto_model is transformers.AutoModelForCausalLM and hasattr(architecture, "is_decoder"):
+        architecture.is_decoder = True
+    set_dropout(architecture, config.dropout, config.overrides)
     return architecture
+
+
+def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> None:
+    """Give every dropout of a configuration one probability, `but` those named."""
+    for name, value in vars(architecture).items():
+        is_dropout = ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
+        if is_dropout and name not in but and not isinstance(value, bool):
+            setattr(architecture, name, dropout)
 
 
 def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, architecture: Any) -> PreTrainedModel:
@@ -140,19 +151,20 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
 
 
 def load_model(
-    name: str | Path, attention: str = "sdpa", auto_model: Any = None, architecture: Any = None
+    name: str | Path, attention: str = "sdpa", auto_model: Any = None, architecture: Any = None, dropout: float = 0.0
 ) -> PreTrainedModel:
     """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), by its own class if no other is given.
 
-    A folder with adapters gives the base model with the adapters beside its weights, trainable.
+    A folder with adapters gives the base model, with `dropout`, and the adapters beside its weights, trainable.
     """
     transformers_logging.disable_progress_bar()
-    adapter = Path(name) / "adapter_config.json"
     try:
-        if adapter.is_file():
-            peft = import_peft()
-            base = peft.PeftConfig.from_pretrained(str(name)).base_model_name_or_path
-            model = peft.PeftModel.from_pretrained(load_model(base, attention), str(name), is_trainable=True)
+        if has_adapters(name):
+            base = base_of(name)
+            architecture = AutoConfig.from_pretrained(base)
+            set_dropout(architecture, dropout)
+            model = load_model(base, attention, architecture=architecture)
+            model = import_peft().PeftModel.from_pretrained(model, str(name), is_trainable=True)
         else:
             architecture = architecture or AutoConfig.from_pretrained(name)
             model = (auto_model or saved_class(architecture)).from_pretrained(
@@ -178,41 +190,24 @@ def saved_class(architecture: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("model.lora needs the library peft: pip install -e '.[lora]'") from None
-    return peft
-
-
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> Any:
-    """`model` with its weights frozen and trainable adapters beside them."""
-    targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    try:
-        return import_peft().get_peft_model(
-            model,
-            import_peft().LoraConfig(
-                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
-            ),
-        )
-    except ValueError as error:
-        raise UserError(f"model.lora: {_short(error)}") from None
-
-
 def enable_activation_checkpointing(model: Any) -> None:
     """Recompute each block in the backward pass (Chen et al., 2016, arXiv 1604.06174)."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"model.activation_checkpointing: {_short(error)}") from None
 
 
 def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     """Whether `tokenizer` has all entries of the one at `name`; True where there is none to compare with."""
+    # For a folder without tokenizer files transformers would make one of a few entries.
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        return True
     try:
         vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
     except (OSError, ValueError, KeyError):
         return True
-    # For a GPT-2 folder without tokenizer files transformers makes one of a single entry.
-    return len(vocabulary) <= 1 or vocabulary.items() <= tokenizer.get_vocab().items()
+    return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
@@ -237,7 +232,19 @@ def count_parameters(model: nn.Module) -> int:
 
 def longest_sequence(model: PreTrainedModel) -> int:
     """Positions that the model can read; without a limit for relative positions."""
-    return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    longest = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    for name, module in model.named_modules():  # RoBERTa and its kin begin to count behind the padding's row
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest -= int(module.padding_idx) + 1  # type: ignore[arg-type]
+    return longest
+
+
+def check_length(model: Any, sequence_length: int) -> None:
+    if sequence_length > longest_sequence(model):
+        raise UserError(
+            f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
+            "model; lower it"
+        )
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
