@@ -62,7 +62,7 @@ from utils.batches.loaders import build_evaluation_loader, build_layout
 from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
 from utils.objective_config import ObjectiveConfig
 from utils.text.encoding import Encoder
-from utils.training.checkpoints import resolve_checkpoint
+from utils.training.checkpoint_folders import resolve_checkpoint
 from utils.training.evaluation import evaluate, write_text
 from utils.training.modeling import (
     count_parameters,

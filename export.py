@@ -36,7 +36,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedModel
 
-from utils.training.checkpoints import load_average, load_state, resolve_checkpoint
+from utils.training.checkpoint_folders import resolve_checkpoint
+from utils.training.checkpoints import load_average, load_state
 from utils.training.modeling import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
 
 PROBE_TOKENS = 256

@@ -6,7 +6,7 @@ Processes, devices and precision belong to `accelerate launch` (see accelerate_c
 everything about a run; the same command with --checkpoint.resume auto goes on from its newest checkpoint, bit for bit.
 """
 
-from utils.cli import UserError, parse_config, run_script
+from utils.cli import UserError, at_exit, parse_config, run_script
 from utils.config import TrainConfig
 
 # The command line is read before the slow imports, so that --help and a typing mistake answer at once.
@@ -15,6 +15,7 @@ config = parse_config(TrainConfig, __doc__) if __name__ == "__main__" else None
 import gc
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +37,18 @@ from utils.batches.collation import EVALUATION_SEED, CollatedRows, Layout
 from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader, to_tensors
 from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream
 from utils.batches.token_dataset import load_manifest, open_split
-from utils.training.checkpoints import TrainState, load_state, load_training_state, save_checkpoint
+from utils.training.checkpoint_writer import CheckpointWriter
+from utils.training.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
 from utils.training.dry_run import describe_model, describe_work, dry_run_report
 from utils.training.ema import WeightAverage
 from utils.training.evaluation import evaluate, write_predictions, write_text
+from utils.training.guards import check_limits, find_fault, write_bad_batch
 from utils.training.initialization import describe_initialization
 from utils.training.launch_check import check_launch, describe_launch
 from utils.training.modeling import (
     build_model,
     check_length,
+    check_tokenizer,
     count_parameters,
     enable_activation_checkpointing,
     load_model,
@@ -53,7 +57,11 @@ from utils.training.modeling import (
 from utils.training.objectives import Objective, check_documents_stay_apart, count_targets, objective_module
 from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
+from utils.training.stopping import StopAsked, StopRequests, how_to_go_on
 from utils.training.tracking import RunTracker
+from utils.training.watchdog import Watchdog
+
+END_REASONS = ("max_steps", "early_stopping")  # all others are reasons to stop before the end
 
 
 def main(config: TrainConfig) -> None:
@@ -62,9 +70,8 @@ def main(config: TrainConfig) -> None:
 
     # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    plan = plan_batches(
-        config.batch.global_batch_size, config.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
-    )
+    launch = PartialState(cpu=use_cpu, timeout=timedelta(minutes=max(30, 2 * config.guards.hang_minutes)))
+    plan = plan_batches(config.batch.global_batch_size, config.batch.per_device_batch_size, launch.num_processes)
     accelerator = Accelerator(
         cpu=use_cpu,
         gradient_accumulation_plugin=GradientAccumulationPlugin(plan.accumulation, sync_with_dataloader=False),
@@ -105,6 +112,7 @@ def main(config: TrainConfig) -> None:
                 num_rows=None if train_rows is None else len(train_rows), mixed_precision=accelerator.mixed_precision,
             ), sep="\n")  # fmt: skip
         return accelerator.end_training()
+    run = Path(config.output)
     checkpoint, notes = open_run(accelerator, config, manifest["key"])
     state = load_state(checkpoint) if checkpoint else TrainState(dataset_key=manifest["key"])
     train_loader: DataLoader | StreamLoader
@@ -132,6 +140,7 @@ def main(config: TrainConfig) -> None:
     # ---- Model: the same seed on every rank, so every rank starts from the same weights.
     set_seed(config.seed)
     if checkpoint:
+        check_tokenizer(checkpoint, tokenizer)
         model = load_model(checkpoint, config.model.attention, dropout=config.model.dropout)
         if config.model.activation_checkpointing:
             enable_activation_checkpointing(model)
@@ -150,10 +159,17 @@ def main(config: TrainConfig) -> None:
     if checkpoint:
         load_training_state(checkpoint, accelerator, optimizer, scheduler, average)
 
+    bytes_each = checkpoint_bytes(model, config.optimizer)
+    disk = check_disk(run / "checkpoints", config.checkpoint, bytes_each, max_steps - state.optimizer_step)
     if accelerator.is_main_process:  # from here on the folder is this run's: whatever can be refused has been
         record_launch(accelerator, config)
-    tracker = RunTracker(accelerator, config, step=state.optimizer_step, max_steps=max_steps)
-    for line in [*describe_launch(accelerator, plan), *notes]:
+    tracker = at_exit.enter_context(RunTracker(accelerator, config, state, max_steps))
+    watchdog = at_exit.enter_context(Watchdog(run, accelerator.process_index, config.guards.hang_minutes))
+    writer = at_exit.enter_context(CheckpointWriter(
+        accelerator, run / "checkpoints", config.checkpoint, tokenizer, warn=tracker.warn, note=watchdog.note_writing
+    ))  # fmt: skip
+    stops = at_exit.enter_context(StopRequests(accelerator, run, config.max_minutes, bytes_each))
+    for line in [*describe_launch(accelerator, plan), *notes, disk]:
         tracker.say(line)
     if accelerator.is_main_process:
         for line in describe_model(model):
@@ -174,20 +190,71 @@ def main(config: TrainConfig) -> None:
     if checkpoint:
         tracker.say(f"resumed from {checkpoint} at step {state.optimizer_step}")
 
-    # ---- The loop: one turn is one optimizer step on one global batch. Everything that decides a turn is a function
-    # of (seed, samples seen, rank), so a resumed run repeats the uninterrupted one.
+    # ---- The loop: one turn looks at the model, saves it, and makes one optimizer step on one global batch. Everything
+    # that decides a step is a function of (seed, samples seen, rank), so a resumed run repeats the uninterrupted one.
     objective.train()
     batches = iter(train_loader)
-    stop_reason = "max_steps" if state.optimizer_step >= max_steps else early_stop(state, config)
-    evaluation = None
+    evaluation, saved_step = None, state.optimizer_step
     logged = (state.tokens_seen, state.train_seconds)
     if config.evaluation.at_start and state.optimizer_step == 0:
         tracker.log(evaluate(accelerator, objective, validation_loader).metrics(validation_bytes), 0)
-    while stop_reason is None:
+    while True:
+        step = state.optimizer_step
+        is_last = step == max_steps
+
+        # ---- Once in a while: the loss on all validation documents (all ranks), a text by the model as it is (main
+        # process). If the run is asked to stop before or meanwhile, they are made when it goes on.
+        improved = False
+        if state.looked_step < step and stops.reason is None:
+            try:
+                if step % config.evaluation.every_steps == 0 or is_last:
+                    watchdog.beat(step, "evaluating")
+                    found = evaluate(accelerator, objective, validation_loader, stops.poll)
+                    figures = found.metrics(validation_bytes)
+                    if average is not None:
+                        with average.swapped():
+                            figures["eval/average_loss"] = evaluate(
+                                accelerator, objective, validation_loader, stops.poll
+                            ).loss
+                    evaluation = found
+                    improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
+                    tracker.log(figures, step)
+                sample_every = config.tracking.sample_every_steps
+                if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
+                    watchdog.beat(step, "sampling")
+                    if kind.AUTO_MODEL is AutoModelForCausalLM:
+                        text = write_text(
+                            model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
+                            max_new_tokens=config.tracking.sample_max_new_tokens,
+                            chat=config.objective.name == "instruction",
+                        )  # fmt: skip
+                    else:
+                        text = write_predictions(accelerator.unwrap_model(objective), tokenizer, example)
+                    tracker.sample(text, step)
+                state.looked_step = step
+            except StopAsked:
+                pass
+        stop_reason = end_of_run(state, config, max_steps) or stops.reason
+
+        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
+        if improved or (step > saved_step and (step % config.checkpoint.every_steps == 0 or stop_reason)):
+            watchdog.beat(step, "saving")
+            if isinstance(train_loader, StreamLoader):
+                state.stream = train_loader.state()
+            writer.save(state, model, optimizer, scheduler, average, wait=stop_reason is not None)
+            saved_step = step
+            tracker.log({"perf/save_pause_seconds": writer.pause_seconds}, step)
+            if warning := stops.time_for_save(writer.write_seconds):
+                tracker.warn(warning)
+        if stop_reason is not None:
+            break
+
+        # ---- One step. The loss is a mean over the target tokens of the *global* batch, so they are counted before the
+        # first backward pass (all ranks; one small reduction).
+        watchdog.beat(step + 1, "fetching")
         step_started = time.perf_counter()
-        # The loss is a mean over the target tokens of the *global* batch, so they are counted before the first
-        # backward pass (all ranks; one small reduction).
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
+        watchdog.beat(step + 1, "training")
         num_targets = accelerator.reduce(sum(count_targets(batch) for batch in micro_batches), "sum").clamp(min=1)
         # Dropout starts from here. After the fetch: a loader's first batch draws from the same random numbers.
         set_seed(step_seed(config.seed, state.samples_seen, accelerator.process_index))
@@ -200,99 +267,74 @@ def main(config: TrainConfig) -> None:
                 micro_loss = objective(**batch)
                 accelerator.backward(micro_loss * weight)
                 loss_sum += micro_loss.detach()
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
 
-        # Gradients are the same on all ranks by now, so all of them agree to stop here, before the update. Looking at
-        # the norm, and at the number of targets below, waits for the device: once per step.
-        grad_norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
-        if accelerator.scaler is None and not torch.isfinite(grad_norm):
-            raise UserError(
-                f"the gradient is {float(grad_norm)} at step {state.optimizer_step + 1}; the update was not made. "
-                "Start again in another --output with a lower optimizer.learning_rate, or look at the data"
-            )
-        optimizer.step()
+        # ---- The vote: from here on all ranks know the same numbers, and whether one of them is asked to stop.
+        loss, grad_norm = stops.agree(loss_sum / num_targets, norm / plan.data_parallel_size)
+        fault = find_fault(state, config.guards, loss, grad_norm, scaled=accelerator.scaler is not None)
+        if fault is None:
+            optimizer.step()
+        else:
+            write_bad_batch(accelerator, run, state, micro_batches, tokenizer, fault)
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()
         optimizer.zero_grad()
 
         state.samples_seen += plan.global_batch_size
         state.tokens_seen += int(num_targets)
         state.train_seconds += time.perf_counter() - step_started
+        if fault is not None:
+            state.skipped += 1
+            tracker.warn(f"step {step + 1}: the update is left out: {fault}")
+            check_limits(state, config.guards, fault)
+            continue
         if accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow and has halved its scale
             state.skipped += 1
             if accelerator.scaler.get_scale() < 1:
-                raise UserError(f"fp16 overflows at every scale after step {state.optimizer_step}; try bf16, or a lower "
+                raise UserError(f"fp16 overflows at every scale after step {step}; try bf16, or a lower "
                                 "optimizer.learning_rate from the last checkpoint")  # fmt: skip
             continue
         learning_rate = float(scheduler.get_last_lr()[0])
         scheduler.step()
         state.optimizer_step += 1
-        step = state.optimizer_step
         if average is not None:
-            average.update(step)
-        is_last = step == max_steps
+            average.update(state.optimizer_step)
         tracker.advance()
 
-        # ---- Once in a while: a log line (all ranks: the loss is a sum over them).
-        if step % config.tracking.log_every_steps == 0 or step == 1 or is_last:
-            loss = float(accelerator.reduce(loss_sum, "sum") / num_targets)
+        # ---- Once in a while: a log line.
+        if state.optimizer_step % config.tracking.log_every_steps == 0 or state.optimizer_step in (1, max_steps):
             tracker.log({
-                "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": float(grad_norm),
+                "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
                 "perf/tokens_per_second": (state.tokens_seen - logged[0]) / (state.train_seconds - logged[1]),
                 **({"train/epoch": state.samples_seen / len(train_rows)} if train_rows is not None else {}),
-            }, step)  # fmt: skip
+            }, state.optimizer_step)  # fmt: skip
             logged = (state.tokens_seen, state.train_seconds)
 
-        # ---- Once in a while: the loss on all validation documents (all ranks).
-        improved = False
-        if step % config.evaluation.every_steps == 0 or is_last:
-            evaluation = evaluate(accelerator, objective, validation_loader)
-            improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
-            figures = evaluation.metrics(validation_bytes)
-            if average is not None:
-                with average.swapped():
-                    figures["eval/average_loss"] = evaluate(accelerator, objective, validation_loader).loss
-            tracker.log(figures, step)
-        stop_reason = "max_steps" if is_last else early_stop(state, config)
-
-        # ---- Once in a while: a text by the model as it is (main process).
-        sample_every = config.tracking.sample_every_steps
-        if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
-            if kind.AUTO_MODEL is AutoModelForCausalLM:
-                text = write_text(
-                    model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
-                    max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
-                )  # fmt: skip
-            else:
-                text = write_predictions(accelerator.unwrap_model(objective), tokenizer, example)
-            tracker.sample(text, step)
-
-        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
-        if step % config.checkpoint.every_steps == 0 or improved or stop_reason:
-            if isinstance(train_loader, StreamLoader):
-                state.stream = train_loader.state()
-            save_checkpoint(
-                accelerator, Path(config.output) / "checkpoints", state, model, tokenizer, optimizer, scheduler,
-                average, keep_last=config.checkpoint.keep_last,
-            )  # fmt: skip
-
     # ---- The end: what came out, and an orderly way down, without which a gloo rank may abort at exit.
-    if evaluation is None:  # this launch had no step left to make
+    finished = stop_reason in END_REASONS
+    if finished and evaluation is None:  # this launch had no step left to make
         tracker.say(f"nothing to do: the run had reached its end ({stop_reason}) at step {state.optimizer_step}")
         evaluation = evaluate(accelerator, objective, validation_loader)
         if state.best_loss is None:  # nor had an earlier one come to its first evaluation
             update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
+    bits = None if evaluation is None or validation_bytes is None else evaluation.bits_per_byte(validation_bytes)
     tracker.finish({
-        "finished": True, "reason": stop_reason, "optimizer_step": state.optimizer_step,
+        "finished": finished, "reason": stop_reason, "optimizer_step": state.optimizer_step,
         "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
-        "eval_loss": evaluation.loss, "perplexity": evaluation.perplexity,
-        "bits_per_byte": None if validation_bytes is None else evaluation.bits_per_byte(validation_bytes),
-        "best_loss": state.best_loss,
-        "best_step": state.best_step, "train_seconds": state.train_seconds,
-        "tokens_per_second": state.tokens_seen / state.train_seconds,
+        "eval_loss": evaluation and evaluation.loss, "perplexity": evaluation and evaluation.perplexity,
+        "bits_per_byte": bits, "best_loss": state.best_loss, "best_step": state.best_step,
+        "train_seconds": state.train_seconds, "tokens_per_second": state.tokens_seen / state.train_seconds,
     })  # fmt: skip
     if state.stream is not None:
         tracker.say(describe_stream(state.stream))
-    tracker.say(
-        f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}"
-    )
+    if finished:
+        tracker.say(
+            f"finished ({stop_reason}); best loss {state.best_loss:.4f} at step {state.best_step}; see {config.output}"
+        )
+    else:
+        tracker.say(
+            f"stopped ({stop_reason}) at step {state.optimizer_step}, which is saved; go on with: {how_to_go_on()}"
+        )
     accelerator.wait_for_everyone()
     del batches, model, scheduler
     objective, optimizer, train_loader, validation_loader = accelerator.free_memory(
@@ -319,7 +361,12 @@ def update_best(state: TrainState, loss: float, min_delta: float) -> bool:
     return True
 
 
-def early_stop(state: TrainState, config: TrainConfig) -> str | None:
+def end_of_run(state: TrainState, config: TrainConfig, max_steps: int) -> str | None:
+    """One of `END_REASONS` where the run has come to its end and its last model has been looked at, else None."""
+    if state.looked_step < state.optimizer_step:
+        return None
+    if state.optimizer_step >= max_steps:
+        return "max_steps"
     patience = config.evaluation.early_stopping_patience
     return "early_stopping" if patience is not None and state.evaluations_without_improvement >= patience else None
 

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, train, train_losses
 
 from utils.optimizer_config import ScheduleConfig
-from utils.training.checkpoints import find_problem
+from utils.training.checkpoint_folders import find_problem
 from utils.training.optimization import learning_rate_factor
 
 STEPS = 60

@@ -3,6 +3,7 @@
 No torch and no datasets here: --help and a typing mistake answer in a fraction of a second.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import typing
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -23,6 +25,10 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from utils.files import replace_text
 
 Config = TypeVar("Config")
+# What gloo, NCCL and torch's store say when a peer's process has ended.
+PEER_GONE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.I
+)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -31,20 +37,34 @@ class UserError(Exception):
     """A mistake that the user can mend; the message names the file, option or record and says how."""
 
 
+# What `main` opens and a later line of it may never come to close: locks, threads, files. Undone in reverse order, however
+# `main` ends; what is entered here learns of the error, too.
+at_exit = contextlib.ExitStack()
+
+
 def run_script(main: Callable[[Any], None], config: object) -> None:
     """Call `main(config)`; a `UserError` or `OSError` becomes one line on stderr and exit code 2."""
     try:
-        main(config)
+        with at_exit:
+            main(config)
     except BrokenPipeError:  # who read our output has stopped reading, as `| head` does
         os._exit(141)
     except (UserError, OSError) as error:  # an OSError here is a disk or a permission, and names its file
         exit_with(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if "RANK" not in os.environ:
+            raise
+        # One of several ranks. The others wait for it in a collective: it must not wait for them in its destructors.
+        if PEER_GONE.search(str(error)):
+            exit_with(f"another rank has gone, and this one with it; its own message says why ({error})", code=1)
+        traceback.print_exc()
+        os._exit(1)
 
 
-def exit_with(error: Exception) -> NoReturn:
-    """Print `error` as one line and end this process with code 2."""
+def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
+    """Print `error` as one line and end this process."""
     rank = os.environ.get("RANK", "0")
     prefix = ""
     if rank != "0":  # most mistakes meet all ranks: the launcher ends this one before it says the same again
@@ -53,8 +73,8 @@ def exit_with(error: Exception) -> NoReturn:
     print(f"{prefix}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     # Not sys.exit: with collectives under way, interpreter shutdown may wait for peers that are not coming.
     if "RANK" in os.environ:
-        os._exit(2)
-    sys.exit(2)
+        os._exit(code)
+    sys.exit(code)
 
 
 def parse_config(cls: type[Config], description: str | None, argv: list[str] | None = None) -> Config:

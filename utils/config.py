@@ -83,12 +83,42 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; the best and the last step are always saved."""
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
+    archive_every_steps: int | None = None
+    """Checkpoints of the steps that this divides are never removed. null: none is archived."""
+    asynchronous: bool = True
+    """Write to the disk beside the training, from a copy in memory (of the weights and the optimizer's state, on the
+    main process's host). The last checkpoint of a launch is written without."""
     resume: Literal["never", "auto"] = "never"
     """auto: go on from the newest valid checkpoint of the run folder; start if it has no checkpoint; refuse if all are
     damaged. never: refuse a run folder that is in use."""
 
     def problems(self) -> list[str]:
-        return at_least("checkpoint", self, every_steps=1, keep_last=1)
+        return at_least("checkpoint", self, every_steps=1, keep_last=1, archive_every_steps=1)
+
+
+@dataclass
+class GuardConfig:
+    """When an update is left out, and when the run is given up. All ranks decide alike, before the update."""
+
+    max_nonfinite: int = 0
+    """Updates with a loss or gradient that is not finite that the run may leave out; the next one stops it. Their texts
+    are written to bad_batches/ in the run folder. fp16's overflows do not count: its scaler leaves them out."""
+    spike_deviations: float | None = None
+    """Leave out an update whose loss or gradient norm is more than this many standard deviations above the mean of the
+    updates before it, such as 6 (the rule and the numbers of OLMo-core's SkipStepOptimizer). null: never."""
+    spike_window: int = 128
+    """Updates that mean and deviation are taken over; until there is half as many, none is left out."""
+    max_spikes: int = 10
+    """Spikes that the run may leave out; the next one stops it."""
+    hang_minutes: float = 10.0
+    """A rank that comes no further for this long is ended, with its stacks in the run folder."""
+
+    def problems(self) -> list[str]:
+        found = at_least("guards", self, max_nonfinite=0, spike_window=4, max_spikes=0)
+        for name in ("spike_deviations", "hang_minutes"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                found.append(f"guards.{name} is {getattr(self, name)}; it must be positive")
+        return found
 
 
 @dataclass
@@ -120,6 +150,9 @@ class TrainConfig:
     """Run folder."""
     seed: int = 1234
     """Seed of the initial weights, the data order, dropout and the samples."""
+    max_minutes: float | None = None
+    """Save and end in time, so that this launch takes no longer than this, from the start of its processes. null: no
+    limit."""
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -132,10 +165,13 @@ class TrainConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
         found = at_least("", self, seed=0)
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            found.append(f"max_minutes is {self.max_minutes}; it must be positive, or null")
         if self.seed >= 2**32:
             found.append(f"seed is {self.seed}; it must be less than 2**32")
         if self.model.pretrained is None and not self.model.problems() and self.model.architecture != "t5":

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def hold_lock(path: Path) -> Iterator[bool]:
     """Whether this process got the lock on `path`; it is let go at the end of the block, or when the process ends.
 
     `lockf` belongs to the process: worker processes that outlive a killed parent do not keep it, as they would `flock`.
+    Who has the lock writes its host and number into the file.
     """
     with path.open("a") as file:
         try:
@@ -33,4 +35,7 @@ def hold_lock(path: Path) -> Iterator[bool]:
         except OSError:
             yield False
         else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             yield True

@@ -1,38 +1,42 @@
-"""Checkpoints: folders that exist only when they are complete, and are believed only when their hashes agree.
+"""What a checkpoint holds, and how it is read back; utils/training/checkpoint_writer.py writes it.
 
     checkpoints/step-00000100/
         model.safetensors, config.json, tokenizer.json, …   opens with transformers' from_pretrained; with
                                                             adapters: they alone, and base.json
-        optimizer.pt                                        the optimizer's state (read back with weights_only)
+        optimizer.safetensors                               the tensors of the optimizer's state
         average.safetensors                                 the average of the weights, where the run keeps one
-    state.json                                          TrainState, scheduler, and the gradient scaler of fp16
+        state.json                                          TrainState, scheduler, the rest of the optimizer's state,
+                                                            and the gradient scaler of fp16
         manifest.json                                       size and SHA-256 of every file above
-    checkpoints/best, checkpoints/last                      links to two of them
 
-There is no random state to store: train.py seeds every step from (seed, samples seen, rank).
+There is no random state to store: train.py seeds every step from (seed, samples seen, rank). Nothing is pickled.
+
+    python -m utils.training.checkpoints list runs/demo      what a run has; verify: and whether it is intact
 """
 
-import hashlib
 import json
-import os
 import shutil
-from dataclasses import asdict, dataclass
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from utils.cli import UserError
-from utils.training.adapters import has_adapters, save_base
+from utils.cli import UserError, exit_with
+from utils.config import CheckpointConfig
+from utils.optimizer_config import OptimizerConfig
+from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints
 from utils.training.ema import WeightAverage
+from utils.training.hardware import readable
 
-PREFIX = "step-"
-TEMPORARY_PREFIX = ".tmp-"
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -47,8 +51,16 @@ class TrainState:
     """Rows consumed by all ranks; drives the data order."""
     tokens_seen: int = 0
     """Target tokens consumed by all ranks."""
+    looked_step: int = 0
+    """The step up to which evaluations and samples are done: a stop may have come before those of optimizer_step."""
     skipped: int = 0
-    """Updates that the fp16 scaler refused: they consume data, but no step of the schedule."""
+    """Updates that were not made: they consume data, but no step of the schedule."""
+    nonfinite: int = 0
+    """Those of them for a loss or gradient that was not finite (but for fp16's overflows)."""
+    spikes: int = 0
+    """Those of them for a spike of loss or gradient."""
+    recent: list[list[float]] = field(default_factory=list)
+    """Loss and gradient norm of the latest updates, where spikes are looked for: the window of guards.spike_window."""
     train_seconds: float = 0.0
     """Time spent in training steps, over all launches of the run."""
     best_loss: float | None = None
@@ -62,65 +74,58 @@ class TrainState:
     """Where each lane of a streamed dataset stands (`StreamLoader.state`); None where the data is stored."""
 
 
-def save_checkpoint(
-    accelerator: Accelerator, folder: Path, state: TrainState, model: PreTrainedModel, tokenizer: Any,
-    optimizer: torch.optim.Optimizer, scheduler: LambdaLR, average: WeightAverage | None, keep_last: int,
-) -> None:  # fmt: skip
-    """Write `folder/step-N` atomically, move the links, then remove what is no longer needed (all ranks call this).
+def take_tensors(value: Any) -> tuple[Any, Tensors]:
+    """`value` as JSON, with {"tensor": name} in the place of each tensor, and the tensors by name, a shared one once."""
+    tensors: Tensors = {}
+    names: dict[int, str] = {}
 
-    The main process writes; the others wait. Raises `UserError` if the disk refuses; what was saved before stays.
-    """
-    target = folder / f"{PREFIX}{state.optimizer_step:08d}"
-    if accelerator.is_main_process:
-        temporary = folder / f"{TEMPORARY_PREFIX}{target.name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary)
-            if has_adapters(temporary):
-                save_base(model, temporary)
-            tokenizer.save_pretrained(temporary)
-            torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-            if average is not None:
-                save_file(average.state_dict(), temporary / "average.safetensors")
-            record = {"state": asdict(state), "scheduler": scheduler.state_dict()}
-            if accelerator.scaler is not None:
-                record["scaler"] = accelerator.scaler.state_dict()
-            (temporary / "state.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
-            (temporary / "manifest.json").write_text(json.dumps(_describe_files(temporary), indent=2), encoding="utf-8")
-            for path in [*temporary.rglob("*"), temporary]:
-                _flush_to_disk(path)
-            if target.exists():  # one that a resume passed over as damaged
-                shutil.rmtree(target)
-            temporary.rename(target)
-            _flush_to_disk(folder)
-            _link(folder / "last", target.name)
-            best = f"{PREFIX}{state.best_step or 0:08d}"
-            if (folder / best).exists():
-                _link(folder / "best", best)
-        except (OSError, RuntimeError, SafetensorError) as error:  # how torch and safetensors report a full disk
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"cannot write checkpoint {target}: {error}; earlier checkpoints are untouched") from error
-        _remove_old(folder, keep_last)
-    accelerator.wait_for_everyone()
+    def take(item: Any, name: str) -> Any:
+        if isinstance(item, torch.Tensor):
+            name = names.setdefault(id(item), name)
+            tensors[name] = item.detach().contiguous()
+            return {"tensor": name}
+        if isinstance(item, dict):
+            return {str(key): take(part, f"{name}.{key}") for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [take(part, f"{name}.{index}") for index, part in enumerate(item)]
+        return item
+
+    return take(value, "optimizer"), tensors
+
+
+def put_tensors(value: Any, tensors: Tensors) -> Any:
+    """What `take_tensors` was given; keys that are numbers have become numbers again, tuples lists."""
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {int(key) if key.isdecimal() else key: put_tensors(item, tensors) for key, item in value.items()}
+    return [put_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def load_training_state(
     checkpoint: Path, accelerator: Accelerator, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
     average: WeightAverage | None,
 ) -> None:  # fmt: skip
-    """Restore optimizer, scheduler, scaler and average, after `accelerator.prepare` (every rank reads the same files)."""
-    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
-    record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    scheduler.load_state_dict(record["scheduler"])
+    """Restore optimizer, scheduler, scaler and average, after `accelerator.prepare` (every rank reads the same files).
+
+    `UserError` if they are not what this model and optimizer save.
+    """
+    try:
+        record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        # Out of the mapped file, as in `load_model`.
+        tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / "optimizer.safetensors").items()}
+        optimizer.load_state_dict(put_tensors(record["optimizer"], tensors))
+        scheduler.load_state_dict(record["scheduler"])
+        if accelerator.scaler is not None and "scaler" in record:
+            accelerator.scaler.load_state_dict(record["scaler"])
+        if average is not None:
+            average.load_state_dict(load_file(checkpoint / "average.safetensors"))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of this model and optimizer: {_short(error)}") from error
     # The learning rate is a function of the step: a resumed run that is to go further follows its new schedule at once.
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-    if accelerator.scaler is not None and "scaler" in record:
-        accelerator.scaler.load_state_dict(record["scaler"])
-    if average is not None:
-        average.load_state_dict(load_file(checkpoint / "average.safetensors"))
 
 
 @torch.no_grad()
@@ -135,84 +140,69 @@ def load_average(checkpoint: Path, model: PreTrainedModel) -> None:
 
 
 def load_state(checkpoint: Path) -> TrainState:
-    return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
-
-
-def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files agree with their hashes, and one line per newer one that was passed over."""
-    problems: list[str] = []
-    for checkpoint in sorted(folder.glob(PREFIX + "*"), reverse=True):
-        problem = find_problem(checkpoint)
-        if problem is None:
-            return checkpoint, problems
-        problems.append(f"{checkpoint} is not valid and is passed over: {problem}")
-    return None, problems
-
-
-def find_problem(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None; reads every byte of it."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "manifest.json is missing or unreadable"
-    for name, expected in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes in place of {expected['bytes']}"
-        if _hash(path) != expected["sha256"]:
-            return f"{name} has changed since it was saved"
-    return None
+        return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint}/state.json is not of this version of train.py: {_short(error)}") from error
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A run folder (its best checkpoint, else its last) or a checkpoint folder → a verified checkpoint folder."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint folder")
-    if (path / "checkpoints").is_dir():
-        links = [path / "checkpoints" / name for name in ("best", "last")]
-        path = next((link for link in links if link.exists()), path / "checkpoints" / "last")
-    if not (path / "state.json").is_file():
-        raise UserError(f"{path}: not a checkpoint folder (it has no state.json)")
-    problem = find_problem(path)
-    if problem:
-        raise UserError(f"{path}: {problem}")
-    return path.resolve()
+def checkpoint_bytes(model: PreTrainedModel, config: OptimizerConfig) -> int:
+    """About how many bytes a checkpoint takes on the disk."""
+    trainable = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
+    weights = trainable if hasattr(model, "peft_config") else sum(tensor.nbytes for tensor in model.parameters())
+    state = {"adamw": 2.0, "muon": 2.0, "sgd": 1.0, "adamw_8bit": 0.5, "adafactor": 0.0}[config.name]
+    return int(weights + (state + (config.ema_decay is not None)) * trainable)
 
 
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in files}
+def check_disk(folder: Path, config: CheckpointConfig, bytes_each: int, steps_left: int) -> str:
+    """A line on the space that the checkpoints to come will take; `UserError` if the disk has not as much.
+
+    There will be the newest, the best, the archived ones, and for a moment the one that is being written.
+    """
+    archived = steps_left // config.archive_every_steps if config.archive_every_steps else 0
+    number = config.keep_last + 2 + archived
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if number * bytes_each > free + there:
+        raise UserError(
+            f"{folder} will need {readable(number * bytes_each)} for {number} checkpoints of {readable(bytes_each)}, and "
+            f"the disk has {readable(free + there)} for them; free some, choose another --output, or lower "
+            "checkpoint.keep_last"
+        )
+    return (
+        f"checkpoints: about {readable(bytes_each)} each, at most {number} at a time; {readable(free)} of disk are free"
+    )
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def main(arguments: list[str]) -> int:
+    """`list RUN` or `verify RUN`: a line per checkpoint; 1 if one of them is not valid."""
+    if len(arguments) != 2 or arguments[0] not in ("list", "verify"):
+        raise UserError("usage: python -m utils.training.checkpoints list|verify RUN")
+    command, run = arguments[0], Path(arguments[1])
+    folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    found = list_checkpoints(folder)
+    if not found:
+        raise UserError(f"{run}: no checkpoints here")
+    linked = {link: (folder / link).resolve().name for link in LINKS}
+    damaged = 0
+    for checkpoint in found:
+        files = [path.stat() for path in checkpoint.iterdir()]
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max((file.st_mtime for file in files), default=0)))
+        marks = " ".join(link for link, name in linked.items() if name == checkpoint.name)
+        size = readable(sum(file.st_size for file in files))
+        problem = find_problem(checkpoint) if command == "verify" else None
+        damaged += problem is not None
+        verdict = "" if command == "list" else f"  {'NOT VALID: ' + problem if problem else 'valid'}"
+        print(f"{checkpoint.name}  {saved}  {size:>9}  {marks:<9}{verdict}".rstrip())
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _link(link: Path, target: str) -> None:
-    """Point `link` at its sibling `target` in one step."""
-    temporary = link.with_name(f"{TEMPORARY_PREFIX}{link.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(link)
-
-
-def _remove_old(folder: Path, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` and the best checkpoint, and what a killed save has left."""
-    kept = {(folder / name).resolve() for name in ("best", "last")}
-    kept |= {path.resolve() for path in sorted(folder.glob(PREFIX + "*"))[-keep_last:]}
-    leftovers = [path for path in folder.glob(f"{TEMPORARY_PREFIX}{PREFIX}*") if path.is_dir()]
-    for path in [*folder.glob(PREFIX + "*"), *leftovers]:
-        if path.resolve() not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        exit_with(error)

@@ -21,6 +21,7 @@ from utils.training.hardware import (
     estimate_time,
     measure_flops_per_second,
     precision_of,
+    readable,
 )
 from utils.training.initialization import is_norm
 from utils.training.objectives import Objective
@@ -162,8 +163,3 @@ def resized(batch: BatchShapes, rows: int, longest: int | None = None) -> dict[s
     }
     length = max(shape[1] for shape in shapes.values())
     return {name: (rows, -(-shape[1] * (longest or length) // length)) for name, shape in shapes.items()}
-
-
-def readable(size: int, of: int | None = None) -> str:
-    """Bytes in the unit that suits them, or the sum that they are part `of`."""
-    return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"

@@ -1,7 +1,7 @@
 """Loss over a whole split, counted over all ranks, and text written by the model."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,15 +42,25 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, objective: nn.Module, loader: Iterable[dict[str, torch.Tensor]]) -> Evaluation:
-    """Mean loss over the target tokens of `loader`, over all ranks (which all call this), each counted once."""
+def evaluate(
+    accelerator: Accelerator, objective: nn.Module, loader: Iterable[dict[str, torch.Tensor]],
+    after_batch: Callable[[], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Mean loss over the target tokens of `loader`, over all ranks (which all call this), each counted once.
+
+    `after_batch` may raise, on all ranks alike, to leave the evaluation.
+    """
     was_training = objective.training
     objective.eval()
     losses, counts = [], []
-    for batch in loader:
-        losses.append(objective(**batch))
-        counts.append(count_targets(batch))
-    objective.train(was_training)
+    try:
+        for batch in loader:
+            losses.append(objective(**batch))
+            counts.append(count_targets(batch))
+            if after_batch is not None:
+                after_batch()
+    finally:
+        objective.train(was_training)
     local_loss = torch.stack(losses).cpu().double().sum().to(torch.float32)
     loss_sum = accelerator.reduce(local_loss.to(accelerator.device), "sum")
     num_tokens = int(accelerator.reduce(torch.stack(counts).sum(), "sum"))

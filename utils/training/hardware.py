@@ -60,5 +60,10 @@ def duration(seconds: float) -> str:
     return f"{_two_digits(seconds)} s"
 
 
+def readable(size: int, of: int | None = None) -> str:
+    """Bytes in the unit that suits them, or the sum that they are part `of`."""
+    return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"
+
+
 def _two_digits(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{value:,.0f}"

@@ -2,14 +2,25 @@
 
 import os
 
+import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from utils.batches.batch_plan import BatchPlan
 from utils.cli import UserError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+# What the launch asks for by a variable, and what is then active.
+ASKED_BY_VARIABLE = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+}
+# Where Slurm's srun and the MPI launchers say how many tasks they have started.
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def check_launch(accelerator: Accelerator, plan: BatchPlan) -> None:
@@ -28,11 +39,69 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan) -> None:
             f"the launch sets gradient_accumulation_steps {accumulation}, the recipe needs {plan.accumulation}: leave "
             "it out of the launch; it follows from batch.global_batch_size and batch.per_device_batch_size"
         )
+    for variable, kind in ASKED_BY_VARIABLE.items():
+        if parse_flag_from_env(variable) and accelerator.distributed_type != kind:
+            raise UserError(
+                f"the launch asked for {kind.value}, active is {accelerator.distributed_type.value}: accelerate does not "
+                f"shard on {accelerator.device.type}; launch without it"
+            )
+    check_process_count(accelerator.num_processes)
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(
             f"distributed_type {accelerator.distributed_type.value} is not supported yet; "
             f"use one of {', '.join(kind.value for kind in SUPPORTED)}"
         )
+
+
+def check_process_count(num_processes: int) -> None:
+    """`UserError` if the launcher was asked for another number of processes, or started several that are each alone."""
+    asked = asked_processes()
+    if asked is not None and asked != num_processes:
+        raise UserError(
+            f"the launch asked for {asked} processes and got {num_processes}: on CPUs accelerate starts several only with "
+            f"--config_file accelerate_configs/cpu_2_processes.yaml --num_processes {asked}, on GPUs with --multi_gpu; "
+            "for one process give --num_processes 1"
+        )
+    for name in TASK_COUNTS:
+        if num_processes == 1 and int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{os.environ[name]} tasks were started ({name}), and each would train by itself: start one task per "
+                "machine, and in it `accelerate launch` with --num_machines, --machine_rank and --num_processes"
+            )
+
+
+def find_launcher() -> psutil.Process | None:
+    """The parent process, if it is `accelerate launch` or `torchrun`."""
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
+        return None
+    is_torchrun = any(os.path.basename(word) == "torchrun" or word == "torch.distributed.run" for word in words[:4])
+    return parent if is_torchrun or _after_accelerate_launch(words) is not None else None
+
+
+def asked_processes() -> int | None:
+    """How many processes `accelerate launch` was asked for, by a flag or its file; None: nothing was said."""
+    launcher = find_launcher()
+    arguments = _after_accelerate_launch(launcher.cmdline()) if launcher else None
+    if arguments is None:  # torchrun starts what it is asked for
+        return None
+    options = launch_command_parser().parse_args(arguments)
+    count = options.num_processes
+    if count is None and (options.config_file or (os.path.isfile(default_config_file) and not options.cpu)):
+        count = load_config_from_file(options.config_file).num_processes
+    return None if count is None or count < 1 else int(count)
+
+
+def _after_accelerate_launch(words: list[str]) -> list[str] | None:
+    """The arguments of `accelerate launch` in a command line; None if it is another command."""
+    for index, word in enumerate(words[:4]):
+        if os.path.basename(word) == "accelerate-launch" or word == "accelerate.commands.launch":
+            return words[index + 1 :]
+        if os.path.basename(word) == "accelerate" and words[index + 1 : index + 2] == ["launch"]:
+            return words[index + 2 :]
+    return None
 
 
 def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:

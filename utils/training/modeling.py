@@ -210,6 +210,17 @@ def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
+def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
+    """`UserError` if the dataset's tokenizer is no longer the one that the checkpoint was trained with."""
+    trained, present = AutoTokenizer.from_pretrained(checkpoint).get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
+        token, number = differing[0]
+        raise UserError(
+            f"the dataset's tokenizer is not the one that {checkpoint} was trained with: {len(present)} entries, there "
+            f"{len(trained)}; they first differ at {number}, {token!r}; restore it, or choose another --output"
+        )
+
+
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """The tokens that end a text, and, with a chat template, the one that ends the assistant's turn."""
     found = [tokenizer.eos_token_id]

@@ -7,6 +7,7 @@ environment.json   versions, machine, launch, git commit, one entry per launch
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -20,16 +21,18 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from utils.cli import UserError, save_config
+from utils.cli import UserError, at_exit, save_config
 from utils.config import TrainConfig
-from utils.files import replace_text
-from utils.training.checkpoints import find_newest_valid, load_state
+from utils.files import hold_lock, replace_text
+from utils.training.checkpoint_folders import find_newest_valid, remove_leftovers
+from utils.training.checkpoints import load_state
+from utils.training.watchdog import HEARTBEATS
 
 # What may differ when a run goes on: what is seen of it, how the same batch is split, and how far it goes. The last
 # bends a decaying schedule from the resumed step on; every change is printed.
 FREE_TO_CHANGE = (
-    "output", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.", "checkpoint.",
-    "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens", "schedule.decay_steps", "model.activation_checkpointing",
+    "output", "max_minutes", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.",
+    "checkpoint.", "guards.", "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens", "schedule.decay_steps", "model.activation_checkpointing",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
@@ -37,8 +40,9 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "sa
 def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from (None: start afresh) and lines to say, the same on all ranks.
 
-    The main process looks, and hashes the checkpoint; the others are told. Raises `UserError` on all ranks if the
-    folder holds another run, cannot be written, or was not asked to be resumed.
+    The main process looks, hashes the checkpoint, and keeps a lock on the folder until it ends; the others are told.
+    Raises `UserError` on all ranks if the folder holds another run, is in use, cannot be written, or was not asked to be
+    resumed.
     """
     found: list[Any] = [None, [], None]
     if accelerator.is_main_process:
@@ -63,12 +67,20 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         raise UserError(f"run folder {run} cannot be made: {error.strerror}; choose another --output") from None
     if not os.access(run, os.W_OK):
         raise UserError(f"run folder {run} cannot be written; choose another --output")
+    saved_config = run / "config.yaml"
+    is_empty = all(path.name.startswith(".") for path in run.iterdir())
+    if not is_empty and not saved_config.is_file():
+        raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
+    lock = run / ".lock"
+    if not at_exit.enter_context(hold_lock(lock)):
+        raise UserError(
+            f"{run} is in use by {lock.read_text(encoding='utf-8')}; wait for it, or choose another --output"
+        )
+    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # of an earlier launch, perhaps of more ranks
+    remove_leftovers(run / "checkpoints")
     lines: list[str] = []
     checkpoint = None
-    if any(not path.name.startswith(".") for path in run.iterdir()):
-        saved_config = run / "config.yaml"
-        if not saved_config.is_file():
-            raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
+    if not is_empty:
         if config.checkpoint.resume == "never":
             raise UserError(
                 f"{run} already holds a run; go on with it by --checkpoint.resume auto, or choose another --output"

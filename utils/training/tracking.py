@@ -3,6 +3,7 @@
 All of it happens on the main process only; on the others every method returns at once.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,17 +21,18 @@ from tqdm import tqdm
 
 from utils.config import TrainConfig
 from utils.files import replace_text
+from utils.training.checkpoints import TrainState
 from utils.training.run_folder import flatten
 
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f"}
 
 
 class RunTracker:
-    """One per run and launch. `step` is the optimizer step at which the launch begins."""
+    """One per run and launch, which begins where `state` stands. What fails here never stops the run."""
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, step: int, max_steps: int) -> None:
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, state: TrainState, max_steps: int) -> None:
         self.accelerator, self.run, self.max_steps = accelerator, Path(config.output), max_steps
-        self.is_main = accelerator.is_main_process
+        self.is_main, self.state = accelerator.is_main_process, state
         if not self.is_main:
             return
         self.logger = logging.getLogger("plainloop")
@@ -41,10 +44,13 @@ class RunTracker:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.logger.addHandler(handler)
         self.logger.propagate = False
-        _cut_metrics(self.run / "metrics.jsonl", step)
-        _cut_samples(self.run / "samples.md", step)
-        self.metrics_file = (self.run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        step, looked = state.optimizer_step, state.looked_step
+        self.sent = _cut_metrics(self.run / "metrics.jsonl", step, looked)
+        _cut_samples(self.run / "samples.md", looked)
+        self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
+        self.unwritten = b""
         self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        logging.raiseExceptions = False  # a full disk: training.log misses a line, and no traceback hides the rest
         self._start_trackers(config, step)
 
     def say(self, text: str) -> None:
@@ -66,13 +72,27 @@ class RunTracker:
         parts = [f"{name.partition('/')[2]} {value:{DIGITS.get(name, '.4f')}}" for name, value in metrics.items()]
         kind = next(iter(metrics)).partition("/")[0]
         self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} | {kind:<5} | " + " | ".join(parts))
-        self.metrics_file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._write({"step": step, **metrics})
         for tracker in list(self.accelerator.trackers):
+            if tracker.name == "wandb" and (step, next(iter(metrics))) in self.sent:
+                continue  # by an earlier launch, from the same step: W&B cannot take anything back
             try:
                 tracker.log(metrics, step=step)
             except Exception as error:  # whatever a tracker raises, the run matters more
                 self.accelerator.trackers.remove(tracker)
                 self._warn_off(tracker.name, error)
+
+    def _write(self, record: dict[str, float]) -> None:
+        """A line of metrics.jsonl; on a full disk it is kept for the next time, and no half of it is left."""
+        self.unwritten += json.dumps(record).encode() + b"\n"
+        size = os.fstat(self.metrics_file.fileno()).st_size
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.metrics_file.write(self.unwritten) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.metrics_file.fileno(), size)
+            self.warn(f"metrics.jsonl cannot be written: {error.strerror}; trying again with the next line")
 
     def advance(self) -> None:
         if self.is_main:
@@ -81,17 +101,48 @@ class RunTracker:
     def sample(self, text: str, step: int) -> None:
         """Append what the model wrote to samples.md."""
         if self.is_main:
-            with (self.run / "samples.md").open("a", encoding="utf-8") as file:
-                file.write(f"## Step {step}\n\n```\n{text}\n```\n\n")
+            try:
+                with (self.run / "samples.md").open("a", encoding="utf-8") as file:
+                    file.write(f"## Step {step}\n\n```\n{text}\n```\n\n")
+            except OSError as error:
+                self.warn(f"samples.md cannot be written: {error.strerror}")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and loss.png."""
+        """Write summary.json and loss.png, and close the trackers."""
         if not self.is_main:
             return
-        self.progress.close()
-        self.metrics_file.close()
+        self._write_summary(summary)
+        try:
+            plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
+        except OSError as error:
+            self.warn(f"loss.png cannot be written: {error.strerror}")
+        for tracker in self.accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # the run is over, and on the disk
+                self._warn_off(tracker.name, error)
+        self.accelerator.trackers = []
+
+    def __enter__(self) -> "RunTracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the files; after an error, say so in summary.json."""
+        if self.is_main:
+            if error is not None:
+                reason = " ".join(f"{error}".split()) or type(error).__name__
+                with contextlib.suppress(OSError):  # there is one error already
+                    self._write_summary({
+                        "finished": False, "reason": "error", "error": reason,
+                        "optimizer_step": self.state.optimizer_step,
+                    })  # fmt: skip
+            self.progress.close()
+            self.metrics_file.close()
+
+    def _write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
-        plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
 
     def _start_trackers(self, config: TrainConfig, step: int) -> None:
         options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}, "wandb": {}}
@@ -140,18 +191,26 @@ def _cut_samples(path: Path, step: int) -> None:
         replace_text(path, "".join(kept))
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of later steps than `step`, and a last one that a kill cut short."""
+def _cut_metrics(path: Path, step: int, looked: int) -> set[tuple[int, str]]:
+    """Drop what the resumed run will log again: training after `step`, evaluations after `looked`, half a last line.
+
+    Returns (step, first name) of the lines that were dropped: an earlier launch has sent them to the trackers.
+    """
     if not path.exists():
-        return
-    kept = []
+        return set()
+    kept, dropped = [], set()
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            name = next(name for name in record if name != "step")
+            if record["step"] <= (looked if name.startswith("eval/") else step):
                 kept.append(line + "\n")
-        except ValueError:
+            else:
+                dropped.add((record["step"], name))
+        except (ValueError, TypeError, KeyError, StopIteration):
             continue
     replace_text(path, "".join(kept))
+    return dropped
 
 
 def plot_losses(metrics: Path, image: Path) -> None:

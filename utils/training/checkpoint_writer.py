@@ -1,0 +1,181 @@
+"""Writing checkpoints while the training goes on."""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from utils.cli import UserError
+from utils.config import CheckpointConfig
+from utils.training.adapters import has_adapters, save_base
+from utils.training.checkpoint_folders import (
+    checkpoint_name,
+    find_problem,
+    link_checkpoint,
+    new_checkpoint,
+    remove_old_checkpoints,
+)
+from utils.training.checkpoints import Tensors, TrainState, take_tensors
+from utils.training.ema import WeightAverage
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run: a copy to memory, during which training pauses, then to the disk in a thread.
+
+    Every rank has one; only the main process's writes. The copy stays for the next save: it costs as much memory on the
+    host as a checkpoint takes on the disk. A save that fails leaves the earlier checkpoints as they are; it is
+    reported by `warn`, and the next one tries again, unless somebody waits for it.
+
+    Attributes:
+        pause_seconds: what the latest save cost the training.
+        write_seconds: how long the latest took in all, with what it wrote beside the training.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, tokenizer: Any, *,
+        warn: Callable[[str], None], note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """`note` is told what the writing does at each moment: writing, rotating or idle."""
+        self.accelerator, self.folder, self.config, self.warn, self.note = accelerator, folder, config, warn, note
+        self.pause_seconds = self.write_seconds = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._buffers: Tensors = {}
+        # Read once: a run's tokenizer stays as it is, and other threads may be using it while a checkpoint is written.
+        with tempfile.TemporaryDirectory() as temporary:
+            tokenizer.save_pretrained(temporary)
+            self._tokenizer_files = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wait()
+
+    def save(
+        self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
+        average: WeightAverage | None, *, wait: bool,
+    ) -> None:  # fmt: skip
+        """Save `step-N` of `state` (all ranks call). With `wait` it is on the disk on return, or a `UserError` says why not.
+
+        A checkpoint of that step that is there and intact is kept, and only the links are moved: a run that was stopped
+        before its evaluation makes that first when it goes on.
+        """
+        started = time.perf_counter()
+        wait = wait or not self.config.asynchronous
+        if self.accelerator.is_main_process:
+            self._wait()
+            target = self.folder / checkpoint_name(state.optimizer_step)
+            write: Callable[[], None]
+            if target.exists() and find_problem(target) is None:
+                write = self._finisher(state)
+            else:
+                write = self._writer(state, model, optimizer, scheduler, average, snapshot=not wait)
+            self._thread = threading.Thread(target=self._run, args=(write, started), name="checkpoint")
+            self._thread.start()
+            if wait:
+                self._wait(report=False)
+        self.pause_seconds = time.perf_counter() - started
+        if wait:
+            failure = [None if self._error is None else f"cannot write checkpoint {self.folder}/"
+                       f"{checkpoint_name(state.optimizer_step)}: {self._error}; earlier checkpoints are untouched"]  # fmt: skip
+            self._error = None
+            broadcast_object_list(failure)
+            if failure[0]:
+                raise UserError(failure[0])
+
+    def _wait(self, report: bool = True) -> None:
+        """Until the writing is done; a failure becomes a warning, or stays for the caller."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None and report:
+            self.warn(f"a checkpoint could not be written: {self._error}; the earlier ones are untouched, and the run "
+                      "goes on to the next")  # fmt: skip
+            self._error = None
+
+    def _run(self, write: Callable[[], None], started: float) -> None:
+        try:
+            write()
+        except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError; all must be told
+            self._error = error
+        finally:
+            self.write_seconds = time.perf_counter() - started
+            self.note("idle")
+
+    def _writer(
+        self, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
+        average: WeightAverage | None, *, snapshot: bool,
+    ) -> Callable[[], None]:  # fmt: skip
+        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself."""
+        keep = self._copy if snapshot else (lambda tensor, name: tensor)
+        weights = model.state_dict()
+        if hasattr(model, "peft_config"):  # only the adapters are saved
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            weights = {name: tensor for name, tensor in weights.items() if name in trained}
+        owners: dict[tuple[int, torch.Size], str] = {}  # of a tensor with two names, the first
+        shared = {name: owners.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in weights.items()}
+        copies = {name: keep(weights[name], f"model.{name}") for name in owners.values()}
+        weights = {name: copies[owner] for name, owner in shared.items()}
+        optimizer_record, tensors = take_tensors(optimizer.state_dict())
+        tensors = {name: keep(tensor, name) for name, tensor in tensors.items()}
+        averages = average.state_dict() if average else {}
+        averages = {name: keep(tensor, f"average.{name}") for name, tensor in averages.items()}
+        record = {"state": asdict(state), "scheduler": scheduler.state_dict(), "optimizer": optimizer_record}
+        if self.accelerator.scaler is not None:
+            record["scaler"] = self.accelerator.scaler.state_dict()
+        text = json.dumps(record, indent=2)
+        if snapshot and torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
+        finish = self._finisher(state)
+
+        def write() -> None:
+            self.note("writing")
+            with new_checkpoint(self.folder, state_step) as temporary:
+                model.save_pretrained(temporary, state_dict=weights)
+                if has_adapters(temporary):
+                    save_base(model, temporary)
+                for name, content in self._tokenizer_files.items():
+                    (temporary / name).write_bytes(content)
+                save_file(tensors, temporary / "optimizer.safetensors")
+                if averages:
+                    save_file(averages, temporary / "average.safetensors")
+                (temporary / "state.json").write_text(text, encoding="utf-8")
+            finish()
+
+        state_step = state.optimizer_step
+        return write
+
+    def _finisher(self, state: TrainState) -> Callable[[], None]:
+        """What is done when the checkpoint is there: move the links, then remove what is no longer needed."""
+        step, best_step = state.optimizer_step, state.best_step
+
+        def finish() -> None:
+            self.note("rotating")
+            link_checkpoint(self.folder, "last", step)
+            link_checkpoint(self.folder, "best", best_step)
+            remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
+
+        return finish
+
+    def _copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pinned = tensor.device.type == "cuda"
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return buffer.copy_(tensor, non_blocking=True)

@@ -1,0 +1,127 @@
+"""What may ask a run to stop before its end, and how all ranks come to agree on it."""
+
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from utils.training.launch_check import find_launcher
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# What to say of each, in the order of `StopRequests.flags`.
+REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "max_minutes")
+STOP_FILE = "stop"
+LOOK_SECONDS = 1.0  # between looks at the stop file, which may be on another machine
+SLOW_DISK = 100e6  # bytes per second; until the first save tells
+LAUNCHER_SECONDS = 30  # torch's launcher kills its processes this long after it has told them to end
+
+
+class StopAsked(Exception):
+    """Raised by `StopRequests.poll`, on all ranks alike."""
+
+
+class StopRequests:
+    """Signals, a file `stop` in the run folder, a time limit, a launcher that has died.
+
+    Each rank has one. A signal is only noted, however often it comes, so that what is being written is written to its
+    end; `agree` tells all ranks at the same step boundary.
+
+    Attributes:
+        reason: one of `REASONS`, once the ranks have agreed to stop.
+        longest_step_seconds: longest time between two calls of `agree` with figures.
+    """
+
+    def __init__(self, accelerator: Accelerator, run: Path, max_minutes: float | None, bytes_to_save: int) -> None:
+        self.accelerator, self.stop_file = accelerator, run / STOP_FILE
+        self.reason: str | None = None
+        self.save_seconds = bytes_to_save / SLOW_DISK
+        self.longest_step_seconds = 0.0
+        self._noted: set[int] = set()
+        self._process, self._launcher = os.getpid(), find_launcher()
+        self._deadline = (
+            None if max_minutes is None else (self._launcher or psutil.Process()).create_time() + 60 * max_minutes
+        )
+        self._next_look = self._last_step = 0.0
+        self._stop_file_seen = self._warned = False
+
+    def __enter__(self) -> "StopRequests":
+        """From here on signals are noted; before, they end the process as they always do."""
+        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader's worker, made by a fork: it ends when its parent does
+            return
+        if signum not in self._noted:
+            self._noted.add(signum)
+            os.write(2, f"{signal.Signals(signum).name}: saving after this step, then ending\n".encode())
+
+    def flags(self) -> list[float]:
+        """1.0 for each of `REASONS` that this rank knows of."""
+        now = time.time()
+        if self.accelerator.is_main_process and now >= self._next_look:
+            self._next_look = now + LOOK_SECONDS
+            self._stop_file_seen = self.stop_file.exists()
+        launcher_gone = self._launcher is not None and os.getppid() != self._launcher.pid
+        late = self._deadline is not None and self.accelerator.is_main_process and (
+            now + 2 * self.longest_step_seconds + self.save_seconds > self._deadline)  # fmt: skip
+        found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
+        return [float(flag) for flag in found]
+
+    def agree(self, *figures: torch.Tensor) -> list[float]:
+        """The sums of scalars over all ranks (which all call this); sets `reason` if one of them is asked to stop.
+
+        One small reduction, and the only wait for the device in a step.
+        """
+        if figures:
+            now = time.perf_counter()
+            if self._last_step:
+                self.longest_step_seconds = max(self.longest_step_seconds, now - self._last_step)
+            self._last_step = now
+        device = self.accelerator.device
+        votes = torch.tensor(self.flags(), dtype=torch.float32, device=device)
+        sums = self.accelerator.reduce(torch.cat([torch.stack(figures), votes]) if figures else votes, "sum").tolist()
+        asked = [reason for reason, votes in zip(REASONS, sums[len(figures) :], strict=True) if votes]
+        if asked and self.reason is None:
+            self.reason = asked[0]
+            if self.accelerator.is_main_process:
+                self.stop_file.unlink(missing_ok=True)  # it has been obeyed: the next launch is to go on
+        return sums[: len(figures)]
+
+    def poll(self) -> None:
+        """Raise `StopAsked` if a rank is asked to stop (all ranks call); for what takes long and can be left out."""
+        self.agree()
+        if self.reason is not None:
+            raise StopAsked
+
+    def time_for_save(self, save_seconds: float) -> str | None:
+        """To be told how long the latest save took; the line to warn with if torch's launcher would kill the next one."""
+        self.save_seconds = save_seconds or self.save_seconds
+        seconds = self.longest_step_seconds + self.save_seconds
+        if self._warned or "TORCHELASTIC_RUN_ID" not in os.environ or seconds < LAUNCHER_SECONDS:
+            return None
+        self._warned = True
+        return (
+            f"a step and a save take {seconds:.0f} s; after SIGTERM the launcher kills its processes in {LAUNCHER_SECONDS} s, "
+            f"which loses the steps since the last checkpoint. `touch {self.stop_file}` stops without a limit; "
+            "--max_minutes stops in time"
+        )
+
+
+def how_to_go_on() -> str:
+    """The command of this launch, with which it goes on."""
+    joined = shlex.join(sys.argv)
+    return joined if "--checkpoint.resume auto" in joined else f"{joined} --checkpoint.resume auto"
