@@ -16,6 +16,7 @@ import gc
 import math
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from accelerate.utils import (
     set_seed,
 )
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from utils.batches.batch_plan import plan_batches
@@ -41,7 +42,7 @@ from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
 from utils.training.dry_run import describe_model, describe_work, dry_run_report
 from utils.training.ema import WeightAverage
-from utils.training.evaluation import evaluate, write_predictions, write_text
+from utils.training.evaluation import evaluate, write_sample
 from utils.training.guards import check_limits, find_fault, write_bad_batch
 from utils.training.initialization import describe_initialization
 from utils.training.launch_check import check_launch, describe_launch
@@ -160,16 +161,16 @@ def main(config: TrainConfig) -> None:
         load_training_state(checkpoint, accelerator, optimizer, scheduler, average)
 
     bytes_each = checkpoint_bytes(model, config.optimizer)
-    disk = check_disk(run / "checkpoints", config.checkpoint, bytes_each, max_steps - state.optimizer_step)
-    if accelerator.is_main_process:  # from here on the folder is this run's: whatever can be refused has been
-        record_launch(accelerator, config)
+    if accelerator.is_main_process:
+        notes.append(check_disk(run / "checkpoints", config.checkpoint, bytes_each, max_steps - state.optimizer_step))
+        record_launch(accelerator, config)  # from here on the folder is this run's: whatever can be refused has been
     tracker = at_exit.enter_context(RunTracker(accelerator, config, state, max_steps))
     watchdog = at_exit.enter_context(Watchdog(run, accelerator.process_index, config.guards.hang_minutes))
     writer = at_exit.enter_context(CheckpointWriter(
         accelerator, run / "checkpoints", config.checkpoint, tokenizer, warn=tracker.warn, note=watchdog.note_writing
     ))  # fmt: skip
     stops = at_exit.enter_context(StopRequests(accelerator, run, config.max_minutes, bytes_each))
-    for line in [*describe_launch(accelerator, plan), *notes, disk]:
+    for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
     if accelerator.is_main_process:
         for line in describe_model(model):
@@ -190,6 +191,10 @@ def main(config: TrainConfig) -> None:
     if checkpoint:
         tracker.say(f"resumed from {checkpoint} at step {state.optimizer_step}")
 
+    def while_evaluating() -> None:
+        watchdog.beat(state.optimizer_step, "evaluating")
+        stops.poll()
+
     # ---- The loop: one turn looks at the model, saves it, and makes one optimizer step on one global batch. Everything
     # that decides a step is a function of (seed, samples seen, rank), so a resumed run repeats the uninterrupted one.
     objective.train()
@@ -197,48 +202,39 @@ def main(config: TrainConfig) -> None:
     evaluation, saved_step = None, state.optimizer_step
     logged = (state.tokens_seen, state.train_seconds)
     if config.evaluation.at_start and state.optimizer_step == 0:
-        tracker.log(evaluate(accelerator, objective, validation_loader).metrics(validation_bytes), 0)
+        at_start = evaluate(accelerator, objective, validation_loader, partial(watchdog.beat, 0, "evaluating"))
+        tracker.log(at_start.metrics(validation_bytes), 0)
     while True:
         step = state.optimizer_step
         is_last = step == max_steps
 
-        # ---- Once in a while: the loss on all validation documents (all ranks), a text by the model as it is (main
-        # process). If the run is asked to stop before or meanwhile, they are made when it goes on.
+        # ---- Once in a while: the loss on all validation documents (all ranks), and a text by the model as it is (main
+        # process).
         improved = False
         if state.looked_step < step and stops.reason is None:
             try:
                 if step % config.evaluation.every_steps == 0 or is_last:
-                    watchdog.beat(step, "evaluating")
-                    found = evaluate(accelerator, objective, validation_loader, stops.poll)
+                    found = evaluate(accelerator, objective, validation_loader, while_evaluating)
                     figures = found.metrics(validation_bytes)
                     if average is not None:
                         with average.swapped():
-                            figures["eval/average_loss"] = evaluate(
-                                accelerator, objective, validation_loader, stops.poll
-                            ).loss
+                            averaged = evaluate(accelerator, objective, validation_loader, while_evaluating)
+                        figures["eval/average_loss"] = averaged.loss
                     evaluation = found
                     improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
                     tracker.log(figures, step)
                 sample_every = config.tracking.sample_every_steps
                 if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
                     watchdog.beat(step, "sampling")
-                    if kind.AUTO_MODEL is AutoModelForCausalLM:
-                        text = write_text(
-                            model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
-                            max_new_tokens=config.tracking.sample_max_new_tokens,
-                            chat=config.objective.name == "instruction",
-                        )  # fmt: skip
-                    else:
-                        text = write_predictions(accelerator.unwrap_model(objective), tokenizer, example)
-                    tracker.sample(text, step)
+                    tracker.sample(write_sample(accelerator.unwrap_model(objective), tokenizer, example, config), step)
                 state.looked_step = step
-            except StopAsked:
+            except StopAsked:  # they are made when the run goes on
                 pass
         stop_reason = end_of_run(state, config, max_steps) or stops.reason
 
         # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
         if improved or (step > saved_step and (step % config.checkpoint.every_steps == 0 or stop_reason)):
-            watchdog.beat(step, "saving")
+            watchdog.beat(step, "saving", 2 * stops.save_seconds)
             if isinstance(train_loader, StreamLoader):
                 state.stream = train_loader.state()
             writer.save(state, model, optimizer, scheduler, average, wait=stop_reason is not None)
@@ -314,7 +310,9 @@ def main(config: TrainConfig) -> None:
     finished = stop_reason in END_REASONS
     if finished and evaluation is None:  # this launch had no step left to make
         tracker.say(f"nothing to do: the run had reached its end ({stop_reason}) at step {state.optimizer_step}")
-        evaluation = evaluate(accelerator, objective, validation_loader)
+        evaluation = evaluate(
+            accelerator, objective, validation_loader, partial(watchdog.beat, max_steps, "evaluating")
+        )
         if state.best_loss is None:  # nor had an earlier one come to its first evaluation
             update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
     bits = None if evaluation is None or validation_bytes is None else evaluation.bits_per_byte(validation_bytes)

@@ -14,7 +14,13 @@ import pytest
 from utils.cli import parse_config, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ |= {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+# Tests run beside each other: one thread for each, or their kernels would wait for threads that have no core.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
 CONFIGS = {
     "prepare_data": "PrepareConfig",
     "train": "TrainConfig",

@@ -174,14 +174,14 @@ def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, fi
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 100_000
     assert not (checkpoint / "model.safetensors").exists()
 
-    last = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    last = (checkpoint / "optimizer.safetensors").read_bytes()
     shutil.rmtree(checkpoint)
     assert call("train.py", *options, "--checkpoint.resume", "auto")[0] == 0
-    again = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    again = (checkpoint / "optimizer.safetensors").read_bytes()
     assert [item["train/loss"] for item in metrics(output) if "train/loss" in item] == [
         item["train/loss"] for item in whole if "train/loss" in item
     ]
-    assert all(torch.equal(last["state"][key]["exp_avg"], again["state"][key]["exp_avg"]) for key in last["state"])
+    assert last == again
 
     weights = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\1")

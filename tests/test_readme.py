@@ -43,6 +43,7 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
     # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
     prefix = Path(sys.prefix)
     extra = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    extra["OMP_NUM_THREADS"] = str(os.cpu_count())
     stamps = [prefix / ".plainloop-installed", prefix / ".plainloop-installed-test"]
     new_stamps = [stamp for stamp in stamps if not stamp.exists()]
     try:

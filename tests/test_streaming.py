@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, error_line, flags, launcher, metrics, run, script, train, train_losses
-from test_resume import kill_at, weights
+from processes import kill_at, weights
 from transformers import AutoTokenizer
 
 import utils.text.lane_reader

@@ -27,7 +27,7 @@ from utils.files import replace_text
 Config = TypeVar("Config")
 # What gloo, NCCL and torch's store say when a peer's process has ended.
 PEER_GONE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|remote process exited|connection was likely closed", re.I
+    r"closed by peer|reset by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
 )
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

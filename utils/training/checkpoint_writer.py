@@ -141,11 +141,11 @@ class CheckpointWriter:
         text = json.dumps(record, indent=2)
         if snapshot and torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
-        finish = self._finisher(state)
+        step, finish = state.optimizer_step, self._finisher(state)
 
         def write() -> None:
             self.note("writing")
-            with new_checkpoint(self.folder, state_step) as temporary:
+            with new_checkpoint(self.folder, step) as temporary:
                 model.save_pretrained(temporary, state_dict=weights)
                 if has_adapters(temporary):
                     save_base(model, temporary)
@@ -157,7 +157,6 @@ class CheckpointWriter:
                 (temporary / "state.json").write_text(text, encoding="utf-8")
             finish()
 
-        state_step = state.optimizer_step
         return write
 
     def _finisher(self, state: TrainState) -> Callable[[], None]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.batches.packing import IGNORED
+from utils.config import TrainConfig
 from utils.training.modeling import longest_sequence, stop_token_ids
-from utils.training.objectives import Objective, count_targets
+from utils.training.objectives import Objective, count_targets, objective_module
 
 
 @dataclass
@@ -100,6 +101,16 @@ def write_text(
     )
     model.train(was_training)
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def write_sample(objective: Objective, tokenizer: Any, example: dict[str, torch.Tensor], config: TrainConfig) -> str:
+    """What a person is shown of a model in training: a text by it, or, if it writes none, its guesses in `example`."""
+    if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
+        return write_predictions(objective, tokenizer, example)
+    return write_text(
+        objective.model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,  # type: ignore[arg-type]
+        max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -35,20 +35,20 @@ class StopRequests:
 
     Attributes:
         reason: one of `REASONS`, once the ranks have agreed to stop.
-        longest_step_seconds: longest time between two calls of `agree` with figures.
+        longest_gap_seconds: longest time between two calls of `agree`, in which nothing could be asked.
     """
 
     def __init__(self, accelerator: Accelerator, run: Path, max_minutes: float | None, bytes_to_save: int) -> None:
         self.accelerator, self.stop_file = accelerator, run / STOP_FILE
         self.reason: str | None = None
         self.save_seconds = bytes_to_save / SLOW_DISK
-        self.longest_step_seconds = 0.0
+        self.longest_gap_seconds = 0.0
         self._noted: set[int] = set()
         self._process, self._launcher = os.getpid(), find_launcher()
         self._deadline = (
             None if max_minutes is None else (self._launcher or psutil.Process()).create_time() + 60 * max_minutes
         )
-        self._next_look = self._last_step = 0.0
+        self._next_look = self._last_time = 0.0
         self._stop_file_seen = self._warned = False
 
     def __enter__(self) -> "StopRequests":
@@ -77,7 +77,7 @@ class StopRequests:
             self._stop_file_seen = self.stop_file.exists()
         launcher_gone = self._launcher is not None and os.getppid() != self._launcher.pid
         late = self._deadline is not None and self.accelerator.is_main_process and (
-            now + 2 * self.longest_step_seconds + self.save_seconds > self._deadline)  # fmt: skip
+            now + 2 * self.longest_gap_seconds + self.save_seconds > self._deadline)  # fmt: skip
         found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
         return [float(flag) for flag in found]
 
@@ -86,14 +86,13 @@ class StopRequests:
 
         One small reduction, and the only wait for the device in a step.
         """
-        if figures:
-            now = time.perf_counter()
-            if self._last_step:
-                self.longest_step_seconds = max(self.longest_step_seconds, now - self._last_step)
-            self._last_step = now
+        now = time.perf_counter()
+        self.longest_gap_seconds = max(self.longest_gap_seconds, now - (self._last_time or now))
+        self._last_time = now
         device = self.accelerator.device
         votes = torch.tensor(self.flags(), dtype=torch.float32, device=device)
-        sums = self.accelerator.reduce(torch.cat([torch.stack(figures), votes]) if figures else votes, "sum").tolist()
+        values = torch.cat([*(figure.float().reshape(1) for figure in figures), votes])
+        sums = self.accelerator.reduce(values, "sum").tolist()
         asked = [reason for reason, votes in zip(REASONS, sums[len(figures) :], strict=True) if votes]
         if asked and self.reason is None:
             self.reason = asked[0]
@@ -110,7 +109,7 @@ class StopRequests:
     def time_for_save(self, save_seconds: float) -> str | None:
         """To be told how long the latest save took; the line to warn with if torch's launcher would kill the next one."""
         self.save_seconds = save_seconds or self.save_seconds
-        seconds = self.longest_step_seconds + self.save_seconds
+        seconds = self.longest_gap_seconds + self.save_seconds
         if self._warned or "TORCHELASTIC_RUN_ID" not in os.environ or seconds < LAUNCHER_SECONDS:
             return None
         self._warned = True

@@ -22,7 +22,7 @@ class Watchdog:
 
     def __init__(self, run: Path, rank: int, hang_minutes: float) -> None:
         self.run, self.rank, self.limit = run, rank, 60 * hang_minutes
-        self._last = (time.monotonic(), 0, "starting")
+        self._deadline, self._step, self._doing = time.monotonic() + self.limit, 0, "starting"
         self._over = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -40,9 +40,9 @@ class Watchdog:
         self._over.set()
         os.close(self._file)
 
-    def beat(self, step: int, doing: str) -> None:
-        """The training has come to `step`, and begins `doing`: a word or two."""
-        self._last = (time.monotonic(), step, doing)
+    def beat(self, step: int, doing: str, seconds: float = 0.0) -> None:
+        """The training has come to `step`, and begins `doing`: a word. It may take `seconds` longer than all else."""
+        self._deadline, self._step, self._doing = time.monotonic() + self.limit + seconds, step, doing
         os.pwrite(self._file, f"step {step} {doing}".ljust(LINE_BYTES - 1).encode() + b"\n", 0)
 
     def note_writing(self, doing: str) -> None:
@@ -52,16 +52,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.limit / 4)):
-            since, step, doing = self._last
-            if time.monotonic() - since > self.limit:
-                self._give_up(step, doing)
+            if time.monotonic() > self._deadline:
+                self._give_up()
 
-    def _give_up(self, step: int, doing: str) -> None:
+    def _give_up(self) -> None:
         stacks = self.run / f"hang-rank-{self.rank}.txt"
         with stacks.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         print(
-            f"{Path(sys.argv[0]).name}: error: rank {self.rank} has come no further than step {step}, {doing}, for "
+            f"{Path(sys.argv[0]).name}: error: rank {self.rank} has come no further than step {self._step}, {self._doing}, for "
             f"{self.limit / 60:.3g} minutes{self._first_to_stop()}; ending it. Its stacks are in {stacks}. Go on from the last "
             "checkpoint with --checkpoint.resume auto; guards.hang_minutes is how long is too long",
             file=sys.stderr, flush=True,

@@ -1,0 +1,189 @@
+"""Faults 21 to 27: processes that die, hang, or are asked to stop."""
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import metrics, run, train, train_losses
+from processes import changed_copy, command, heartbeat, invalid_checkpoints, send, state, summary, training, weights
+
+ENDLESS: dict[str, object] = {"schedule__max_steps": 4000, "schedule__shape": "constant", "checkpoint__every_steps": 50}
+MICRO_BATCHES = '        watchdog.beat(step + 1, "training")\n'
+
+
+def test_21_a_rank_is_killed(dataset, tmp_path):
+    output = tmp_path / "run"
+    with training(command(output, dataset, 2, **ENDLESS), output) as started:
+        started.wait_for_step(5)
+        send(started.ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        assert started.end(30) != 0
+        assert time.monotonic() - killed < 20
+        assert "train.py: error: another rank has gone" in started.text()
+    assert summary(output)["finished"] is False
+
+
+def test_22_a_rank_hangs(dataset, tmp_path):
+    """The others end in time, name the step and the rank that fell silent, and leave their stacks."""
+    output = tmp_path / "run"
+    change = (
+        MICRO_BATCHES,
+        "        if step == 4 and accelerator.process_index == 1:\n            time.sleep(1000)\n" + MICRO_BATCHES,
+    )
+    with changed_copy(change, name="hang") as name:
+        arguments = command(output, dataset, 2, name=name, **ENDLESS, guards__hang_minutes=0.05)
+        with training(arguments, output) as started:
+            started.wait_for(
+                lambda: "rank 0 has come no further than step 5, training, for 0.05 minutes" in started.text()
+            )
+            assert "(the first to fall silent was rank-1: step 5 fetching)" in started.text()
+            assert started.end(40) != 0
+    assert "agree" in (output / "hang-rank-0.txt").read_text() or "reduce" in (output / "hang-rank-0.txt").read_text()
+    assert "sleep" in (output / "hang-rank-1.txt").read_text() or name in (output / "hang-rank-1.txt").read_text()
+
+
+@pytest.mark.parametrize("how", ["raise RuntimeError('my own mistake')", "sys.exit(0)"])
+def test_23_a_rank_raises_or_leaves(how, dataset, tmp_path):
+    """All end with a non-zero code, and the first error is what the user sees first."""
+    output = tmp_path / "run"
+    change = (
+        MICRO_BATCHES,
+        f"        if step == 4 and accelerator.process_index == 1:\n            import sys\n            {how}\n"
+        + MICRO_BATCHES,
+    )
+    with changed_copy(change, name="raise") as name:
+        result = run(*command(output, dataset, 2, name=name, **ENDLESS), check=False)
+    assert result.returncode != 0
+    if "raise" in how:
+        assert result.stderr.index("my own mistake") < result.stderr.find("another rank has gone") % len(result.stderr)
+    assert (
+        result.stderr.count("Traceback (most recent call last)") - result.stderr.count("accelerate/commands/launch.py")
+        <= 2
+    )
+    assert not (output / "summary.json").exists() or summary(output)["finished"] is False
+
+
+def stopped_equals_whole(output: Path, dataset: Path, processes: int, step: int) -> None:
+    """Resume for a few steps: the losses are those of a run that was not stopped, each step once."""
+    more = {**ENDLESS, "schedule__max_steps": step + 3}
+    run(*command(output, dataset, processes, **more, checkpoint__resume="auto"))
+    losses = train_losses(metrics(output))
+    whole = train(output.with_name("whole"), data__dataset=dataset, **more)
+    assert len(losses) == step + 3
+    assert max(abs(a - b) for a, b in zip(losses, train_losses(whole), strict=True)) < 1e-4
+
+
+SIGNALS = {
+    "24_SIGTERM_to_the_launcher": (signal.SIGTERM, "launcher"),
+    "24_SIGTERM_to_a_rank": (signal.SIGTERM, 1),
+    "24_SIGINT_to_the_launcher": (signal.SIGINT, "launcher"),
+    "26_SIGUSR1_to_a_rank": (signal.SIGUSR1, 1),
+}
+
+
+@pytest.mark.parametrize("case", SIGNALS)
+def test_signals(case, dataset, tmp_path):
+    """24 and 26: all ranks save the same step and end in order; each loader has workers, which get the signal too."""
+    signum, target = SIGNALS[case]
+    output = tmp_path / "run"
+    with training(command(output, dataset, 2, **ENDLESS, data__num_workers=1), output) as started:
+        started.wait_for_step(5)
+        send(started.seen[0] if target == "launcher" else started.ranks[int(target)], signum)
+        code = started.end(60)
+        text = started.text()
+    end = summary(output)
+    assert (end["finished"], end["reason"]) == (False, signum.name), text[-3000:]
+    assert f"stopped ({signum.name}) at step {end['optimizer_step']}, which is saved; go on with: train.py " in text
+    assert "--checkpoint.resume auto" in text
+    assert state(output)["optimizer_step"] == end["optimizer_step"] and invalid_checkpoints(output) == []
+    if target != "launcher":
+        assert code == 0, text[-3000:]  # the launcher's own code is another matter when it is the one that is told
+    assert len(train_losses(metrics(output))) == end["optimizer_step"]
+    if case == "26_SIGUSR1_to_a_rank":
+        stopped_equals_whole(output, dataset, 2, end["optimizer_step"])
+
+
+def test_24_a_launcher_that_dies_leaves_no_orphans(dataset, tmp_path):
+    """One process: SIGTERM ends `accelerate launch` alone. Its script notices, saves, and ends."""
+    output = tmp_path / "run"
+    arguments = command(output, dataset, 1, **ENDLESS)
+    launch = [
+        arguments[0],
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        "accelerate_configs/cpu.yaml",
+        *arguments[1:],
+    ]
+    with training(launch, output) as started:
+        started.wait_for_step(5)
+        send(started.seen[0], signal.SIGTERM)
+        started.end(60)
+    assert summary(output)["reason"] == "launcher_gone" and not invalid_checkpoints(output)
+    assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]
+
+
+def test_25_a_second_signal_during_the_save(dataset, tmp_path):
+    output = tmp_path / "run"
+    large = {"model__hidden_size": 512, "model__intermediate_size": 512, "batch__global_batch_size": 2}
+    with training(command(output, dataset, **{**ENDLESS, **large, "checkpoint__every_steps": 4000}), output) as started:
+        started.wait_for_step(3)
+        send(started.seen[0], signal.SIGTERM)
+        started.wait_for_heartbeat("checkpoint writing")
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            send(started.seen[0], signum)
+        assert started.end() == 0
+        assert "Traceback" not in started.text() and "KeyboardInterrupt" not in started.text()
+    assert (
+        invalid_checkpoints(output) == [] and state(output)["optimizer_step"] == summary(output)["optimizer_step"] >= 3
+    )
+
+
+def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp_path):
+    """Stopped in the middle of the evaluation of step 6; the resumed run makes it first, and ends as if nothing were."""
+    options = {"schedule__max_steps": 12, "evaluation__every_steps": 6, "evaluation__per_device_batch_size": 1,
+               "tracking__sample_every_steps": 6, "tracking__sample_max_new_tokens": 8}  # fmt: skip
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = command(output, dataset, **options)
+    with training(arguments, output) as started:
+        started.wait_for_heartbeat("step 6 evaluating")
+        send(started.seen[0], signal.SIGINT)
+        assert started.end() == 0
+    assert summary(output)["reason"] == "SIGINT" and state(output)["looked_step"] < state(output)["optimizer_step"] == 6
+    assert not any("eval/loss" in record for record in metrics(output))
+    run(*arguments, "--checkpoint.resume", "auto")
+    train(whole, data__dataset=dataset, **options)
+    assert weights(output) == weights(whole)
+    kept = [
+        [record for record in metrics(path) if "train/loss" in record or "eval/loss" in record]
+        for path in (output, whole)
+    ]
+    assert [(record["step"], record.get("train/loss"), record.get("eval/loss")) for record in kept[0]] == [
+        (record["step"], record.get("train/loss"), record.get("eval/loss")) for record in kept[1]
+    ]
+    assert (output / "samples.md").read_text() == (whole / "samples.md").read_text()
+    for name in ("best_loss", "best_step", "looked_step", "evaluations_without_improvement"):
+        assert state(output)[name] == state(whole)[name]
+
+
+def test_27_a_time_limit(dataset, tmp_path):
+    """Counted from the start of the processes; saved and ended before it."""
+    output = tmp_path / "run"
+    started = time.monotonic()
+    result = run(*command(output, dataset, **ENDLESS, max_minutes=0.35))
+    assert time.monotonic() - started < 21 + 3  # and not much earlier, but for what a slow machine takes to start
+    assert summary(output)["reason"] == "max_minutes" and summary(output)["optimizer_step"] > 1
+    assert re.search(r"stopped \(max_minutes\) at step \d+, which is saved", result.stdout)
+    assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]
+
+
+def test_a_stop_file(dataset, tmp_path):
+    output = tmp_path / "run"
+    with training(command(output, dataset, **ENDLESS), output) as started:
+        started.wait_for_step(2)
+        (output / "stop").touch()
+        assert started.end() == 0
+    assert summary(output)["reason"] == "stop_file" and not (output / "stop").exists()
+    assert heartbeat(output).startswith(f"step {summary(output)['optimizer_step']} saving")

@@ -1,0 +1,87 @@
+"""Faults 33 to 35: trackers that fail, and runs that go on in them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from conftest import metrics, run, train, train_losses
+from processes import command, kill_at, summary, training
+
+WANDB = {"tracking__trackers": "[tensorboard,wandb]"}
+
+
+def test_33_wandb_without_a_key_and_with_a_dead_network(dataset, tmp_path):
+    """A warning, and JSON lines and TensorBoard go on. Without a key the run is kept offline."""
+    result = run(*command(tmp_path / "keyless", dataset, **WANDB))
+    assert "warning: W&B has no API key" in result.stderr
+    assert list((tmp_path / "keyless").glob("wandb/offline-run-*/*.wandb"))
+    dead = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3",
+            "WANDB_HTTP_TIMEOUT": "1"}  # fmt: skip
+    result = run(*command(tmp_path / "dead", dataset, **WANDB), **dead)
+    assert "warning: tracker wandb is off from here" in result.stderr
+    for name in ("keyless", "dead"):
+        assert len(train_losses(metrics(tmp_path / name))) == 10 and summary(tmp_path / name)["finished"] is True
+        assert len(tensorboard_steps(tmp_path / name)) == 10
+
+
+def test_34_a_resumed_run_goes_on_in_its_trackers(dataset, tmp_path):
+    """Killed behind a checkpoint and resumed before where it was: the same W&B run, each step once in all of them."""
+    output = tmp_path / "run"
+    options = {**WANDB, "schedule__max_steps": 40, "checkpoint__every_steps": 10, "evaluation__every_steps": 15}
+    kill_at(18, command(output, dataset, **options), output)
+    logged_before = max(record["step"] for record in metrics(output))
+    run(*command(output, dataset, **options, checkpoint__resume="auto"))
+    assert logged_before >= 18
+    assert [record["step"] for record in metrics(output) if "train/loss" in record] == list(range(1, 41))
+    assert tensorboard_steps(output) == list(range(1, 41))
+    files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and len({file.stem.removeprefix("run-") for file in files}) == 1  # one run, two launches
+    steps = Counter(step for file in files for step in wandb_steps(file))
+    assert set(steps.values()) == {1}, steps
+    assert sorted(steps)[-1] == 40 and len(steps) >= 39  # a line may have been on its way when the kill came
+
+
+def tensorboard_steps(output: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tensorboard" / "plainloop")).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
+def wandb_steps(file: Path) -> list[int]:
+    """The steps whose loss is in a file of an offline run, read by W&B's own reader."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    steps = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            if "train/loss" in values:
+                steps.append(int(json.loads(values["_step"])))
+    return steps
+
+
+def test_35_a_nested_configuration_reaches_tensorboard_flat(dataset, tmp_path):
+    import yaml
+
+    output = tmp_path / "run"
+    train(output, data__dataset=dataset, tracking__trackers="[tensorboard]")
+    (file,) = (output / "tensorboard" / "plainloop").rglob("hparams.yml")
+    values = yaml.safe_load(file.read_text())
+    assert values["model.hidden_size"] == 32 and values["schedule.max_steps"] == 10
+    assert not any(isinstance(value, dict | list) for value in values.values())
+
+
+def test_a_signal_ends_a_run_with_its_tracker_in_order(dataset, tmp_path):
+    """torch's launcher signals the whole session of a rank, W&B's helper process in it."""
+    output = tmp_path / "run"
+    with training(command(output, dataset, 2, **WANDB, schedule__max_steps=4000), output) as started:
+        started.wait_for_step(5)
+        started.process.terminate()
+        started.end(60)
+        assert summary(output)["reason"] == "SIGTERM", started.text()[-3000:]
