@@ -26,6 +26,7 @@ from utils.config import TrainConfig
 from utils.files import hold_lock, replace_text
 from utils.training.checkpoint_folders import find_newest_valid, remove_leftovers
 from utils.training.checkpoints import load_state
+from utils.training.stopping import STOP_FILE
 from utils.training.watchdog import HEARTBEATS
 
 # What may differ when a run goes on: what is seen of it, how the same batch is split, and how far it goes. The last
@@ -68,7 +69,8 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
     if not os.access(run, os.W_OK):
         raise UserError(f"run folder {run} cannot be written; choose another --output")
     saved_config = run / "config.yaml"
-    is_empty = all(path.name.startswith(".") for path in run.iterdir())
+    # A stop may be asked for while the first launch is still importing.
+    is_empty = all(path.name.startswith(".") or path.name == STOP_FILE for path in run.iterdir())
     if not is_empty and not saved_config.is_file():
         raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
     lock = run / ".lock"
