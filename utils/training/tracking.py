@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
+from utils.cli import PEER_GONE
 from utils.config import TrainConfig
 from utils.files import replace_text
 from utils.training.checkpoints import TrainState
@@ -132,10 +133,12 @@ class RunTracker:
         """Close the files; after an error, say so in summary.json."""
         if self.is_main:
             if error is not None:
-                reason = " ".join(f"{error}".split()) or type(error).__name__
+                message = " ".join(f"{error}".split()) or type(error).__name__
+                # Another rank was killed, or has said itself what is wrong: the next launch may well go on.
+                reason = "rank_gone" if PEER_GONE.search(message) else "error"
                 with contextlib.suppress(OSError):  # there is one error already
                     self._write_summary({
-                        "finished": False, "reason": "error", "error": reason,
+                        "finished": False, "reason": reason, "error": message,
                         "optimizer_step": self.state.optimizer_step,
                     })  # fmt: skip
             self.progress.close()
