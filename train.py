@@ -58,7 +58,7 @@ from utils.training.modeling import (
 from utils.training.objectives import Objective, check_documents_stay_apart, count_targets, objective_module
 from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
-from utils.training.stopping import StopAsked, StopRequests, how_to_go_on
+from utils.training.stopping import StopAsked, StopRequests
 from utils.training.tracking import RunTracker
 from utils.training.watchdog import Watchdog
 
@@ -164,12 +164,12 @@ def main(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         notes.append(check_disk(run / "checkpoints", config.checkpoint, bytes_each, max_steps - state.optimizer_step))
         record_launch(accelerator, config)  # from here on the folder is this run's: whatever can be refused has been
+    stops = at_exit.enter_context(StopRequests(accelerator, run, config.max_minutes, bytes_each))
     tracker = at_exit.enter_context(RunTracker(accelerator, config, state, max_steps))
     watchdog = at_exit.enter_context(Watchdog(run, accelerator.process_index, config.guards.hang_minutes))
     writer = at_exit.enter_context(CheckpointWriter(
         accelerator, run / "checkpoints", config.checkpoint, tokenizer, warn=tracker.warn, note=watchdog.note_writing
     ))  # fmt: skip
-    stops = at_exit.enter_context(StopRequests(accelerator, run, config.max_minutes, bytes_each))
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
     if accelerator.is_main_process:
@@ -331,7 +331,7 @@ def main(config: TrainConfig) -> None:
         )
     else:
         tracker.say(
-            f"stopped ({stop_reason}) at step {state.optimizer_step}, which is saved; go on with: {how_to_go_on()}"
+            f"stopped ({stop_reason}) at step {state.optimizer_step}, which is saved; go on with: {stops.how_to_go_on()}"
         )
     accelerator.wait_for_everyone()
     del batches, model, scheduler

@@ -35,7 +35,8 @@ while kill -0 "$launcher" 2> /dev/null; do
 done
 while pgrep -f -- "--output $run --checkpoint" > /dev/null; do sleep 1; done # of a killed launcher: they save
 
-reason=nothing
+reason=nothing # killed; or refused at its start, before it wrote of itself in its folder
+[[ "$run/environment.json" -nt "$run/.launched" ]] || reason=refused
 if [[ "$run/summary.json" -nt "$run/.launched" ]]; then
   read_end='import json, sys; end = json.load(sys.stdin); print("finished" if end["finished"] else end["reason"])'
   reason=$(python -c "$read_end" < "$run/summary.json")
@@ -43,7 +44,7 @@ fi
 echo "job $job, restart $restarts, ended with: $reason"
 case $reason in
   finished) exit 0 ;;
-  error) exit 1 ;; # it would come again
-  nothing | rank_gone) ((restarts < max_restarts)) || exit 1 ;; # killed, or refused at its start
+  error | refused) exit 1 ;; # it would come again
+  nothing | rank_gone) ((restarts < max_restarts)) || exit 1 ;; # killed
 esac
 scontrol requeue "$job" # ends this shell

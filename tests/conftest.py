@@ -127,3 +127,16 @@ def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     output = tmp_path_factory.mktemp("runs") / "finished"
     train(output, data__dataset=dataset, evaluation__every_steps=5, tracking__sample_every_steps=5)
     return output
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some hundred short documents: an epoch is soon over."""
+    folder = tmp_path_factory.mktemp("small")
+    lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+    texts = [" ".join(json.loads(line)["text"].split()[:30]) for line in lines]
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = {"output": folder / "data", "sources": f"[{folder / 'texts.jsonl'}]", "tokenizer.vocab_size": 400,
+               "validation_fraction": 0.1}  # fmt: skip
+    assert call("prepare_data.py", *flags(options))[0] == 0
+    return folder / "data"

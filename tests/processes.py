@@ -71,7 +71,8 @@ class Training:
 
     def kill(self) -> None:
         """SIGKILL for the launcher and all ranks; their workers are not asked either."""
-        self.seen += self.seen[0].children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen += self.seen[0].children(recursive=True)
         for process in self.seen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -26,7 +26,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
     (commands / "scontrol").chmod(0o755)
     path = os.pathsep.join([str(commands), f"{sys.prefix}/bin", os.environ["PATH"]])
     job = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "", "PATH": path}
-    return environment() | job | {"LAUNCH": "accelerate_configs/cpu_2_processes.yaml"}
+    return environment() | job | {"LAUNCH": "accelerate_configs/cpu.yaml"}
 
 
 def start(cluster: dict[str, str], *arguments: str | Path) -> subprocess.Popen[str]:
@@ -75,7 +75,7 @@ def test_a_warned_run_saves_and_queues_again_and_goes_on_to_its_end(cluster, dat
     assert json.loads((output / "summary.json").read_text())["finished"] is True
     assert [line["step"] for line in metrics(output) if "train/loss" in line] == list(range(1, STEPS + 1))
     launches = json.loads((output / "environment.json").read_text())
-    assert [launch["num_processes"] for launch in launches] == [2, 2]
+    assert [launch["num_processes"] for launch in launches] == [1, 1]
     assert yaml.safe_load((output / "config.yaml").read_text())["seed"] == 3
 
 
@@ -84,7 +84,7 @@ def test_an_error_is_not_tried_again(cluster, dataset, tmp_path):
     """A learning rate that no model bears: the second loss is not finite, and train.py gives up."""
     output = tmp_path / "run"
     options = SMALL | {"data.dataset": str(dataset), "optimizer.learning_rate": 1e38, "guards.max_nonfinite": 0}
-    process = start(cluster | {"LAUNCH": "accelerate_configs/cpu.yaml"}, write_recipe(tmp_path, options), output)
+    process = start(cluster, write_recipe(tmp_path, options), output)
     printed = process.communicate(timeout=120)[0]
     assert json.loads((output / "summary.json").read_text())["reason"] == "error", printed
     assert process.returncode == 1 and asked(tmp_path) == []
@@ -95,7 +95,8 @@ def test_a_killed_rank_is_no_error(cluster, dataset, tmp_path):
     """As by a lack of memory: the other rank meets an error, which is not its own."""
     output = tmp_path / "run"
     options = SMALL | {"data.dataset": str(dataset), "schedule.max_steps": 10_000}
-    process = start(cluster, write_recipe(tmp_path, options), output)
+    two = cluster | {"LAUNCH": "accelerate_configs/cpu_2_processes.yaml"}
+    process = start(two, write_recipe(tmp_path, options), output)
     wait_for_a_step(process, output)
     ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "-u" in child.cmdline()]
     next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
@@ -104,17 +105,24 @@ def test_a_killed_rank_is_no_error(cluster, dataset, tmp_path):
     assert "ended with: rank_gone" in printed
 
 
-@pytest.mark.parametrize(("restarts", "expected"), [("19", ["requeue 17"]), ("20", [])])
-def test_a_launch_without_a_word_is_tried_again_so_many_times(restarts, expected, cluster, tmp_path):
-    """Here without the environment. An earlier launch's summary is not taken for its own, nor an earlier stop obeyed."""
+@pytest.mark.parametrize(
+    ("started", "restarts", "ended", "expected"),
+    [(True, "19", "nothing", ["requeue 17"]), (True, "20", "nothing", []), (False, "0", "refused", [])],
+)
+def test_a_launch_that_is_killed_is_tried_again_so_many_times(started, restarts, ended, expected, cluster, tmp_path):
+    """As if killed once it had begun, or refused before. An earlier launch's summary is not taken for its own, nor an
+    earlier stop obeyed."""
     output = tmp_path / "run"
     output.mkdir()
     (output / "summary.json").write_text('{"finished": true, "reason": "max_steps"}')
+    (output / "environment.json").write_text("[]")
     (output / "stop").touch()
-    bare = {"SLURM_RESTART_COUNT": restarts, "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
-    process = start(cluster | bare, "recipe.yaml", output)
+    launch = tmp_path / "bin" / "accelerate"
+    launch.write_text(f"#!/bin/sh\nsleep 0.1\n{f'touch {output}/environment.json' if started else ''}\nexit 137\n")
+    launch.chmod(0o755)
+    process = start(cluster | {"SLURM_RESTART_COUNT": restarts}, "recipe.yaml", output)
     printed = process.communicate(timeout=120)[0]
-    assert "accelerate: command not found" in printed and "ended with: nothing" in printed
+    assert f"ended with: {ended}" in printed
     assert asked(tmp_path) == expected and process.returncode == (0 if expected else 1)
     assert not (output / "stop").exists()
 

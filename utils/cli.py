@@ -25,6 +25,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from utils.files import replace_text
 
 Config = TypeVar("Config")
+PARENT = os.getppid()  # at the start, before the slow imports: a launcher that dies meanwhile has been there
 # What gloo, NCCL and torch's store say when a peer's process has ended.
 PEER_GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I

@@ -2,11 +2,18 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 from conftest import SMALL, environment, flags, run
 from processes import ROOT
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def dataset(small_dataset) -> Path:
+    return small_dataset
 
 
 def refused(launch: list[str], dataset, output, **extra: str) -> str:

@@ -13,6 +13,11 @@ ENDLESS: dict[str, object] = {"schedule__max_steps": 4000, "schedule__shape": "c
 MICRO_BATCHES = '        watchdog.beat(step + 1, "training")\n'
 
 
+@pytest.fixture(scope="module")
+def dataset(small_dataset) -> Path:
+    return small_dataset
+
+
 def test_21_a_rank_is_killed(dataset, tmp_path):
     output = tmp_path / "run"
     with training(command(output, dataset, 2, **ENDLESS), output) as started:
@@ -143,7 +148,7 @@ def test_25_a_second_signal_during_the_save(dataset, tmp_path):
 
 def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp_path):
     """Stopped in the middle of the evaluation of step 6; the resumed run makes it first, and ends as if nothing were."""
-    options = {"schedule__max_steps": 12, "evaluation__every_steps": 6, "evaluation__per_device_batch_size": 1,
+    options = {"schedule__max_steps": 12, "evaluation__every_steps": 6, "evaluation__per_device_batch_size": 1, "data__sequence_length": 8,
                "tracking__sample_every_steps": 6, "tracking__sample_max_new_tokens": 8}  # fmt: skip
     output, whole = tmp_path / "run", tmp_path / "whole"
     arguments = command(output, dataset, **options)

@@ -4,10 +4,16 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from conftest import metrics, run, train, train_losses
 from processes import command, kill_at, summary, training
 
 WANDB = {"tracking__trackers": "[tensorboard,wandb]"}
+
+
+@pytest.fixture(scope="module")
+def dataset(small_dataset) -> Path:
+    return small_dataset
 
 
 def test_33_wandb_without_a_key_and_with_a_dead_network(dataset, tmp_path):

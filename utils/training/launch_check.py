@@ -10,7 +10,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from utils.batches.batch_plan import BatchPlan
-from utils.cli import UserError
+from utils.cli import PARENT, UserError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # What the launch asks for by a variable, and what is then active.
@@ -70,21 +70,22 @@ def check_process_count(num_processes: int) -> None:
             )
 
 
-def find_launcher() -> psutil.Process | None:
-    """The parent process, if it is `accelerate launch` or `torchrun`."""
+def launcher_command() -> list[str] | None:
+    """The command line of the parent process, if it is `accelerate launch` or `torchrun`; empty if that has died."""
+    if os.getppid() != PARENT:
+        started = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+        return [] if started else None
     try:
-        parent = psutil.Process().parent()
-        words = parent.cmdline() if parent else []
+        words = psutil.Process(PARENT).cmdline()
     except psutil.Error:
         return None
     is_torchrun = any(os.path.basename(word) == "torchrun" or word == "torch.distributed.run" for word in words[:4])
-    return parent if is_torchrun or _after_accelerate_launch(words) is not None else None
+    return words if is_torchrun or _after_accelerate_launch(words) is not None else None
 
 
 def asked_processes() -> int | None:
     """How many processes `accelerate launch` was asked for, by a flag or its file; None: nothing was said."""
-    launcher = find_launcher()
-    arguments = _after_accelerate_launch(launcher.cmdline()) if launcher else None
+    arguments = _after_accelerate_launch(launcher_command() or [])
     if arguments is None:  # torchrun starts what it is asked for
         return None
     options = launch_command_parser().parse_args(arguments)

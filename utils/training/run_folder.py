@@ -78,8 +78,6 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         raise UserError(
             f"{run} is in use by {lock.read_text(encoding='utf-8')}; wait for it, or choose another --output"
         )
-    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # of an earlier launch, perhaps of more ranks
-    remove_leftovers(run / "checkpoints")
     lines: list[str] = []
     checkpoint = None
     if not is_empty:
@@ -101,6 +99,8 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         lines += problems
         if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
             raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
+    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # of an earlier launch, perhaps of more ranks
+    remove_leftovers(run / "checkpoints")
     return checkpoint, lines
 
 

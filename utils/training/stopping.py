@@ -12,7 +12,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from utils.training.launch_check import find_launcher
+from utils.cli import PARENT
+from utils.training.launch_check import launcher_command
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # What to say of each, in the order of `StopRequests.flags`.
@@ -44,9 +45,11 @@ class StopRequests:
         self.save_seconds = bytes_to_save / SLOW_DISK
         self.longest_gap_seconds = 0.0
         self._noted: set[int] = set()
-        self._process, self._launcher = os.getpid(), find_launcher()
+        self._process, self._launcher = os.getpid(), launcher_command()
         self._deadline = (
-            None if max_minutes is None else (self._launcher or psutil.Process()).create_time() + 60 * max_minutes
+            None
+            if max_minutes is None
+            else psutil.Process(PARENT if self._launcher else None).create_time() + 60 * max_minutes
         )
         self._next_look = self._last_time = 0.0
         self._stop_file_seen = self._warned = False
@@ -59,6 +62,8 @@ class StopRequests:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.accelerator.is_main_process:
+            self.stop_file.unlink(missing_ok=True)  # obeyed, or too late: it is not for the next launch
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -75,7 +80,7 @@ class StopRequests:
         if self.accelerator.is_main_process and now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             self._stop_file_seen = self.stop_file.exists()
-        launcher_gone = self._launcher is not None and os.getppid() != self._launcher.pid
+        launcher_gone = self._launcher is not None and os.getppid() != PARENT
         late = self._deadline is not None and self.accelerator.is_main_process and (
             now + 2 * self.longest_gap_seconds + self.save_seconds > self._deadline)  # fmt: skip
         found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
@@ -96,8 +101,6 @@ class StopRequests:
         asked = [reason for reason, votes in zip(REASONS, sums[len(figures) :], strict=True) if votes]
         if asked and self.reason is None:
             self.reason = asked[0]
-            if self.accelerator.is_main_process:
-                self.stop_file.unlink(missing_ok=True)  # it has been obeyed: the next launch is to go on
         return sums[: len(figures)]
 
     def poll(self) -> None:
@@ -119,8 +122,10 @@ class StopRequests:
             "--max_minutes stops in time"
         )
 
-
-def how_to_go_on() -> str:
-    """The command of this launch, with which it goes on."""
-    joined = shlex.join(sys.argv)
-    return joined if "--checkpoint.resume auto" in joined else f"{joined} --checkpoint.resume auto"
+    def how_to_go_on(self) -> str:
+        """The command of this launch, with which it goes on."""
+        words = self._launcher or [sys.executable, *sys.argv]
+        # A script with a line `#!python` stands behind its interpreter in the list; a person calls it by its name.
+        words = words[1:] if os.path.basename(words[1]) in ("accelerate", "accelerate-launch", "torchrun") else words
+        joined = shlex.join([os.path.basename(words[0]), *words[1:]])
+        return joined if "--checkpoint.resume auto" in joined else f"{joined} --checkpoint.resume auto"
