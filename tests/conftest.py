@@ -96,8 +96,7 @@ def launcher(processes: int) -> list[str]:
 def train(output: Path, *, processes: int = 1, name: str = "train.py", **options: object) -> list[dict]:
     """Train the small model and return metrics.jsonl; option names have `__` for the dot."""
     settings = SMALL | {"output": output} | {key.replace("__", "."): value for key, value in options.items()}
-    # In this process, as importing takes longer than ten steps; not for streams, whose workers are forks.
-    if processes == 1 and name == "train.py" and "stream" not in str(options.get("data__dataset")):
+    if processes == 1 and name == "train.py":  # in this process: importing takes longer than ten steps
         code, _, err = call(name, *flags(settings))
         assert code == 0, err
     else:

@@ -146,8 +146,9 @@ class StreamLoader:
         Raises `UserError` for a source that cannot be read, a lane without documents, a state of another stream.
         """
         if state is not None and state["identity"] != stream.identity:
-            raise UserError("the stream's sources are not those of the checkpoint: files were added, removed or have "
-                            "another size; restore them, or start again in another --output")  # fmt: skip
+            raise UserError("the stream is not that of the checkpoint: files were added, removed or have another size, "
+                            "or this code reads them in another order; restore them, or start again in another "
+                            "--output")  # fmt: skip
         self.identity, self.device, self.collate = stream.identity, device, collate
         self.plan, self.samples_seen, self.seed = plan, samples_seen, seed
         self.rows_per_lane = plan.global_batch_size // stream.num_lanes

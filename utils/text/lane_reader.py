@@ -28,6 +28,13 @@ COMPRESSION = 4  # text by the size of its compressed file, roughly
 TABLE_PARTS = 16  # per lane, of a table that can be read from anywhere
 
 
+def order_options() -> list[float]:
+    """The numbers above: a position that was reached with others would be that of another document."""
+    return [
+        READ_RECORDS, OPEN_SOURCES, BLOCK_DOCUMENTS, BLOCK_CHARACTERS, UNEVEN, COMPRESSION, TABLE_PARTS
+    ]  # fmt: skip
+
+
 @dataclass
 class OpenedSource:
     config: SourceConfig

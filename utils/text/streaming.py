@@ -21,7 +21,7 @@ from utils.text.cleaning import CleaningOptions, clean_documents
 from utils.text.deduplication import digest, is_validation
 from utils.text.encoding import Encoder, build_encoder
 from utils.text.inventory import describe_files
-from utils.text.lane_reader import EpochReader, OpenedSource, Taken, open_source
+from utils.text.lane_reader import EpochReader, OpenedSource, Taken, open_source, order_options
 from utils.text.recipe import CleaningConfig, PrepareConfig, resolve_sources
 from utils.text.stages import hash_json
 from utils.text.tokenization import load_tokenizer
@@ -52,7 +52,8 @@ class TextStream:
         self.validation_fraction: float = options["validation_fraction"]
         self.dataset, self.num_lanes, self.seed = dataset, num_lanes, seed
         self.files = describe_files(self.sources, [], read_again=False, by_size_only=True)
-        self.identity = hash_json([[file["source"], file["name"], file["content"]] for file in self.files])
+        contents = [[file["source"], file["name"], file["content"]] for file in self.files]
+        self.identity = hash_json(contents, order_options())
 
     def documents(self, lane: int, position: Position | None) -> Iterator[EncodedDocument]:
         """The lane's training documents without end; `UserError` if there is none.
