@@ -166,7 +166,9 @@ def main(config: TrainConfig) -> None:
         record_launch(accelerator, config)  # from here on the folder is this run's: whatever can be refused has been
     stops = at_exit.enter_context(StopRequests(accelerator, run, config.max_minutes, bytes_each))
     tracker = at_exit.enter_context(RunTracker(accelerator, config, state, max_steps))
-    watchdog = at_exit.enter_context(Watchdog(run, accelerator.process_index, config.guards.hang_minutes))
+    watchdog = at_exit.enter_context(
+        Watchdog(run, accelerator.process_index, accelerator.num_processes, config.guards.hang_minutes)
+    )
     writer = at_exit.enter_context(CheckpointWriter(
         accelerator, run / "checkpoints", config.checkpoint, tokenizer, warn=tracker.warn, note=watchdog.note_writing
     ))  # fmt: skip

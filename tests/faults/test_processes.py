@@ -100,8 +100,8 @@ def test_signals(case, dataset, tmp_path):
         text = started.text()
     end = summary(output)
     assert (end["finished"], end["reason"]) == (False, signum.name), text[-3000:]
-    assert f"stopped ({signum.name}) at step {end['optimizer_step']}, which is saved; go on with: train.py " in text
-    assert "--checkpoint.resume auto" in text
+    assert f"stopped ({signum.name}) at step {end['optimizer_step']}, which is saved; go on with: " in text
+    assert re.search(r"go on with: .*accelerate.*launch.* train\.py .*--checkpoint\.resume auto", text)
     assert state(output)["optimizer_step"] == end["optimizer_step"] and invalid_checkpoints(output) == []
     if target != "launcher":
         assert code == 0, text[-3000:]  # the launcher's own code is another matter when it is the one that is told
@@ -177,8 +177,8 @@ def test_27_a_time_limit(dataset, tmp_path):
     """Counted from the start of the processes; saved and ended before it."""
     output = tmp_path / "run"
     started = time.monotonic()
-    result = run(*command(output, dataset, **ENDLESS, max_minutes=0.35))
-    assert time.monotonic() - started < 21 + 3  # and not much earlier, but for what a slow machine takes to start
+    result = run(*command(output, dataset, **ENDLESS, max_minutes=0.5))
+    assert time.monotonic() - started < 30
     assert summary(output)["reason"] == "max_minutes" and summary(output)["optimizer_step"] > 1
     assert re.search(r"stopped \(max_minutes\) at step \d+, which is saved", result.stdout)
     assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]

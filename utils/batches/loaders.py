@@ -1,5 +1,7 @@
 """DataLoaders over a layout: accelerate hands each rank its slice of every batch."""
 
+import signal
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -47,10 +49,17 @@ def _build_loader(rows: CollatedRows, sampler, num_workers: int) -> DataLoader:
     return DataLoader(
         rows,  # type: ignore[arg-type] # a map-style dataset by its methods
         batch_sampler=sampler,
+        worker_init_fn=ignore_signals,
         collate_fn=to_tensors,  # type: ignore[arg-type] # of a batch, as `__getitems__` returns it
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def ignore_signals(worker: int) -> None:
+    """For a loader's worker: Ctrl-C and a launcher's signals are for its parent, which ends it when all is saved."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:

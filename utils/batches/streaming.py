@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from utils.batches.batch_plan import BatchPlan
 from utils.batches.collation import Collator, RowGenerators
+from utils.batches.loaders import ignore_signals
 from utils.batches.packing import IGNORED, Row
 from utils.cli import UserError
 from utils.config import TrainConfig
@@ -226,5 +227,6 @@ def _as_it_is(item: Any) -> Any:
 
 
 def _start_worker(worker: int) -> None:
+    ignore_signals(worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     fsspec.asyn.reset_lock()  # datasets does this for its own workers: a fork with a connection open would hang

@@ -62,6 +62,8 @@ def duration(seconds: float) -> str:
 
 def readable(size: int, of: int | None = None) -> str:
     """Bytes in the unit that suits them, or the sum that they are part `of`."""
+    if (of or size) < 1e7:
+        return f"{size / 1e6:.1f} MB"
     return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"
 
 

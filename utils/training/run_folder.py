@@ -7,7 +7,6 @@ environment.json   versions, machine, launch, git commit, one entry per launch
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -27,7 +26,6 @@ from utils.files import hold_lock, replace_text
 from utils.training.checkpoint_folders import find_newest_valid, remove_leftovers
 from utils.training.checkpoints import load_state
 from utils.training.stopping import STOP_FILE
-from utils.training.watchdog import HEARTBEATS
 
 # What may differ when a run goes on: what is seen of it, how the same batch is split, and how far it goes. The last
 # bends a decaying schedule from the resumed step on; every change is printed.
@@ -99,7 +97,6 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         lines += problems
         if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
             raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
-    shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # of an earlier launch, perhaps of more ranks
     remove_leftovers(run / "checkpoints")
     return checkpoint, lines
 

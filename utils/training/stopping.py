@@ -21,6 +21,7 @@ REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "
 STOP_FILE = "stop"
 LOOK_SECONDS = 1.0  # between looks at the stop file, which may be on another machine
 SLOW_DISK = 100e6  # bytes per second; until the first save tells
+END_SECONDS = 5  # from the save to the exit: plot, trackers
 LAUNCHER_SECONDS = 30  # torch's launcher kills its processes this long after it has told them to end
 
 
@@ -82,7 +83,7 @@ class StopRequests:
             self._stop_file_seen = self.stop_file.exists()
         launcher_gone = self._launcher is not None and os.getppid() != PARENT
         late = self._deadline is not None and self.accelerator.is_main_process and (
-            now + 2 * self.longest_gap_seconds + self.save_seconds > self._deadline)  # fmt: skip
+            now + 2 * self.longest_gap_seconds + self.save_seconds + END_SECONDS > self._deadline)  # fmt: skip
         found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
         return [float(flag) for flag in found]
 

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -51,7 +52,9 @@ class RunTracker:
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
         self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
-        logging.raiseExceptions = False  # a full disk: training.log misses a line, and no traceback hides the rest
+        # A full disk: training.log misses a line, TensorBoard's thread ends, and no traceback hides the rest.
+        logging.raiseExceptions = False
+        self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._start_trackers(config, step)
 
     def say(self, text: str) -> None:
@@ -141,8 +144,12 @@ class RunTracker:
                         "finished": False, "reason": reason, "error": message,
                         "optimizer_step": self.state.optimizer_step,
                     })  # fmt: skip
+            threading.excepthook = self.thread_hook
             self.progress.close()
             self.metrics_file.close()
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        self.warn(f"a thread has ended: {type(failed.exc_value).__name__}: {failed.exc_value}")
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")

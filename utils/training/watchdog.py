@@ -20,8 +20,8 @@ class Watchdog:
     microseconds.
     """
 
-    def __init__(self, run: Path, rank: int, hang_minutes: float) -> None:
-        self.run, self.rank, self.limit = run, rank, 60 * hang_minutes
+    def __init__(self, run: Path, rank: int, num_ranks: int, hang_minutes: float) -> None:
+        self.run, self.rank, self.num_ranks, self.limit = run, rank, num_ranks, 60 * hang_minutes
         self._deadline, self._step, self._doing = time.monotonic() + self.limit, 0, "starting"
         self._over = threading.Event()
 
@@ -69,7 +69,8 @@ class Watchdog:
 
     def _first_to_stop(self) -> str:
         """The rank that has been silent for longest: the others may only be waiting for it."""
-        times = {path: path.stat().st_mtime for path in (self.run / HEARTBEATS).glob("rank-*")}
+        files = [self.run / HEARTBEATS / f"rank-{rank}" for rank in range(self.num_ranks)]
+        times = {path: path.stat().st_mtime for path in files if path.exists()}  # not there: on another machine
         first = min(times, key=lambda path: times[path])
         if first.name == f"rank-{self.rank}":
             return ""
