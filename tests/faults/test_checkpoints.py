@@ -406,5 +406,5 @@ def test_too_little_disk_for_the_checkpoints_to_come_is_said_before_training(dat
             "model.intermediate_size": 2048,
         }
         line = error_line("train.py", *flags(settings))
-        assert re.search(r"will need ([\d.]+) MB for 13 checkpoints of [\d.]+ MB, and the disk has 4\.[12] MB", line)
+        assert re.search(r"will need ([\d.]+) MB for 14 checkpoints of [\d.]+ MB, and the disk has 4\.[12] MB", line)
         assert not (disk / "run" / "config.yaml").exists()

@@ -90,9 +90,11 @@ class RunTracker:
         """A line of metrics.jsonl; on a full disk it is kept for the next time, and no half of it is left."""
         self.unwritten += json.dumps(record).encode() + b"\n"
         size = os.fstat(self.metrics_file.fileno()).st_size
+        left = self.unwritten
         try:
-            while self.unwritten:
-                self.unwritten = self.unwritten[self.metrics_file.write(self.unwritten) :]
+            while left:  # a full disk may take a part
+                left = left[self.metrics_file.write(left) :]
+            self.unwritten = b""
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.metrics_file.fileno(), size)
