@@ -35,7 +35,7 @@ def test_34_a_resumed_run_goes_on_in_its_trackers(dataset, tmp_path):
     """Killed behind a checkpoint and resumed before where it was: the same W&B run, no step twice in any of them. W&B's
     helper writes an offline run in blocks of 32 KiB: of a killed one the last is missing there, and only there."""
     output = tmp_path / "run"
-    options = {**WANDB, "schedule__max_steps": 100, "checkpoint__every_steps": 40, "evaluation__every_steps": 30}
+    options = {**WANDB, "schedule__max_steps": 100, "checkpoint__every_steps": 40}
     with training(command(output, dataset, **options), output) as started:
         started.wait_for_step(70)
         started.process.kill()
