@@ -54,9 +54,10 @@ def asked(folder: Path) -> list[str]:
     return (folder / "asked").read_text().splitlines() if (folder / "asked").exists() else []
 
 
-def test_a_warned_run_saves_and_queues_again_and_goes_on_to_its_end(cluster, dataset, tmp_path):
+@pytest.mark.slow
+def test_a_warned_run_saves_and_queues_again_and_goes_on_to_its_end(cluster, small_dataset, tmp_path):
     output = tmp_path / "run"
-    options = SMALL | {"data.dataset": str(dataset), "schedule.max_steps": STEPS}
+    options = SMALL | {"data.dataset": str(small_dataset), "schedule.max_steps": STEPS}
     command = (write_recipe(tmp_path, options), output, "--seed", "3")
 
     process = start(cluster, *command)
@@ -80,10 +81,10 @@ def test_a_warned_run_saves_and_queues_again_and_goes_on_to_its_end(cluster, dat
 
 
 @pytest.mark.slow
-def test_an_error_is_not_tried_again(cluster, dataset, tmp_path):
+def test_an_error_is_not_tried_again(cluster, small_dataset, tmp_path):
     """A learning rate that no model bears: the second loss is not finite, and train.py gives up."""
     output = tmp_path / "run"
-    options = SMALL | {"data.dataset": str(dataset), "optimizer.learning_rate": 1e38, "guards.max_nonfinite": 0}
+    options = SMALL | {"data.dataset": str(small_dataset), "optimizer.learning_rate": 1e38, "guards.max_nonfinite": 0}
     process = start(cluster, write_recipe(tmp_path, options), output)
     printed = process.communicate(timeout=120)[0]
     assert json.loads((output / "summary.json").read_text())["reason"] == "error", printed
@@ -91,10 +92,10 @@ def test_an_error_is_not_tried_again(cluster, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_is_no_error(cluster, dataset, tmp_path):
+def test_a_killed_rank_is_no_error(cluster, small_dataset, tmp_path):
     """As by a lack of memory: the other rank meets an error, which is not its own."""
     output = tmp_path / "run"
-    options = SMALL | {"data.dataset": str(dataset), "schedule.max_steps": 10_000}
+    options = SMALL | {"data.dataset": str(small_dataset), "schedule.max_steps": 10_000}
     two = cluster | {"LAUNCH": "accelerate_configs/cpu_2_processes.yaml"}
     process = start(two, write_recipe(tmp_path, options), output)
     wait_for_a_step(process, output)
@@ -127,12 +128,12 @@ def test_a_launch_that_is_killed_is_tried_again_so_many_times(started, restarts,
     assert not (output / "stop").exists()
 
 
-def test_a_stop_asked_before_the_folder_is_in_use_is_obeyed(dataset, tmp_path):
+def test_a_stop_asked_before_the_folder_is_in_use_is_obeyed(small_dataset, tmp_path):
     """A warning may come while the first launch is still importing."""
     output = tmp_path / "run"
     output.mkdir()
     (output / "stop").touch()
-    train(output, data__dataset=dataset)
+    train(output, data__dataset=small_dataset)
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["reason"], summary["optimizer_step"]) == ("stop_file", 1)
 

@@ -125,6 +125,7 @@ def drop_timings(record: dict) -> dict:
     return {name: value for name, value in record.items() if not name.startswith("perf/")}
 
 
+@pytest.mark.slow
 def test_02_kill_9_with_loader_workers_and_bf16(dataset, tmp_path):
     options = {**FULL, "data__num_workers": 2, "optimizer__name": "muon", "schedule__max_steps": 12}
     options |= {"optimizer__ema_decay": "null", "evaluation__every_steps": 100}  # bf16 is slow on many CPUs
@@ -221,7 +222,9 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("freed", [True, False], ids=["and_is_freed", "and_stays_full"])
+@pytest.mark.parametrize(
+    "freed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["and_is_freed", "and_stays_full"]
+)
 def test_11_the_disk_fills_up(freed, dataset, tmp_path):
     """The run goes on with a warning; it ends well if there is room again, else with one line. What was saved stays."""
     options = {"checkpoint__every_steps": 10, "schedule__max_steps": 150, "tracking__trackers": "[tensorboard]"}

@@ -32,7 +32,7 @@ def is_finite(output: Path) -> bool:
     return all(tensor.isfinite().all() for tensor in load_file(output / "checkpoints/last/model.safetensors").values())
 
 
-@pytest.mark.parametrize(("value", "processes"), [("math.nan", 2), ("math.inf", 1)])
+@pytest.mark.parametrize(("value", "processes"), [("math.nan", 2), pytest.param("math.inf", 1, marks=pytest.mark.slow)])
 def test_17_a_loss_that_is_not_finite(value, processes, dataset, tmp_path):
     """On one rank, in one micro-batch: all ranks stop before the update; the texts are written out; then the run goes on
     without that update when it may."""

@@ -49,7 +49,9 @@ def test_22_a_rank_hangs(dataset, tmp_path):
     assert "sleep" in (output / "hang-rank-1.txt").read_text() or name in (output / "hang-rank-1.txt").read_text()
 
 
-@pytest.mark.parametrize("how", ["raise RuntimeError('my own mistake')", "sys.exit(0)"])
+@pytest.mark.parametrize(
+    "how", ["raise RuntimeError('my own mistake')", pytest.param("sys.exit(0)", marks=pytest.mark.slow)]
+)
 def test_23_a_rank_raises_or_leaves(how, dataset, tmp_path):
     """All end with a non-zero code, and the first error is what the user sees first."""
     output = tmp_path / "run"
@@ -88,7 +90,12 @@ SIGNALS = {
 }
 
 
-@pytest.mark.parametrize("case", SIGNALS)
+SLOW = ("24_SIGTERM_to_a_rank", "24_SIGINT_to_the_launcher")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in SIGNALS]
+)
 def test_signals(case, dataset, tmp_path):
     """24 and 26: all ranks save the same step and end in order; each loader has workers, which get the signal too."""
     signum, target = SIGNALS[case]
@@ -173,6 +180,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp
         assert state(output)[name] == state(whole)[name]
 
 
+@pytest.mark.slow
 def test_27_a_time_limit(dataset, tmp_path):
     """Counted from the start of the processes; saved and ended before it."""
     output = tmp_path / "run"

@@ -101,6 +101,7 @@ def test_35_a_nested_configuration_reaches_tensorboard_flat(dataset, tmp_path):
     assert not any(isinstance(value, dict | list) for value in values.values())
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_its_tracker_in_order(dataset, tmp_path):
     """torch's launcher signals the whole session of a rank, W&B's helper process in it."""
     output = tmp_path / "run"
