@@ -1,11 +1,11 @@
-"""What guards and checkpoints cost: train.py as it is, against a copy of it without them.
+"""What guards and checkpoints cost, on a Llama of 10 million parameters that trains on the sample.
 
-    python benchmarks/reliability.py --rounds 5
+    python benchmarks/reliability.py
 
-Both train a Llama of 10 million parameters on the sample, in turns, in processes of their own. A round's time is that
-between the log lines of two steps, 100 steps apart. The copy has no vote, no heartbeat, no look at the numbers, and no
-checkpoint between; train.py saves every 50 steps. Then the pause of asynchronous saves, against saves that the training
-waits for.
+A copy of train.py leaves out the vote, the heartbeats and the look at the numbers in every other ten steps, so that both
+kinds of steps meet the same machine; their medians are compared. It saves every 50 steps beside the training: what a save
+costs is its pause, and by how much the steps that follow it are slower than those around them. Then train.py itself saves
+with and without waiting for the disk.
 """
 
 import argparse
@@ -15,101 +15,106 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST_STEP, STEPS = 10, 100
-MODEL = {
+SAVE_EVERY, AFTER_SAVE, WARM_UP = 50, 4, 10
+MODEL: dict[str, Any] = {
     "model.hidden_size": 256, "model.intermediate_size": 1024, "model.num_hidden_layers": 9, "model.num_attention_heads": 4,
     "batch.global_batch_size": 4, "data.sequence_length": 256, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
-    "tracking.log_every_steps": FIRST_STEP, "evaluation.every_steps": 100000, "evaluation.per_device_batch_size": 8,
+    "tracking.log_every_steps": 1, "evaluation.every_steps": 100000, "evaluation.per_device_batch_size": 8,
 }  # fmt: skip
-WITHOUT = (
+GUARDED = "step // 10 % 2 == 0"
+VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, norm / plan.data_parallel_size)\n"
+BARE = "loss, grad_norm = float(loss_sum / num_targets), float(norm)\n"
+CHANGES = (
+    (f"        {VOTE}", f"        if {GUARDED}:\n            {VOTE}        else:\n            {BARE}"),
+    ("        fault = find_fault(", f"        fault = None if not {GUARDED} else find_fault("),
     (
-        "        loss, grad_norm = stops.agree(loss_sum / num_targets, norm / plan.data_parallel_size)\n",
-        "        loss, grad_norm = float(loss_sum / num_targets), float(norm)\n",
+        '        watchdog.beat(step + 1, "fetching")\n',
+        f'        if {GUARDED}:\n            watchdog.beat(step + 1, "f")\n',
     ),
-    ("        fault = find_fault(", "        fault = None and find_fault("),
-    ('        watchdog.beat(step + 1, "fetching")\n', ""),
-    ('        watchdog.beat(step + 1, "training")\n', ""),
+    (
+        '        watchdog.beat(step + 1, "training")\n',
+        f'        if {GUARDED}:\n            watchdog.beat(step + 1, "t")\n',
+    ),
 )
 
 
-def train(script: Path, output: Path, dataset: Path, **options: object) -> list[dict]:
+def train(script: Path, output: Path, dataset: Path, **options: object) -> list[dict[str, float]]:
     """Run to the end; metrics.jsonl."""
-    settings = MODEL | {"output": output, "data.dataset": dataset} | {
-        name.replace("__", "."): value for name, value in options.items()
-    }  # fmt: skip
+    settings = MODEL | {"output": output, "data.dataset": dataset}
+    settings |= {name.replace("__", "."): value for name, value in options.items()}
     arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
     subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True, capture_output=True)
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def step_seconds(output: Path) -> float:
-    """Mean wall time of a step between two log lines, with all that comes between."""
-    times = {}
-    for line in (output / "training.log").read_text().splitlines():
-        words = line.split()
-        if words[3:4] == ["step"] and "train" in words:
-            times[int(words[4].partition("/")[0])] = datetime.strptime(" ".join(words[:2]), "%Y-%m-%d %H:%M:%S,%f")
-    return (times[FIRST_STEP + STEPS] - times[FIRST_STEP]).total_seconds() / STEPS
+def pauses(records: list[dict[str, float]]) -> list[float]:
+    """Seconds of each save, but for the first, which makes the copy's memory, and the last, which is waited for."""
+    return [record["perf/save_pause_seconds"] for record in records if "perf/save_pause_seconds" in record][1:-1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="trainings of each kind")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--steps", type=int, default=400, help="of the run that is measured")
+    steps = parser.parse_args().steps
     os.environ |= {"ACCELERATE_USE_CPU": "true"}
     text = (ROOT / "train.py").read_text()
-    for old, new in WITHOUT:
+    for old, new in CHANGES:
         assert text.count(old) == 1, f"train.py no longer has {old!r}"
         text = text.replace(old, new)
-    bare = ROOT / "train_without_guards.py"
-    bare.write_text(text)
-    seconds: dict[str, list[float]] = {"with": [], "without": []}
-    pauses: dict[str, list[float]] = {}
+    copy = ROOT / "train_every_other_ten.py"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        dataset = folder / "data"
+        subprocess.run(
+            [sys.executable, "prepare_data.py", "--output", dataset], cwd=ROOT, check=True, capture_output=True
+        )
+        copy.write_text(text)
         try:
-            dataset = folder / "data"
-            subprocess.run(
-                [sys.executable, "prepare_data.py", "--output", dataset], cwd=ROOT, check=True, capture_output=True
+            records = train(
+                copy, folder / "run", dataset, schedule__max_steps=steps, checkpoint__every_steps=SAVE_EVERY
             )
-            end = FIRST_STEP + STEPS + 5
-            for number in range(rounds):
-                for kind, script, every in (("with", ROOT / "train.py", 50), ("without", bare, 100000)):
-                    output = folder / f"{kind}{number}"
-                    train(script, output, dataset, schedule__max_steps=end, checkpoint__every_steps=every)
-                    seconds[kind].append(step_seconds(output))
-                    print(
-                        f"round {number + 1}, {kind:>7} guards and checkpoints: {seconds[kind][-1]:.4f} s a step",
-                        flush=True,
-                    )
-            for kind, asynchronous in (("asynchronous", "true"), ("synchronous", "false")):
-                records = train(
-                    ROOT / "train.py", folder / kind, dataset, schedule__max_steps=42, checkpoint__every_steps=5,
-                    checkpoint__asynchronous=asynchronous,
-                )  # fmt: skip
-                saves = [record["perf/save_pause_seconds"] for record in records if "perf/save_pause_seconds" in record]
-                pauses[kind] = saves[1:-1]  # the first makes the copy's memory, the last is waited for
         finally:
-            bare.unlink()
-    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"], strict=True)]
-    pause = {kind: statistics.median(values) for kind, values in pauses.items()}
-    print(f"{'':32}{'seconds':>10}")
-    print(
-        f"{'a step, with guards and saves':32}{medians['with']:10.4f}\n{'a step, without':32}{medians['without']:10.4f}"
-    )
-    print(
-        f"{'a save that is waited for':32}{pause['synchronous']:10.4f}\n{'the pause of one beside':32}{pause['asynchronous']:10.4f}"
-    )
+            copy.unlink()
+        saves = {
+            kind: statistics.median(pauses(train(
+                ROOT / "train.py", folder / kind, dataset, schedule__max_steps=42, checkpoint__every_steps=5,
+                checkpoint__asynchronous=kind == "asynchronous",
+            )))
+            for kind in ("asynchronous", "synchronous")
+        }  # fmt: skip
+    speed = {int(record["step"]): record["perf/tokens_per_second"] for record in records if "train/loss" in record}
+    positions = MODEL["batch.global_batch_size"] * MODEL["data.sequence_length"]
+    seconds = {step: positions / value for step, value in speed.items() if step > WARM_UP}
+    after_save = {step for step in seconds if step > SAVE_EVERY and (step - 1) % SAVE_EVERY < AFTER_SAVE}
+    kinds = {
+        kind: [seconds[step] for step in seconds if step not in after_save and ((step - 1) // 10 % 2 == 0) == guarded]
+        for kind, guarded in (("guarded", True), ("bare", False))
+    }
+    medians = {kind: statistics.median(values) for kind, values in kinds.items()}
+    excesses = []
+    for save in range(SAVE_EVERY, steps - AFTER_SAVE, SAVE_EVERY):
+        around = [seconds[step] for step in range(save - 8, save + 20) if step in seconds and step not in after_save]
+        following = [seconds[save + number] for number in range(1, AFTER_SAVE + 1)]
+        excesses.append(sum(following) - AFTER_SAVE * statistics.median(around))
+    save_cost = saves["asynchronous"] + statistics.median(excesses)
+    guards = medians["guarded"] / medians["bare"] - 1
+    checkpoints = save_cost / (SAVE_EVERY * medians["bare"])
+    for label, value, unit in (
+        ("a step without guards", medians["bare"], "s"), ("a step with them", medians["guarded"], "s"),
+        ("a save: its pause", saves["asynchronous"], "s"), ("a save: slower steps after it", statistics.median(excesses), "s"),
+        ("a save that is waited for", saves["synchronous"], "s"), ("guards", 100 * guards, "%"),
+        (f"checkpoints every {SAVE_EVERY} steps", 100 * checkpoints, "%"),
+    ):  # fmt: skip
+        print(f"{label:34}{value:10.4f} {unit}")
     print(json.dumps({
-        "step_seconds_with": medians["with"], "step_seconds_without": medians["without"],
-        "overhead": statistics.median(ratios) - 1, "overheads": [ratio - 1 for ratio in ratios],
-        "synchronous_save_seconds": pause["synchronous"], "asynchronous_pause_seconds": pause["asynchronous"],
-        "pause_share": pause["asynchronous"] / pause["synchronous"],
+        "step_seconds_bare": medians["bare"], "step_seconds_guarded": medians["guarded"], "guards": guards,
+        "checkpoints": checkpoints, "overhead": guards + checkpoints, "excesses": excesses,
+        "asynchronous_pause_seconds": saves["asynchronous"], "synchronous_save_seconds": saves["synchronous"],
+        "pause_share": saves["asynchronous"] / saves["synchronous"],
     }))  # fmt: skip
 
 
