@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError, at_least, parse_config, run_script
+from utils.cli import UserError, at_least, parse_config, parse_sections, run_script
 
 
 @dataclass
@@ -53,14 +53,16 @@ import sys
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.batches.loaders import build_evaluation_loader, build_layout
 from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
+from utils.config import ScoringConfig
+from utils.files import read_json, read_yaml
 from utils.objective_config import ObjectiveConfig
+from utils.pretrained import read_tokenizer
 from utils.text.encoding import Encoder
 from utils.training.checkpoint_folders import resolve_checkpoint
 from utils.training.evaluation import evaluate, write_text
@@ -72,22 +74,22 @@ from utils.training.modeling import (
     pad_token_id,
     saved_class,
 )
-from utils.training.objectives import Objective, load_options, objective_module
+from utils.training.objectives import Objective, objective_module
 
 NOT_WRITERS = ("masked", "span_corruption")
 
 
 def main(config: EvaluateConfig) -> None:
-    folder, run = locate(Path(config.model))
-    dataset = config.dataset or (run["data"].get("dataset") if run else None)
+    folder, run, trained_on = locate(Path(config.model))
+    dataset = config.dataset or trained_on
     if dataset is None and config.text_file is None and config.prompt is None:
         raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
-    if config.prompt is not None and run is not None and run.get("objective", {}).get("name") in NOT_WRITERS:
-        raise UserError(f"--prompt: a model of objective {run['objective']['name']} does not continue a text")
+    if config.prompt is not None and run is not None and run.objective.name in NOT_WRITERS:
+        raise UserError(f"--prompt: a model of objective {run.objective.name} does not continue a text")
     if config.report is not None and not Path(config.report).resolve().parent.is_dir():
         raise UserError(f"--report {config.report}: there is no folder to write it to")
     model = load_model(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = read_tokenizer(folder)
     report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}
     print(f"{folder}: {type(model).__name__}, {report['parameters']:,} parameters")
 
@@ -122,19 +124,24 @@ def main(config: EvaluateConfig) -> None:
         Path(config.report).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def locate(path: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The folder to load the model from, and the configuration of the run that it lies in, or was exported from."""
+def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:
+    """The folder to load the model from, how the run scored that it lies in, or was exported from, and the dataset of the
+    run that it lies in."""
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         checkpoint = resolve_checkpoint(path)
         run_config = checkpoint.parent.parent / "config.yaml"
-        return checkpoint, yaml.safe_load(run_config.read_text(encoding="utf-8")) if run_config.is_file() else None
+        if not run_config.is_file():
+            return checkpoint, None, None
+        run = parse_sections(ScoringConfig, read_yaml(run_config), run_config)
+        return checkpoint, run, run.data.dataset
     if not (path / "config.json").is_file():
         reason = "is not a run, a checkpoint or an export" if path.exists() else "does not exist"
         if (path / "config.yaml").is_file():
             reason = "is a run without a checkpoint so far"
         raise UserError(f"{path} {reason}; give --model, or train and export first")
     report = path / "export_report.json"
-    return path, json.loads(report.read_text(encoding="utf-8")).get("run") if report.is_file() else None
+    exported_from = read_json(report).get("run") if report.is_file() else None
+    return path, None if exported_from is None else parse_sections(ScoringConfig, exported_from, report), None
 
 
 def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:
@@ -161,10 +168,10 @@ def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
 
 def score(
     config: EvaluateConfig, model: PreTrainedModel, tokenizer: Any, tokens: TokenDataset, num_bytes: int,
-    run: dict[str, Any] | None,
+    run: ScoringConfig | None,
 ) -> dict[str, float]:  # fmt: skip
     """Loss in nats per token, perplexity, bits per byte, and the number of target tokens."""
-    length = config.sequence_length or (run["data"]["sequence_length"] if run else longest_sequence(model))
+    length = config.sequence_length or (run.data.sequence_length if run else longest_sequence(model))
     if length == sys.maxsize:
         raise UserError("the model has no longest sequence, and lies in no run; give --sequence_length")
     if length > longest_sequence(model):
@@ -178,7 +185,7 @@ def score(
         objective = replace(objective, name="causal")
     collate = objective_module(objective.name).build_collator(objective, tokenizer)
     layout = build_layout(
-        tokens, run["data"]["layout"] if run else "packed", length, pad_token_id=pad_token_id(tokenizer),
+        tokens, run.data.layout if run else "packed", length, pad_token_id=pad_token_id(tokenizer),
         vocab_size=len(tokenizer),
     )  # fmt: skip
     loader = build_evaluation_loader(layout, collate, config.batch_size)
@@ -188,12 +195,12 @@ def score(
     return scores | ({"bits_per_byte": result.bits_per_byte(num_bytes)} if objective.name == "causal" else {})
 
 
-def objective_options(model: PreTrainedModel, run: dict[str, Any] | None) -> ObjectiveConfig:
+def objective_options(model: PreTrainedModel, run: ScoringConfig | None) -> ObjectiveConfig:
     """The run's own objective; without a run, what a model with this head predicts."""
     if run is None:
         names = {"AutoModelForMaskedLM": "masked", "AutoModelForSeq2SeqLM": "span_corruption"}
         return ObjectiveConfig(name=names.get(saved_class(model.config).__name__, "causal"))  # type: ignore[arg-type]
-    return load_options(run.get("objective", {}))
+    return run.objective
 
 
 def xz_bits_per_byte(tokens: TokenDataset, tokenizer: Any) -> float:

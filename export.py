@@ -7,11 +7,11 @@ The output folder opens with the `from_pretrained` of the Auto class that is pri
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.cli import UserError, parse_config, run_script
+from utils.cli import UserError, parse_config, parse_sections, run_script
 
 
 @dataclass
@@ -33,9 +33,11 @@ config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
 import copy
 
 import torch
-import yaml
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from utils.config import ScoringConfig
+from utils.files import read_yaml
+from utils.pretrained import read_tokenizer
 from utils.training.checkpoint_folders import resolve_checkpoint
 from utils.training.checkpoints import load_average, load_state
 from utils.training.modeling import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
@@ -53,7 +55,7 @@ def main(config: ExportConfig) -> None:
     if config.weights == "average":
         load_average(checkpoint, model)
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = read_tokenizer(checkpoint)
 
     work = output.with_name(f".{output.name}.exporting")
     shutil.rmtree(work, ignore_errors=True)
@@ -105,9 +107,9 @@ def describe_run(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint.parent.parent / "config.yaml"
     if not path.is_file():
         return None
-    run = yaml.safe_load(path.read_text(encoding="utf-8"))
-    data = {name: run["data"][name] for name in ("sequence_length", "layout")}
-    return {"data": data, "objective": run.get("objective", {})}
+    run = parse_sections(ScoringConfig, read_yaml(path), path)
+    data = {"sequence_length": run.data.sequence_length, "layout": run.data.layout}
+    return {"data": data, "objective": asdict(run.objective)}
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ import pyarrow as pa
 import tokenizers
 
 from utils.batches.token_dataset import FORMAT_VERSION, open_split
-from utils.files import hold_lock
+from utils.files import hold_lock, read_json
 from utils.text.cleaning import CleaningOptions, clean_documents, expand_steps
 from utils.text.conversation_encoding import ConversationEncoder
 from utils.text.conversations import SEPARATOR, without_system
@@ -344,10 +344,10 @@ def count_changes(cleaned: datasets.Dataset, steps: list[str]) -> dict[str, int]
 def load_existing(output: Path) -> dict[str, Any]:
     """The manifest of a dataset that is there already, or nothing; refuses a folder that is something else."""
     try:
-        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(output / "manifest.json")
+    except UserError:
         manifest = {}
-    if isinstance(manifest, dict) and {"format_version", "key", "splits"} <= manifest.keys():
+    if {"format_version", "key", "splits"} <= manifest.keys():
         return manifest
     if output.exists():
         raise UserError(f"{output} exists and is not a dataset folder; remove it, or choose another --output")

@@ -30,7 +30,6 @@ from accelerate.utils import (
     set_seed,
 )
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from utils.batches.batch_plan import plan_batches
@@ -38,6 +37,7 @@ from utils.batches.collation import EVALUATION_SEED, CollatedRows, Layout
 from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader, to_tensors
 from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.pretrained import read_tokenizer
 from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
 from utils.training.dry_run import describe_model, describe_work, dry_run_report
@@ -84,7 +84,7 @@ def main(config: TrainConfig) -> None:
 
     # ---- Data: rows laid out over the mapped token stream, nothing is copied; or made of a source as it is being read.
     # The objective turns them into what the model reads, and may add special tokens to the tokenizer for it.
-    tokenizer = AutoTokenizer.from_pretrained(Path(config.data.dataset) / "tokenizer")
+    tokenizer = read_tokenizer(Path(config.data.dataset) / "tokenizer")
     kind = objective_module(config.objective.name)
     collate = kind.build_collator(config.objective, tokenizer)
 

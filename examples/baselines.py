@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import UserError, parse_config, run_script
+from utils.cli import UserError, parse_config, parse_sections, run_script
 
 
 @dataclass
@@ -30,15 +30,16 @@ config = parse_config(BaselinesConfig, __doc__) if __name__ == "__main__" else N
 from collections.abc import Iterator
 
 import numpy as np
-import yaml
-from transformers import AutoTokenizer
 
 from utils.batches.collation import EVALUATION_SEED, CollatedRows
 from utils.batches.loaders import build_layout
 from utils.batches.packing import IGNORED, Batch
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.config import ScoringConfig
+from utils.files import read_yaml
+from utils.pretrained import read_tokenizer
 from utils.training.modeling import pad_token_id
-from utils.training.objectives import load_options, objective_module
+from utils.training.objectives import objective_module
 
 ROWS = 64
 SMOOTHINGS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -49,17 +50,17 @@ def main(config: BaselinesConfig) -> None:
     path = Path(config.run) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{config.run} is not a run folder (it has no config.yaml); give --run")
-    run = yaml.safe_load(path.read_text(encoding="utf-8"))
-    load_manifest(run["data"]["dataset"])
-    options = load_options(run["objective"])
-    tokenizer = AutoTokenizer.from_pretrained(Path(run["data"]["dataset"]) / "tokenizer")
+    run = parse_sections(ScoringConfig, read_yaml(path), path)
+    options = run.objective
+    load_manifest(run.data.dataset)
+    tokenizer = read_tokenizer(Path(run.data.dataset) / "tokenizer")
     collate = objective_module(options.name).build_collator(options, tokenizer)
     if options.name != "span_corruption" and len(tokenizer) > LARGEST_VOCABULARY:
         raise UserError(f"a vocabulary of {len(tokenizer)} is too large for a table of pairs ({LARGEST_VOCABULARY})")
     rows = {
         split: CollatedRows(
             build_layout(
-                open_split(run["data"]["dataset"], split), run["data"]["layout"], run["data"]["sequence_length"],
+                open_split(run.data.dataset, split), run.data.layout, run.data.sequence_length,
                 pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
             ),
             collate, EVALUATION_SEED,

@@ -41,12 +41,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env, release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
-from transformers import AutoTokenizer
 
 from utils.batches.batch_plan import plan_batches
 from utils.batches.collation import CollatedRows
 from utils.batches.loaders import build_layout, to_tensors
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.pretrained import read_tokenizer
 from utils.training.modeling import build_model, pad_token_id
 from utils.training.objectives import Objective, count_targets, objective_module
 from utils.training.optimization import build_optimizer
@@ -61,7 +61,7 @@ def main(config: MicroBatchConfig) -> None:
     if accelerator.num_processes > 1:
         raise UserError("find_micro_batch.py measures one device; launch it with --num_processes 1, and say with its own "
                         "option --num_processes how many will train")  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.dataset) / "tokenizer")
+    tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     kind = objective_module(recipe.objective.name)
     collate = kind.build_collator(recipe.objective, tokenizer)
     layout = build_layout(

@@ -51,11 +51,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from matplotlib.figure import Figure
-from transformers import AutoTokenizer
 
 from utils.batches.batch_plan import plan_batches
 from utils.batches.loaders import build_layout, build_train_loader
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.pretrained import read_tokenizer
 from utils.training.modeling import build_model, pad_token_id
 from utils.training.objectives import Objective, count_targets, objective_module
 from utils.training.optimization import build_optimizer
@@ -79,7 +79,7 @@ def main(config: RangeTestConfig) -> None:
         gradient_accumulation_plugin=GradientAccumulationPlugin(plan.accumulation, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
-    tokenizer = AutoTokenizer.from_pretrained(Path(recipe.data.dataset) / "tokenizer")
+    tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     kind = objective_module(recipe.objective.name)
     collate = kind.build_collator(recipe.objective, tokenizer)
     rows = build_layout(

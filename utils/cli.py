@@ -6,6 +6,7 @@ No torch and no datasets here: --help and a typing mistake answer in a fraction 
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import os
 import re
@@ -20,22 +21,29 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
-from utils.files import replace_text
+from utils.files import UserError, parse_yaml, read_yaml, replace_text
 
 Config = TypeVar("Config")
 PARENT = os.getppid()  # at the start, before the slow imports: a launcher that dies meanwhile has been there
+LONGEST_ERROR = 2000  # characters of a message, which may quote a file
 # What gloo, NCCL and torch's store say when a peer's process has ended.
 PEER_GONE = re.compile(
     r"closed by peer|reset by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
 )
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+load_text = get_loader("yaml")
 
 
-class UserError(Exception):
-    """A mistake that the user can mend; the message names the file, option or record and says how."""
+def load_bounded(text: str) -> Any:
+    """jsonargparse's own reading of a file or value, once ours has found it to be within bounds."""
+    parse_yaml(text)
+    return load_text(text)
+
+
+set_loader("yaml", load_bounded, exceptions=(yaml.YAMLError,))
 
 
 # What `main` opens and a later line of it may never come to close: locks, threads, files. Undone in reverse order, however
@@ -71,7 +79,9 @@ def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
     if rank != "0":  # most mistakes meet all ranks: the launcher ends this one before it says the same again
         time.sleep(3)
         prefix = f"[rank {rank}] "
-    print(f"{prefix}{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    message = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(str(error).split()))
+    message = message if len(message) <= LONGEST_ERROR else f"{message[:LONGEST_ERROR]}…"
+    print(f"{prefix}{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     # Not sys.exit: with collectives under way, interpreter shutdown may wait for peers that are not coming.
     if "RANK" in os.environ:
         os._exit(code)
@@ -132,29 +142,10 @@ def _check_yaml(parser: ArgumentParser, path: Path, names: list[str]) -> None:
     if not path.is_file():
         raise UserError(f"--config {path}: no such file" if not path.exists() else f"--config {path}: not a file")
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-        if not isinstance(loaded, dict):
-            raise UserError(f"{path}: expected `option: value` lines, found {type(loaded).__name__}")
+        read_yaml(path)
         parser.parse_path(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, TypeError, ArgumentError) as error:
         raise UserError(f"{path}: {_one_line(str(error), names)}") from None
-    except ArgumentError as error:
-        raise UserError(f"{path}: {_one_line(str(error), names)}") from None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML silently takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} stands twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def _one_line(message: str, names: list[str]) -> str:
@@ -214,6 +205,28 @@ def at_least(section: str, config: object, **minimum: float) -> list[str]:
         for name, low in minimum.items()
         if getattr(config, name) is not None and getattr(config, name) < low
     ]
+
+
+def parse_values(cls: type[Config], values: dict[str, Any], where: str) -> Config:
+    """`values`, such as `save_config` wrote, as a checked `cls`; what they lack has its default. `where` names them."""
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, default_env=False)
+    parser.add_class_arguments(cls)
+    try:
+        values = parse_yaml(json.dumps(values, default=str))  # within the same bounds, wherever they come from
+        config = cls(**vars(parser.instantiate(parser.parse_object(values))))
+    except (ArgumentError, TypeError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{where}: {_one_line(str(error), [])}") from None
+    if problems := find_problems(config):
+        raise UserError(f"{where}: {'; '.join(problems)}")
+    return config
+
+
+def parse_sections(cls: type[Config], values: Any, where: Path) -> Config:
+    """The sections of a configuration in the file `where` that `cls` has."""
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise UserError(f"{where}: is not a run's configuration (it has no section `data`)")
+    names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    return parse_values(cls, {name: values[name] for name in names if name in values}, str(where))
 
 
 def save_config(config: object, path: Path) -> None:

@@ -143,6 +143,14 @@ class TrackingConfig:
 
 
 @dataclass
+class ScoringConfig:
+    """What decides how a run scores a text: two sections of its config.yaml, which an export's report keeps."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+@dataclass
 class TrainConfig:
     """Options of train.py. Processes, devices and precision belong to `accelerate launch`."""
 

@@ -6,7 +6,6 @@ out when training starts.
 """
 
 import itertools
-import json
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.cli import UserError
+from utils.files import read_json
 
 FORMAT_VERSION = 1
 
@@ -29,12 +29,18 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         sources = "" if Path(folder) == Path("data/demo") else "--sources '[my_texts/]' "
         output = "data/mine" if Path(folder).exists() else folder
         raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"dataset {folder} has format version {manifest.get('format_version')}, this Plainloop reads "
             f"{FORMAT_VERSION}; prepare it again in a new folder"
         )
+    splits = manifest.get("splits")
+    validation = splits.get("validation") if isinstance(splits, dict) else None
+    num_bytes = validation.get("bytes") if isinstance(validation, dict) else None
+    is_whole = isinstance(manifest.get("key"), str) and type(num_bytes) is int and 0 < num_bytes < 1 << 63
+    if not is_whole or (manifest.get("stream") and not isinstance(manifest.get("options"), dict)):
+        raise UserError(f"{path}: is damaged; prepare the dataset again in a new folder")
     return manifest
 
 
@@ -92,12 +98,19 @@ def open_split(folder: str | Path, split: str) -> TokenDataset:
     """`train` or `validation` of a dataset folder, mapped from disk without a copy."""
     try:
         table = datasets.load_from_disk(str(Path(folder) / split))
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise UserError(f"dataset {folder}: the {split} split cannot be read: {error}") from None
-    if not isinstance(table, datasets.Dataset) or table._indices is not None:
-        raise UserError(f"dataset {folder}: the {split} split is not a plain table")
-    mask = TokenDataset(*_read_lists(table, "loss_mask")) if "loss_mask" in table.column_names else None
-    return TokenDataset(*_read_lists(table, "input_ids"), mask)
+        if not isinstance(table, datasets.Dataset) or table._indices is not None:
+            raise ValueError("it is not a plain table")
+        mask = TokenDataset(*_read_lists(table, "loss_mask")) if "loss_mask" in table.column_names else None
+        tokens = TokenDataset(*_read_lists(table, "input_ids"), mask)
+    except Exception as error:  # the library raises whatever its parts meet
+        raise UserError(
+            f"dataset {folder}: the {split} split cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from None
+    if mask is not None and mask.num_tokens != tokens.num_tokens:
+        raise UserError(
+            f"dataset {folder}: the {split} split has {mask.num_tokens} masks of {tokens.num_tokens} tokens"
+        )
+    return tokens
 
 
 def _read_lists(table: datasets.Dataset, column: str) -> tuple[list[np.ndarray], np.ndarray]:
@@ -106,6 +119,10 @@ def _read_lists(table: datasets.Dataset, column: str) -> tuple[list[np.ndarray],
     for chunk in table.data.column(column).chunks:
         # Arrow's own buffers. A slice's first offset need not be 0, so the offsets are always applied.
         offsets = chunk.offsets.to_numpy()
+        if not pa.types.is_unsigned_integer(chunk.type.value_type) or offsets[0] < 0 or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{column} is not lists of token ids")
+        if offsets[-1] > len(chunk.values):
+            raise ValueError(f"{column} is cut off")
         chunks.append(chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]])
         lengths.append(np.diff(offsets))
     return chunks, np.concatenate(lengths)

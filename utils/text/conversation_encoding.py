@@ -5,7 +5,6 @@ import re
 from typing import Any, NamedTuple
 
 import datasets
-import jinja2
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -98,8 +97,11 @@ class ConversationEncoder:
             text, turns = self._apply_template(messages)
             if not self._marks_turns:
                 turns = self._find_turns(messages, text, id)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{id}: the chat template refuses this conversation: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program, and raises what a program may
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{id}: the chat template refuses this conversation: {why}") from None
         if not text.rstrip().endswith(self._special):
             end = len(text) + len(self._eos)
             text += self._eos

@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from utils.cli import UserError
+from utils.pretrained import read_tokenizer
 
 # transformers is imported where it is needed: it brings torch, two seconds that a call with nothing to do need not wait.
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"tokenizer.chat_template: line {error.lineno}: {error.message}") from None
-    except jinja2.TemplateError:
+    except Exception:
         pass  # a template may well refuse this conversation
 
 
@@ -264,12 +265,7 @@ def _describe(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
 
 def load_tokenizer(name: str) -> Any:
     """A tokenizer from a folder or the Hub; `UserError` if it is not there, not fast, or has no end-of-text token."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: no tokenizer can be loaded from here: {' '.join(str(error).split())[:200]}") from None
+    tokenizer = read_tokenizer(name)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: only tokenizers with a tokenizer.json (fast ones) are supported")
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is not None:  # BERT's names for the same

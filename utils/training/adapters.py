@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
+from utils.files import read_json
 from utils.model_config import LoraConfig
 
 BASE_FILE = "base.json"
@@ -47,11 +48,16 @@ def has_adapters(folder: str | Path) -> bool:
 
 def base_of(folder: str | Path) -> str:
     """Name of the model that saved adapters stand beside; `UserError` if its weights are no longer the same."""
-    saved = json.loads((Path(folder) / BASE_FILE).read_text(encoding="utf-8"))
-    if not Path(saved["name"]).is_dir() and saved["sha256"]:
+    path = Path(folder) / BASE_FILE
+    saved = read_json(path)
+    if not isinstance(saved.get("name"), str) or not isinstance(saved.get("sha256"), str | None):
+        raise UserError(f"{path}: does not say which weights the adapters belong to")
+    if not Path(saved["name"]).is_dir() and saved.get("sha256"):
         raise UserError(f"{folder} holds adapters for {saved['name']}, which is not there; call from the same folder")
-    if saved["sha256"] != hash_weights(saved["name"]):
+    if saved.get("sha256") != hash_weights(saved["name"]):
         raise UserError(f"{folder} holds adapters for {saved['name']}, whose weights have changed since; restore them")
+    if has_adapters(saved["name"]):
+        raise UserError(f"{path}: names {saved['name']}, which holds adapters itself; merge them by export.py first")
     return str(saved["name"])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError
+from utils.files import read_json
 
 PREFIX = "step-"
 TEMPORARY_PREFIX = ".tmp-"
@@ -28,8 +29,14 @@ def checkpoint_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, valid or not. What has another name is somebody else's."""
-    return sorted(path for path in folder.glob(PREFIX + "*") if re.fullmatch(r"step-\d{8,}", path.name))
+    """The checkpoint folders of a run, oldest first, valid or not. What has another name, or is a link to elsewhere, is
+    somebody else's."""
+    found = (path for path in folder.glob(PREFIX + "*") if re.fullmatch(r"step-[0-9]{8,18}", path.name))
+    return sorted((path for path in found if not path.is_symlink()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 @contextmanager
@@ -72,7 +79,7 @@ def remove_old_checkpoints(folder: Path, keep_last: int, archive_every_steps: in
     found = list_checkpoints(folder)
     kept |= {path.name for path in found[-keep_last:]}
     for path in found:
-        archived = archive_every_steps and int(path.name.removeprefix(PREFIX)) % archive_every_steps == 0
+        archived = archive_every_steps and step_of(path) % archive_every_steps == 0
         if path.name not in kept and not archived:
             _remove(path)
     remove_leftovers(folder)
@@ -98,14 +105,14 @@ def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 def find_problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None; reads every byte of it."""
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        expected = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in manifest.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        manifest = read_json(checkpoint / "manifest.json")
+        expected = {name: (int(file["bytes"]), str(file["sha256"])) for name, file in manifest.items()}
+    except (UserError, ValueError, TypeError, KeyError, OverflowError):
         return "manifest.json is missing or unreadable"
     for name, (size, digest) in expected.items():
         path = checkpoint / name
-        if not path.resolve().is_relative_to(checkpoint.resolve()):
-            return f"manifest.json names {name}, which is outside of the checkpoint"
+        if not is_inside(path, checkpoint):
+            return f"manifest.json names {name[:200]!r}, which is outside of the checkpoint"
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -123,13 +130,24 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{path}: no such run or checkpoint folder")
     if (path / "checkpoints").is_dir():
         links = [path / "checkpoints" / link for link in LINKS]
-        path = next((link for link in links if link.exists()), path / "checkpoints" / "last")
+        link = next((link for link in links if link.exists()), links[-1])
+        if not is_inside(link, path / "checkpoints"):
+            raise UserError(f"{link} is a link to {os.readlink(link)}, outside of the run; give that folder itself")
+        path = link
     if not (path / "state.json").is_file():
         raise UserError(f"{path}: not a checkpoint folder (it has no state.json)")
     problem = find_problem(path)
     if problem:
         raise UserError(f"{path}: {problem}")
     return path.resolve()
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, all links followed, lies in `folder`; False for what can be no path."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):
+        return False
 
 
 def hash_file(path: Path) -> str:

@@ -14,13 +14,14 @@ There is no random state to store: train.py seeds every step from (seed, samples
     python -m utils.training.checkpoints list runs/demo      what a run has; verify: and whether it is intact
 """
 
-import json
+import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import torch
 from accelerate import Accelerator
@@ -31,12 +32,15 @@ from transformers import PreTrainedModel
 
 from utils.cli import UserError, exit_with
 from utils.config import CheckpointConfig
+from utils.files import read_json
 from utils.optimizer_config import OptimizerConfig
 from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints
 from utils.training.ema import WeightAverage
 from utils.training.hardware import readable
 
 Tensors = dict[str, torch.Tensor]
+# What Adafactor and AdamW in 8 bits keep by row, column or block.
+SIZED_OTHERWISE = ("row_var", "col_var", "qmap", "absmax")
 
 
 @dataclass
@@ -110,22 +114,68 @@ def load_training_state(
 
     `UserError` if they are not what this model and optimizer save.
     """
+    record = read_json(checkpoint / "state.json")
     try:
-        record = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         # Out of the mapped file, as in `load_model`.
         tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / "optimizer.safetensors").items()}
-        optimizer.load_state_dict(put_tensors(record["optimizer"], tensors))
-        scheduler.load_state_dict(record["scheduler"])
+        if odd := [
+            name
+            for name, tensor in tensors.items()
+            if not (torch.is_floating_point(tensor) or tensor.dtype == torch.uint8)
+        ]:
+            raise ValueError(f"{odd[0]} holds {tensors[odd[0]].dtype}")
+        saved = put_tensors(record["optimizer"], tensors)
+        if [len(group["params"]) for group in saved["param_groups"]] != [
+            len(g["params"]) for g in optimizer.param_groups
+        ]:
+            raise ValueError("it has other groups of parameters")
+        # The options are the configuration's, which is the same; only what has been learned is the checkpoint's.
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+        check_optimizer_state(optimizer)
+        step = scheduler.state_dict() | {"last_epoch": int(record["state"]["optimizer_step"])}
+        scheduler.load_state_dict(step | {"_step_count": step["last_epoch"] + 1})
         if accelerator.scaler is not None and "scaler" in record:
             accelerator.scaler.load_state_dict(record["scaler"])
         if average is not None:
-            average.load_state_dict(load_file(checkpoint / "average.safetensors"))
-    except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
+            average.load_state_dict(read_tensors(checkpoint / "average.safetensors", average.state_dict()))
+    except UserError:
+        raise
+    except Exception as error:  # each of these reads, and fails, in its own way
         raise UserError(f"{checkpoint} is not a checkpoint of this model and optimizer: {_short(error)}") from error
     # The learning rate is a function of the step: a resumed run that is to go further follows its new schedule at once.
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """`ValueError` if a state belongs to no parameter, or has another shape than its parameter."""
+    parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for parameter, state in optimizer.state.items():
+        if parameter not in parameters:
+            raise ValueError("it has the state of a parameter that the model lacks")
+        for name, value in state.items():
+            if name == "step":
+                if not 0 <= float(value) < math.inf:
+                    raise ValueError(f"step {value}")
+            elif not name.startswith(SIZED_OTHERWISE) and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
+
+
+def read_tensors(path: Path, expected: Tensors) -> Tensors:
+    """The tensors of a file, which must have the names and shapes of `expected`."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read: {_short(error)}") from None
+    for name in sorted(tensors.keys() | expected.keys()):
+        shapes = [
+            tuple(group[name].shape) if name in group and torch.is_floating_point(group[name]) else "none"
+            for group in (tensors, expected)
+        ]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{path}: {name} has the shape {shapes[0]}, this model's is {shapes[1]}")
+    return tensors
 
 
 @torch.no_grad()
@@ -134,16 +184,33 @@ def load_average(checkpoint: Path, model: PreTrainedModel) -> None:
     path = checkpoint / "average.safetensors"
     if not path.is_file():
         raise UserError(f"{checkpoint}: the run kept no average of its weights; train with --optimizer.ema_decay")
-    parameters = dict(model.named_parameters())
-    for name, values in load_file(path).items():
+    parameters: Tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, values in read_tensors(path, parameters).items():
         parameters[name].copy_(values)
 
 
 def load_state(checkpoint: Path) -> TrainState:
+    path = checkpoint / "state.json"
     try:
-        return TrainState(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint}/state.json is not of this version of train.py: {_short(error)}") from error
+        state = TrainState(**read_json(path)["state"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is not of this version of train.py: {_short(error)}") from error
+    for item in fields(TrainState):
+        value = getattr(state, item.name)
+        if not _fits(value, item.type):
+            raise UserError(f"{path}: {item.name} is {str(value)[:40]!r}, which train.py never writes")
+    return state
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON is of a field's type; numbers that are counted are not negative."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 1 << 63
+    return type(value) in (int, float) if kind is float else isinstance(value, get_origin(kind) or kind)
 
 
 def checkpoint_bytes(model: PreTrainedModel, config: OptimizerConfig) -> int:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.batches.packing import IGNORED
 from utils.config import TrainConfig
+from utils.pretrained import chat_ids
 from utils.training.modeling import longest_sequence, stop_token_ids
 from utils.training.objectives import Objective, count_targets, objective_module
 
@@ -81,7 +82,7 @@ def write_text(
     positions = longest_sequence(model)
     if chat and prompt:
         turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = chat_ids(tokenizer, turns, add_generation_prompt=True)
     else:
         ids = tokenizer(prompt)["input_ids"]
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with it

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
 from utils.model_config import SIZE_OVERRIDES, ModelConfig
+from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights, short
 from utils.training.adapters import add_adapters, base_of, has_adapters, import_peft
 from utils.training.initialization import INITIALIZATIONS
 
@@ -52,7 +52,7 @@ def build_model(
             model = auto_model.from_config(architecture, attn_implementation=config.attention, dtype=torch.float32)
         except Exception as error:  # each class checks in its own way
             raise UserError(
-                f"model.architecture {architecture.model_type}: {_short(error)}; choose other sizes, another architecture, "
+                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, another architecture, "
                 "objective.name or model.attention"
             ) from None
         INITIALIZATIONS[config.initialization](model)
@@ -72,12 +72,7 @@ def build_model(
 def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, Any]) -> Any:
     """transformers' own configuration; `config.dropout` goes to every dropout that the architecture has."""
     if config.pretrained is not None:
-        try:
-            architecture = AutoConfig.from_pretrained(config.pretrained)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"model.pretrained {config.pretrained}: no model can be loaded from here: {_short(error)}"
-            ) from None
+        architecture = read_config(config.pretrained)
     else:
         if config.architecture not in CONFIG_MAPPING:
             hint = _nearest(config.architecture, CONFIG_MAPPING)
@@ -108,7 +103,7 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
         try:
             architecture = cls(**(values | config.overrides))
         except Exception as error:  # each class checks in its own way
-            raise UserError(f"model: {cls.__name__} refuses these values: {_short(error)}") from None
+            raise UserError(f"model: {cls.__name__} refuses these values: {short(error)}") from None
         if architecture.is_encoder_decoder:
             architecture.decoder_start_token_id = special["pad_token_id"]
         heads, groups = (getattr(architecture, f"num_{name}_heads", 1) for name in ("attention", "key_value"))
@@ -133,7 +128,7 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
     """The weights of `config.pretrained`, its embedding grown to the tokenizer's entries."""
     name = str(config.pretrained)
     entries = architecture.vocab_size
-    architecture.vocab_size = AutoConfig.from_pretrained(name).vocab_size
+    architecture.vocab_size = read_config(name).vocab_size
     if not covers_vocabulary(tokenizer, name):
         raise UserError(
             f"model.pretrained {name} was trained with another tokenizer than the dataset's; prepare the data with "
@@ -158,20 +153,18 @@ def load_model(
     A folder with adapters gives the base model, with `dropout`, and the adapters beside its weights, trainable.
     """
     transformers_logging.disable_progress_bar()
-    try:
-        if has_adapters(name):
-            base = base_of(name)
-            architecture = AutoConfig.from_pretrained(base)
-            set_dropout(architecture, dropout)
-            model = load_model(base, attention, architecture=architecture)
-            model = import_peft().PeftModel.from_pretrained(model, str(name), is_trainable=True)
-        else:
-            architecture = architecture or AutoConfig.from_pretrained(name)
-            model = (auto_model or saved_class(architecture)).from_pretrained(
-                name, config=architecture, attn_implementation=attention, dtype=torch.float32
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{name}: no model for this objective can be loaded from here: {_short(error)}") from None
+    if has_adapters(name):
+        base = base_of(name)
+        architecture = read_config(base)
+        set_dropout(architecture, dropout)
+        model = load_model(base, attention, architecture=architecture)
+        model = read_adapters(import_peft(), model, name)
+    else:
+        architecture = architecture or read_config(name)
+        model = read_weights(
+            auto_model or saved_class(architecture), name, architecture,
+            attn_implementation=attention, dtype=torch.float32,
+        )  # fmt: skip
     # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
     # inputs, and a resumed run is to equal the uninterrupted one.
     for parameter in model.parameters():
@@ -195,7 +188,7 @@ def enable_activation_checkpointing(model: Any) -> None:
     try:
         model.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"model.activation_checkpointing: {_short(error)}") from None
+        raise UserError(f"model.activation_checkpointing: {short(error)}") from None
 
 
 def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
@@ -204,15 +197,17 @@ def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         return True
     try:
-        vocabulary = AutoTokenizer.from_pretrained(name).get_vocab()
-    except (OSError, ValueError, KeyError):
+        vocabulary = read_tokenizer(name).get_vocab()
+    except UserError:
+        if Path(name).is_dir():
+            raise
         return True
     return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
 def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
     """`UserError` if the dataset's tokenizer is no longer the one that the checkpoint was trained with."""
-    trained, present = AutoTokenizer.from_pretrained(checkpoint).get_vocab(), tokenizer.get_vocab()
+    trained, present = read_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
     if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
         token, number = differing[0]
         raise UserError(
@@ -226,7 +221,7 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
     found = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        ids = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+        ids = chat_ids(tokenizer, turns)
         found += [token for token in ids[-2:] if token in tokenizer.all_special_ids]  # white space may follow it
     return sorted(set(found))
 
@@ -261,7 +256,3 @@ def check_length(model: Any, sequence_length: int) -> None:
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

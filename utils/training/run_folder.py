@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from utils.cli import UserError, at_exit, save_config
 from utils.config import TrainConfig
-from utils.files import hold_lock, replace_text
+from utils.files import hold_lock, read_json, read_yaml, replace_text
 from utils.training.checkpoint_folders import find_newest_valid, remove_leftovers
 from utils.training.checkpoints import load_state
 from utils.training.stopping import STOP_FILE
@@ -50,7 +49,7 @@ def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) ->
             before = [launch.get("mixed_precision") for launch in past_launches(Path(config.output))][-1:]
             if before not in ([], [accelerator.mixed_precision]):
                 found[1].append(f"changed since the last launch: precision {before[0]} → {accelerator.mixed_precision}")
-        except (UserError, OSError, ValueError, yaml.YAMLError) as error:
+        except (UserError, OSError) as error:
             found[2] = str(error)
     broadcast_object_list(found)
     checkpoint, lines, problem = found
@@ -83,9 +82,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
             raise UserError(
                 f"{run} already holds a run; go on with it by --checkpoint.resume auto, or choose another --output"
             )
-        saved = yaml.safe_load(saved_config.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise UserError(f"{saved_config} is damaged; choose another --output")
+        saved = read_yaml(saved_config)
         changes = _differences(saved, asdict(config))
         refused = [text for name, text in changes if not name.startswith(FREE_TO_CHANGE)]
         if refused:
@@ -148,10 +145,10 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
 def past_launches(run: Path) -> list[dict[str, Any]]:
     """environment.json, or nothing where there is none."""
     try:
-        launches = json.loads((run / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        launches = read_json(run / "environment.json", list)
+    except UserError:
         return []
-    return [launch for launch in launches if isinstance(launch, dict)] if isinstance(launches, list) else []
+    return [launch for launch in launches if isinstance(launch, dict)]
 
 
 def _git_commit() -> str | None:

@@ -26,16 +26,6 @@ def objective_module(name: str) -> ModuleType:
     return importlib.import_module(f"utils.training.objectives.{name}")
 
 
-def load_options(values: dict[str, Any]) -> ObjectiveConfig:
-    """The options of a run, from the section `objective` of its config.yaml."""
-    sections = {
-        name: type(getattr(ObjectiveConfig(), name))(**options)
-        for name, options in values.items()
-        if isinstance(options, dict)
-    }
-    return ObjectiveConfig(**(values | sections))
-
-
 class Objective(nn.Module):
     """The model with its loss."""
 
