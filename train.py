@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from utils.batches.batch_plan import plan_batches
 from utils.batches.collation import EVALUATION_SEED, CollatedRows, Layout
-from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader, to_tensors
+from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader, end_workers, to_tensors
 from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream
 from utils.batches.token_dataset import load_manifest, open_split
 from utils.pretrained import read_tokenizer
@@ -166,12 +166,12 @@ def main(config: TrainConfig) -> None:
         record_launch(accelerator, config)  # from here on the folder is this run's: whatever can be refused has been
     stops = at_exit.enter_context(StopRequests(accelerator, run, config.max_minutes, bytes_each))
     tracker = at_exit.enter_context(RunTracker(accelerator, config, state, max_steps))
-    watchdog = at_exit.enter_context(
-        Watchdog(run, accelerator.process_index, accelerator.num_processes, config.guards.hang_minutes)
-    )
+    hang_seconds = 60 * config.guards.hang_minutes + 2 * stops.save_seconds  # ranks may be waiting for a save
+    watchdog = at_exit.enter_context(Watchdog(run, accelerator.process_index, accelerator.num_processes, hang_seconds))
     writer = at_exit.enter_context(CheckpointWriter(
         accelerator, run / "checkpoints", config.checkpoint, tokenizer, warn=tracker.warn, note=watchdog.note_writing
     ))  # fmt: skip
+    at_exit.callback(end_workers)
     for line in [*describe_launch(accelerator, plan), *notes]:
         tracker.say(line)
     if accelerator.is_main_process:
@@ -236,7 +236,7 @@ def main(config: TrainConfig) -> None:
 
         # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
         if improved or (step > saved_step and (step % config.checkpoint.every_steps == 0 or stop_reason)):
-            watchdog.beat(step, "saving", 2 * stops.save_seconds)
+            watchdog.beat(step, "saving")
             if isinstance(train_loader, StreamLoader):
                 state.stream = train_loader.state()
             writer.save(state, model, optimizer, scheduler, average, wait=stop_reason is not None)
@@ -273,7 +273,7 @@ def main(config: TrainConfig) -> None:
         if fault is None:
             optimizer.step()
         else:
-            write_bad_batch(accelerator, run, state, micro_batches, tokenizer, fault)
+            write_bad_batch(accelerator, run, state, micro_batches, tokenizer, fault, tracker.warn)
             if accelerator.scaler is not None:
                 accelerator.scaler.update()
         optimizer.zero_grad()
@@ -317,6 +317,8 @@ def main(config: TrainConfig) -> None:
         )
         if state.best_loss is None:  # nor had an earlier one come to its first evaluation
             update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
+    watchdog.beat(state.optimizer_step, "ending")
+    writer.finish()
     bits = None if evaluation is None or validation_bytes is None else evaluation.bits_per_byte(validation_bytes)
     tracker.finish({
         "finished": finished, "reason": stop_reason, "optimizer_step": state.optimizer_step,

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,11 @@ def hold_lock(path: Path) -> Iterator[bool]:
     with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             yield False
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {path.parent} cannot be locked ({error.strerror}); do not start it twice", file=sys.stderr)
+            yield True
         else:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")

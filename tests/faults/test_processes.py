@@ -2,11 +2,12 @@
 
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import metrics, run, train, train_losses
+from conftest import ROOT, environment, metrics, run, train, train_losses
 from processes import changed_copy, command, heartbeat, invalid_checkpoints, send, state, summary, training, weights
 
 ENDLESS: dict[str, object] = {"schedule__max_steps": 4000, "schedule__shape": "constant", "checkpoint__every_steps": 50}
@@ -43,10 +44,10 @@ def test_22_a_rank_hangs(dataset, tmp_path):
             started.wait_for(
                 lambda: "rank 0 has come no further than step 5, training, for 0.05 minutes" in started.text()
             )
-            assert "(the first to fall silent was rank-1: step 5 fetching)" in started.text()
+            assert "(the first to fall silent was rank 1: step 5 fetching)" in started.text()
             assert started.end(40) != 0
-    assert "agree" in (output / "hang-rank-0.txt").read_text() or "reduce" in (output / "hang-rank-0.txt").read_text()
-    assert "sleep" in (output / "hang-rank-1.txt").read_text() or name in (output / "hang-rank-1.txt").read_text()
+    stacks = [(output / ".heartbeats" / f"stacks-{rank}").read_text() for rank in range(2)]
+    assert "in reduce" in stacks[0] and "in reduce" not in stacks[1]
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,9 @@ def test_23_a_rank_raises_or_leaves(how, dataset, tmp_path):
         result = run(*command(output, dataset, 2, name=name, **ENDLESS), check=False)
     assert result.returncode != 0
     if "raise" in how:
-        assert result.stderr.index("my own mistake") < result.stderr.find("another rank has gone") % len(result.stderr)
-    assert (
-        result.stderr.count("Traceback (most recent call last)") - result.stderr.count("accelerate/commands/launch.py")
-        <= 2
-    )
-    assert not (output / "summary.json").exists() or summary(output)["finished"] is False
+        others = [result.stderr.find(words) for words in ("another rank has gone", "SIGTERM", "ChildFailedError")]
+        assert 0 < result.stderr.index("my own mistake") < min(place for place in others if place >= 0)
+    assert summary(output)["finished"] is False
 
 
 def stopped_equals_whole(output: Path, dataset: Path, processes: int, step: int) -> None:
@@ -200,3 +198,17 @@ def test_a_stop_file(dataset, tmp_path):
         assert started.end() == 0
     assert summary(output)["reason"] == "stop_file" and not (output / "stop").exists()
     assert heartbeat(output).startswith(f"step {summary(output)['optimizer_step']} saving")
+
+
+def test_a_console_that_has_gone_costs_nothing(dataset, tmp_path):
+    """As with `| tee`, which Ctrl-C ends first, or a connection that is lost: saved, and ended in order."""
+    output = tmp_path / "run"
+    arguments = command(output, dataset, **ENDLESS)
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while b"step    1/" not in (line := process.stdout.readline()):
+        assert line
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert summary(output)["reason"] == "SIGHUP" and not invalid_checkpoints(output)
+    assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]

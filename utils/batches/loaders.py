@@ -1,5 +1,6 @@
 """DataLoaders over a layout: accelerate hands each rank its slice of every batch."""
 
+import multiprocessing
 import signal
 
 import torch
@@ -60,6 +61,12 @@ def ignore_signals(worker: int) -> None:
     """For a loader's worker: Ctrl-C and a launcher's signals are for its parent, which ends it when all is saved."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """For the end of a script: workers that are stuck do not keep it, though they heed no other signal."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -63,14 +63,16 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
         raise
 
 
-def link_checkpoint(folder: Path, link: str, step: int | None) -> None:
-    """Let `folder/link` point to the checkpoint of `step`, in one step; nothing if there is none."""
+def link_checkpoint(folder: Path, link: str, step: int | None) -> bool:
+    """Let `folder/link` point to the checkpoint of `step`, in one step; False if there is none."""
     target = checkpoint_name(step or 0)
-    if (folder / target).exists():
-        temporary = folder / f"{TEMPORARY_PREFIX}{link}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target)
-        temporary.replace(folder / link)
+    if not (folder / target).exists():
+        return False
+    temporary = folder / f"{TEMPORARY_PREFIX}{link}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(folder / link)
+    return True
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, archive_every_steps: int | None) -> None:

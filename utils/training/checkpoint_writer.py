@@ -53,10 +53,13 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._buffers: Tensors = {}
-        # Read once: a run's tokenizer stays as it is, and other threads may be using it while a checkpoint is written.
-        with tempfile.TemporaryDirectory() as temporary:
-            tokenizer.save_pretrained(temporary)
-            self._tokenizer_files = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+        self._tokenizer_files: dict[Path, bytes] = {}
+        if accelerator.is_main_process:
+            # Read once: a run's tokenizer stays as it is, and may be in use while a checkpoint is written.
+            with tempfile.TemporaryDirectory() as temporary:
+                tokenizer.save_pretrained(temporary)
+                files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+                self._tokenizer_files = {path.relative_to(temporary): path.read_bytes() for path in files}
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -70,7 +73,7 @@ class CheckpointWriter:
         self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, wait: bool,
     ) -> None:  # fmt: skip
-        """Save `step-N` of `state` (all ranks call). With `wait` it is on the disk on return, or a `UserError` says why not.
+        """Save `step-N` of `state` (all ranks call); with `wait`, as `finish` after it.
 
         A checkpoint of that step that is there and intact is kept, and only the links are moved: a run that was stopped
         before its evaluation makes that first when it goes on.
@@ -80,44 +83,56 @@ class CheckpointWriter:
         if self.accelerator.is_main_process:
             self._wait()
             target = self.folder / checkpoint_name(state.optimizer_step)
-            write: Callable[[], None]
-            if target.exists() and find_problem(target) is None:
-                write = self._finisher(state)
-            else:
-                write = self._writer(state, model, optimizer, scheduler, average, snapshot=not wait)
-            self._thread = threading.Thread(target=self._run, args=(write, started), name="checkpoint")
+            write: Callable[[], None] | None = None
+            if not target.exists() or find_problem(target) is not None:
+                # From a GPU's memory also where it is waited for: the copy's place is there, and safetensors would make one.
+                snapshot = not wait or self.accelerator.device.type != "cpu"
+                write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
+            arguments = (write, state.optimizer_step, state.best_step, started)
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
-            if wait:
-                self._wait(report=False)
-        self.pause_seconds = time.perf_counter() - started
         if wait:
-            failure = [None if self._error is None else f"cannot write checkpoint {self.folder}/"
-                       f"{checkpoint_name(state.optimizer_step)}: {self._error}; earlier checkpoints are untouched"]  # fmt: skip
-            self._error = None
-            broadcast_object_list(failure)
-            if failure[0]:
-                raise UserError(failure[0])
+            self.finish()
+        self.pause_seconds = time.perf_counter() - started
 
-    def _wait(self, report: bool = True) -> None:
-        """Until the writing is done; a failure becomes a warning, or stays for the caller."""
+    def finish(self) -> None:
+        """Until all is on the disk (all ranks call); `UserError` if the latest save failed."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
-        if self._error is not None and report:
+        failure = [self._error and f"cannot write the last checkpoint in {self.folder}: {self._error}; the earlier ones "
+                   "are untouched"]  # fmt: skip
+        self._thread = self._error = None
+        broadcast_object_list(failure)
+        if failure[0]:
+            raise UserError(failure[0])
+
+    def _wait(self) -> None:
+        """Until the save under way is done; its failure is a warning."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
             self.warn(f"a checkpoint could not be written: {self._error}; the earlier ones are untouched, and the run "
                       "goes on to the next")  # fmt: skip
-            self._error = None
+        self._thread = self._error = None
 
-    def _run(self, write: Callable[[], None], started: float) -> None:
+    def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
+        """In the thread: the checkpoint, unless it is there; then the links, and what is no longer needed."""
         try:
-            write()
+            if write is not None:
+                self.note("writing")
+                write()
+                self.write_seconds = time.perf_counter() - started
+            self.note("rotating")
+            link_checkpoint(self.folder, "last", step)
+            if not link_checkpoint(self.folder, "best", best_step) and best_step is not None:
+                self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
+            remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
         except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError; all must be told
             self._error = error
         finally:
-            self.write_seconds = time.perf_counter() - started
             self.note("idle")
 
-    def _writer(
+    def _prepare(
         self, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, snapshot: bool,
     ) -> Callable[[], None]:  # fmt: skip
@@ -141,35 +156,22 @@ class CheckpointWriter:
         text = json.dumps(record, indent=2)
         if snapshot and torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
-        step, finish = state.optimizer_step, self._finisher(state)
+        step = state.optimizer_step
 
         def write() -> None:
-            self.note("writing")
             with new_checkpoint(self.folder, step) as temporary:
                 model.save_pretrained(temporary, state_dict=weights)
                 if has_adapters(temporary):
                     save_base(model, temporary)
                 for name, content in self._tokenizer_files.items():
+                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                     (temporary / name).write_bytes(content)
                 save_file(tensors, temporary / "optimizer.safetensors")
                 if averages:
                     save_file(averages, temporary / "average.safetensors")
                 (temporary / "state.json").write_text(text, encoding="utf-8")
-            finish()
 
         return write
-
-    def _finisher(self, state: TrainState) -> Callable[[], None]:
-        """What is done when the checkpoint is there: move the links, then remove what is no longer needed."""
-        step, best_step = state.optimizer_step, state.best_step
-
-        def finish() -> None:
-            self.note("rotating")
-            link_checkpoint(self.folder, "last", step)
-            link_checkpoint(self.folder, "best", best_step)
-            remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
-
-        return finish
 
     def _copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         """A copy in this process's memory, at the same place each time; from a GPU without waiting for it."""

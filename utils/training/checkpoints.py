@@ -34,7 +34,7 @@ from utils.cli import UserError, exit_with
 from utils.config import CheckpointConfig
 from utils.files import read_json
 from utils.optimizer_config import OptimizerConfig
-from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints
+from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints, step_of
 from utils.training.ema import WeightAverage
 from utils.training.hardware import readable
 
@@ -228,7 +228,9 @@ def check_disk(folder: Path, config: CheckpointConfig, bytes_each: int, steps_le
     """
     archived = steps_left // config.archive_every_steps if config.archive_every_steps else 0
     number = config.keep_last + 2 + archived
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    archive = config.archive_every_steps
+    going = [path for path in list_checkpoints(folder) if not archive or step_of(path) % archive]
+    there = sum(file.stat().st_size for path in going for file in path.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     if number * bytes_each > free + there:
         raise UserError(

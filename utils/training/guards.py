@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def check_limits(state: TrainState, config: GuardConfig, fault: str) -> None:
 
 def write_bad_batch(
     accelerator: Accelerator, run: Path, state: TrainState, micro_batches: list[dict[str, torch.Tensor]], tokenizer: Any,
-    fault: str,
+    fault: str, warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     """The rows of a global batch, as ids and as text, to `bad_batches/` (all ranks call; the main process writes)."""
     rows = gather_object([
@@ -69,10 +70,13 @@ def write_bad_batch(
         for ids in batch["input_ids"].tolist()
     ])  # fmt: skip
     if accelerator.is_main_process:
-        folder = run / "bad_batches"
-        folder.mkdir(exist_ok=True)
         where = {"step": state.optimizer_step + 1, "samples_seen": state.samples_seen, "fault": fault}
-        with (folder / f"samples-{state.samples_seen:010d}.jsonl").open("w", encoding="utf-8") as file:
-            for row in rows:
-                record = where | row | {"text": tokenizer.decode(row["input_ids"])}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        records = [where | row | {"text": tokenizer.decode(row["input_ids"])} for row in rows]
+        path = run / "bad_batches" / f"samples-{state.samples_seen:010d}.jsonl"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(
+                "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+            )
+        except OSError as error:
+            warn(f"{path} cannot be written: {error.strerror}")

@@ -1,5 +1,6 @@
 """What may ask a run to stop before its end, and how all ranks come to agree on it."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from utils.cli import PARENT
 from utils.training.launch_check import launcher_command
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What to say of each, in the order of `StopRequests.flags`.
 REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "max_minutes")
 STOP_FILE = "stop"
@@ -57,14 +58,18 @@ class StopRequests:
 
     def __enter__(self) -> "StopRequests":
         """From here on signals are noted; before, they end the process as they always do."""
-        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        heeded = [
+            signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN
+        ]  # nohup ignores SIGHUP
+        self._before = {signum: signal.signal(signum, self._note) for signum in heeded}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.accelerator.is_main_process:
-            self.stop_file.unlink(missing_ok=True)  # obeyed, or too late: it is not for the next launch
+            with contextlib.suppress(OSError):  # obeyed, or too late: it is not for the next launch
+                self.stop_file.unlink()
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -73,7 +78,8 @@ class StopRequests:
             return
         if signum not in self._noted:
             self._noted.add(signum)
-            os.write(2, f"{signal.Signals(signum).name}: saving after this step, then ending\n".encode())
+            with contextlib.suppress(OSError):  # `| tee` has been told to end, too
+                os.write(2, f"{signal.Signals(signum).name}: saving after this step, then ending\n".encode())
 
     def flags(self) -> list[float]:
         """1.0 for each of `REASONS` that this rank knows of."""
@@ -83,14 +89,14 @@ class StopRequests:
             self._stop_file_seen = self.stop_file.exists()
         launcher_gone = self._launcher is not None and os.getppid() != PARENT
         late = self._deadline is not None and self.accelerator.is_main_process and (
-            now + 2 * self.longest_gap_seconds + self.save_seconds + END_SECONDS > self._deadline)  # fmt: skip
+            now + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS > self._deadline)  # fmt: skip
         found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
         return [float(flag) for flag in found]
 
     def agree(self, *figures: torch.Tensor) -> list[float]:
         """The sums of scalars over all ranks (which all call this); sets `reason` if one of them is asked to stop.
 
-        One small reduction, and the only wait for the device in a step.
+        One small reduction, which waits for the device.
         """
         now = time.perf_counter()
         self.longest_gap_seconds = max(self.longest_gap_seconds, now - (self._last_time or now))
@@ -113,12 +119,12 @@ class StopRequests:
     def time_for_save(self, save_seconds: float) -> str | None:
         """To be told how long the latest save took; the line to warn with if torch's launcher would kill the next one."""
         self.save_seconds = save_seconds or self.save_seconds
-        seconds = self.longest_gap_seconds + self.save_seconds
+        seconds = self.longest_gap_seconds + 2 * self.save_seconds
         if self._warned or "TORCHELASTIC_RUN_ID" not in os.environ or seconds < LAUNCHER_SECONDS:
             return None
         self._warned = True
         return (
-            f"a step and a save take {seconds:.0f} s; after SIGTERM the launcher kills its processes in {LAUNCHER_SECONDS} s, "
+            f"a step, a save that is under way and another take {seconds:.0f} s; after SIGTERM the launcher kills its processes in {LAUNCHER_SECONDS} s, "
             f"which loses the steps since the last checkpoint. `touch {self.stop_file}` stops without a limit; "
             "--max_minutes stops in time"
         )

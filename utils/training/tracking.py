@@ -4,6 +4,7 @@ All of it happens on the main process only; on the others every method returns a
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -14,18 +15,19 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
-from utils.cli import PEER_GONE
+from utils.cli import PEER_GONE, UserError
 from utils.config import TrainConfig
-from utils.files import replace_text
+from utils.files import read_json, replace_text
 from utils.training.checkpoints import TrainState
 from utils.training.run_folder import flatten
 
+SENT_FILE = ".wandb_sent.json"
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f"}
 
 
@@ -47,7 +49,9 @@ class RunTracker:
         self.logger.addHandler(handler)
         self.logger.propagate = False
         step, looked = state.optimizer_step, state.looked_step
-        self.sent = _cut_metrics(self.run / "metrics.jsonl", step, looked)
+        self.sent = self._read_sent(step) | _cut_metrics(self.run / "metrics.jsonl", step, looked)
+        with contextlib.suppress(OSError):
+            replace_text(self.run / SENT_FILE, json.dumps(sorted(self.sent)))
         _cut_samples(self.run / "samples.md", looked)
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
@@ -60,14 +64,25 @@ class RunTracker:
     def say(self, text: str) -> None:
         """One line for the reader."""
         if self.is_main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            self._show(text, sys.stdout)
             self.logger.info(text)
 
     def warn(self, text: str) -> None:
         if self.is_main:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            self._show(f"warning: {text}", sys.stderr)
             self.logger.warning(text)
+
+    def _show(self, text: str, stream: TextIO) -> None:
+        """On the console, if there still is one: a pipe's reader or a terminal may have gone, a file's disk be full."""
+        try:
+            tqdm.write(text, file=stream)
+            stream.flush()
+        except OSError as error:
+            if error.errno in (
+                errno.EPIPE,
+                errno.EIO,
+            ):  # for good: what is in the buffer must not fail again at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Numbers of a step, to the console, metrics.jsonl and every tracker."""
@@ -120,8 +135,8 @@ class RunTracker:
         self._write_summary(summary)
         try:
             plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
-        except OSError as error:
-            self.warn(f"loss.png cannot be written: {error.strerror}")
+        except (OSError, ValueError) as error:
+            self.warn(f"loss.png cannot be written: {error}")
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
@@ -140,18 +155,28 @@ class RunTracker:
             if error is not None:
                 message = " ".join(f"{error}".split()) or type(error).__name__
                 # Another rank was killed, or has said itself what is wrong: the next launch may well go on.
-                reason = "rank_gone" if PEER_GONE.search(message) else "error"
+                peer_gone = (
+                    self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(message)
+                )
+                reason = "rank_gone" if peer_gone else "error"
                 with contextlib.suppress(OSError):  # there is one error already
                     self._write_summary({
                         "finished": False, "reason": reason, "error": message,
                         "optimizer_step": self.state.optimizer_step,
                     })  # fmt: skip
-            threading.excepthook = self.thread_hook
+            threading.excepthook, logging.raiseExceptions = self.thread_hook, True
             self.progress.close()
             self.metrics_file.close()
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         self.warn(f"a thread has ended: {type(failed.exc_value).__name__}: {failed.exc_value}")
+
+    def _read_sent(self, step: int) -> set[tuple[int, str]]:
+        """What W&B has been sent, by launches before the last one, of steps that come again."""
+        try:
+            return {(int(at), str(name)) for at, name in read_json(self.run / SENT_FILE, list) if at > step}
+        except (UserError, ValueError, TypeError):
+            return set()
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
