@@ -49,7 +49,7 @@ def test_34_a_resumed_run_goes_on_in_its_trackers(dataset, tmp_path):
     files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({file.stem.removeprefix("run-") for file in files}) == 1  # one run, two launches
     first, second = map(wandb_steps, files)
-    assert len(first) > 30 and first == list(range(1, len(first) + 1))
+    assert len(first) > 20 and first == list(range(1, len(first) + 1))
     assert second == list(range(logged + 1, 101))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 HEARTBEATS = ".heartbeats"
-LINE_BYTES = 40
+LINE_BYTES = 60
 HANG_EXIT_CODE = 1
 BACKSTOP_SECONDS = 60
 
@@ -48,7 +48,7 @@ class Watchdog:
     def beat(self, step: int, doing: str) -> None:
         """The training has come to `step`, and begins `doing`: a word."""
         self._deadline, self._step, self._doing = time.monotonic() + self.limit, step, doing
-        self._note(f"step {step} {doing} {time.time():.0f}", 0)
+        self._note(f"step {step} {doing} {time.time():.3f}", 0)
 
     def note_writing(self, doing: str) -> None:
         """What the writing of checkpoints does, beside the training."""
@@ -80,11 +80,11 @@ class Watchdog:
 
     def _first_to_stop(self) -> str:
         """The rank that has been silent for longest: the others may only be waiting for it."""
-        beats: list[tuple[int, int, str]] = []
+        beats: list[tuple[float, int, str]] = []
         for rank in range(self.num_ranks):
             with contextlib.suppress(OSError, ValueError, IndexError):  # not there: on another machine
                 _, step, doing, second = (self.folder / f"rank-{rank}").read_text().split()[:4]
-                beats.append((int(second), rank, f"step {step} {doing}"))
+                beats.append((float(second), rank, f"step {step} {doing}"))
         if not beats or min(beats)[1] == self.rank:
             return ""
         return f" (the first to fall silent was rank {min(beats)[1]}: {min(beats)[2]})"
