@@ -322,7 +322,7 @@ YAML = {
     "tag": ("seed: !!python/object/apply:os.system [touch {canary}]", "could not determine a constructor"),
     "bomb": (BOMB, "alias *a: write out what it stands for"),
     "itself": ("a: &a [*a]", "alias *a: write out"),
-    "deep": ("a: " + "[" * 5_000, "nested too deeply"),
+    "deep": ("a: " + "[" * 1_000, "nested too deeply"),
     "long": ("q8{]" * 20_000_000, "a configuration has at most 262,144"),
     "binary": ("\0\x01", "special characters are not allowed"),
     "twice": ("seed: 1\nseed: 2", "line 2: 'seed' stands twice"),
@@ -412,6 +412,23 @@ def test_a_datasets_manifest_is_checked(values, finished_run, dataset, tmp_path)
     assert "is damaged" in error_line("evaluate.py", "--model", finished_run, "--dataset", changed)
     (changed / "manifest.json").write_text("[" * 100_000)
     assert "nested too deeply" in error_line("train.py", *flags(settings))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"num_hidden_layers": 10**9}, "asks for 1,000,000,000 layers"),
+        ({"num_hidden_layers": -1}, "asks for -1 layers"),
+        ({"hidden_size": 10**9}, "other shapes than its config.json says"),
+        ({"num_attention_heads": 0}, "no model can be loaded from here"),
+        ({"architectures": 5}, "which is no list"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "are quantized"),
+    ],
+)
+def test_a_models_configuration_is_checked(values, expected, export, tmp_path):
+    shutil.copytree(export, tmp_path / "model")
+    change(tmp_path / "model" / "config.json", **values)
+    assert expected in error_line("evaluate.py", "--model", tmp_path / "model", "--prompt", "a")
 
 
 # ---- Tensors.

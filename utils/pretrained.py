@@ -84,8 +84,13 @@ def read_config(name: str | Path) -> Any:
         layers = [value for key, value in vars(config).items() if key.endswith(("layers", "n_layer", "n_layers"))]
     except Exception as error:  # each class checks in its own way
         raise UserError(f"{name}: no model can be loaded from here: {short(error)}") from None
-    if any(isinstance(value, int) and value > MAX_LAYERS for value in layers):
-        raise UserError(f"{name}: config.json asks for {max(layers):,} layers; at most {MAX_LAYERS:,} are built")
+    for value in layers:
+        if isinstance(value, int) and not 0 <= value <= MAX_LAYERS:
+            raise UserError(f"{name}: config.json asks for {value:,} layers; at most {MAX_LAYERS:,} are built")
+    if not isinstance(config.architectures, list | None):
+        raise UserError(f"{name}: config.json names {config.architectures!r} as its architectures, which is no list")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{name}: its weights are quantized; take those that they were made of")
     return config
 
 
@@ -98,10 +103,14 @@ def read_weights(auto_model: Any, name: str | Path, config: Any, **options: Any)
     logging.set_verbosity_error()  # its report of what does not fit is many lines long
     try:
         model, found = auto_model.from_pretrained(
-            name, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+            name, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            **options,
+        )  # fmt: skip
     except Exception as error:  # each format is read, and fails, in its own way
-        raise UserError(f"{name}: no model for this objective can be loaded from here: {short(error)}") from None
+        why = short(error)
+        if "ignore_mismatched_sizes" in why:  # which points to the report
+            why = "its tensors have other shapes than its config.json says"
+        raise UserError(f"{name}: no model for this objective can be loaded from here: {why}") from None
     finally:
         logging.set_verbosity(verbosity)
     _check_types(Path(name), {key for key, _ in model.named_parameters()})

@@ -4,6 +4,7 @@ config.yaml        the resolved configuration; runs again as --config
 environment.json   versions, machine, launch, git commit, one entry per launch
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -75,6 +76,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         raise UserError(
             f"{run} is in use by {lock.read_text(encoding='utf-8')}; wait for it, or choose another --output"
         )
+    at_exit.callback(_leave_no_trace, run)
     lines: list[str] = []
     checkpoint = None
     if not is_empty:
@@ -96,6 +98,13 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
             raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
     remove_leftovers(run / "checkpoints")
     return checkpoint, lines
+
+
+def _leave_no_trace(run: Path) -> None:
+    """Of a run that was refused. Called before the lock is let go: who opens the file meanwhile is refused, too."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in run.iterdir()] == [".lock"]:
+            (run / ".lock").unlink()
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str]]:
