@@ -17,7 +17,7 @@ from conftest import ROOT, SMALL, environment, flags, launcher
 from utils.training.checkpoint_folders import find_problem, list_checkpoints
 from utils.training.watchdog import HEARTBEATS
 
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 
 def command(output: Path, dataset: Path, processes: int = 1, *, name: str = "train.py", **options: object) -> list[str]:
