@@ -283,8 +283,8 @@ def main(config: TrainConfig) -> None:
         state.train_seconds += time.perf_counter() - step_started
         if fault is not None:
             state.skipped += 1
-            tracker.warn(f"step {step + 1}: the update is left out: {fault}")
             check_limits(state, config.guards, fault)
+            tracker.warn(f"step {step + 1}: the update is left out: {fault}")
             continue
         if accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow and has halved its scale
             state.skipped += 1

@@ -64,10 +64,11 @@ class Training:
         self.wait_for(lambda: path.exists() and path.read_text().count('"train/loss"') >= step)
 
     def wait_for_heartbeat(self, words: str, rank: int = 0) -> None:
-        """Until a rank begins what these words are part of, without a pause between looks."""
+        """Until a rank begins what these words are part of, with next to no pause between looks."""
         deadline = time.monotonic() + PATIENCE
         while words not in heartbeat(self.output, rank):
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()[-3000:]
+            time.sleep(0.0002)
 
     def kill(self) -> None:
         """SIGKILL for the launcher and all ranks; their workers are not asked either."""

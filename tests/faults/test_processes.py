@@ -196,7 +196,7 @@ def test_a_stop_file(dataset, tmp_path):
         (output / "stop").touch()
         assert started.end() == 0
     assert summary(output)["reason"] == "stop_file" and not (output / "stop").exists()
-    assert heartbeat(output).startswith(f"step {summary(output)['optimizer_step']} saving")
+    assert heartbeat(output).startswith(f"step {summary(output)['optimizer_step']} ending")
 
 
 def test_a_console_that_has_gone_costs_nothing(dataset, tmp_path):
