@@ -46,7 +46,12 @@ def environment() -> dict[str, str]:
 def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; with `check`, its output is shown if it fails."""
     result = subprocess.run(
-        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, env=environment() | extra, timeout=900
+        [str(part) for part in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=environment() | extra,
+        timeout=1800,
     )
     if check and result.returncode:
         pytest.fail(f"{command} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")

@@ -57,6 +57,7 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
     return outputs
 
 
+@pytest.mark.timeout(2400)
 def test_every_command_runs(tmp_path):
     copy = make_copy(tmp_path, max_steps=6)
     short = {command: command.replace("--schedule.max_steps 400", "--schedule.max_steps 6") for command in COMMANDS}
@@ -83,6 +84,7 @@ def test_every_command_runs(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_the_demo_beats_xz_by_a_fifth(tmp_path):
     """`make demo` at its full length."""
     run_in(make_copy(tmp_path, max_steps=800), ["make demo"])
