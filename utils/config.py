@@ -111,7 +111,8 @@ class GuardConfig:
     max_spikes: int = 10
     """Spikes that the run may leave out; the next one stops it."""
     hang_minutes: float = 10.0
-    """A rank that comes no further for this long is ended, with its stacks in the run folder."""
+    """A rank that comes no further for this long, and twice what a save may take, is ended; its stacks are in
+    .heartbeats/ of the run folder."""
 
     def problems(self) -> list[str]:
         found = at_least("guards", self, max_nonfinite=0, spike_window=4, max_spikes=0)
