@@ -45,6 +45,7 @@ from utils.training.ema import WeightAverage
 from utils.training.evaluation import evaluate, write_sample
 from utils.training.guards import check_limits, find_fault, write_bad_batch
 from utils.training.initialization import describe_initialization
+from utils.training.kernels import describe_kernels, resolve_matmul_precision
 from utils.training.launch_check import check_launch, describe_launch
 from utils.training.modeling import (
     build_model,
@@ -55,7 +56,7 @@ from utils.training.modeling import (
     load_model,
     pad_token_id,
 )
-from utils.training.objectives import Objective, check_documents_stay_apart, count_targets, objective_module
+from utils.training.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
 from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
 from utils.training.stopping import StopAsked, StopRequests
@@ -80,7 +81,7 @@ def main(config: TrainConfig) -> None:
         project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/tensorboard"),
     )
     check_launch(accelerator, plan)
-    torch.set_float32_matmul_precision(config.matmul_precision)
+    torch.set_float32_matmul_precision(resolve_matmul_precision(config.matmul_precision, accelerator.device))
 
     # ---- Data: rows laid out over the mapped token stream, nothing is copied; or made of a source as it is being read.
     # The objective turns them into what the model reads, and may add special tokens to the tokenizer for it.
@@ -104,8 +105,9 @@ def main(config: TrainConfig) -> None:
     example = to_tensors(CollatedRows(validation_rows, collate, EVALUATION_SEED).__getitems__([0]))
     if config.dry_run:
         with torch.device("meta"):
-            planned = Objective(build_model(config.model, tokenizer, kind.AUTO_MODEL, weights=False), config.objective)
-        check_length(planned.model, config.data.sequence_length)
+            model = build_model(config.model, tokenizer, kind.AUTO_MODEL, weights=False)
+        check_length(model, config.data.sequence_length)
+        planned = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
         if accelerator.is_main_process:
             print(*describe_launch(accelerator, plan), sep="\n")
             print(*dry_run_report(
@@ -143,12 +145,11 @@ def main(config: TrainConfig) -> None:
     if checkpoint:
         check_tokenizer(checkpoint, tokenizer)
         model = load_model(checkpoint, config.model.attention, dropout=config.model.dropout)
-        if config.model.activation_checkpointing:
-            enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, config.model)
     else:
         model = build_model(config.model, tokenizer, kind.AUTO_MODEL)
     check_length(model, config.data.sequence_length)
-    objective = Objective(model, config.objective)
+    objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
     if "position_ids" in example:
         check_documents_stay_apart(objective)
     optimizer = build_optimizer(model, config.optimizer, fused=accelerator.scaler is None)
@@ -177,6 +178,7 @@ def main(config: TrainConfig) -> None:
     if accelerator.is_main_process:
         for line in describe_model(model):
             tracker.say(line)
+        tracker.say(describe_kernels(accelerator.unwrap_model(objective)))
         tracker.say(describe_work(accelerator.unwrap_model(objective), example, config, plan))
         if not checkpoint:
             tracker.say(describe_initialization(model))
@@ -304,6 +306,7 @@ def main(config: TrainConfig) -> None:
             tracker.log({
                 "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
                 "perf/tokens_per_second": (state.tokens_seen - logged[0]) / (state.train_seconds - logged[1]),
+                "perf/train_seconds": state.train_seconds,
                 **({"train/epoch": state.samples_seen / len(train_rows)} if train_rows is not None else {}),
             }, state.optimizer_step)  # fmt: skip
             logged = (state.tokens_seen, state.train_seconds)

@@ -47,8 +47,9 @@ from utils.batches.collation import CollatedRows
 from utils.batches.loaders import build_layout, to_tensors
 from utils.batches.token_dataset import load_manifest, open_split
 from utils.pretrained import read_tokenizer
+from utils.training.kernels import resolve_matmul_precision
 from utils.training.modeling import build_model, pad_token_id
-from utils.training.objectives import Objective, count_targets, objective_module
+from utils.training.objectives import build_objective, count_targets, objective_module
 from utils.training.optimization import build_optimizer
 
 
@@ -56,8 +57,8 @@ def main(config: MicroBatchConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
     if load_manifest(recipe.data.dataset).get("stream"):
         raise UserError(f"{recipe.data.dataset} is a stream; find_micro_batch.py needs a dataset with stored tokens")
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
     accelerator = Accelerator(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    torch.set_float32_matmul_precision(resolve_matmul_precision(recipe.matmul_precision, accelerator.device))
     if accelerator.num_processes > 1:
         raise UserError("find_micro_batch.py measures one device; launch it with --num_processes 1, and say with its own "
                         "option --num_processes how many will train")  # fmt: skip
@@ -72,8 +73,9 @@ def main(config: MicroBatchConfig) -> None:
     rows = CollatedRows(layout, collate, recipe.seed)
     set_seed(recipe.seed)
     model = build_model(recipe.model, tokenizer, kind.AUTO_MODEL)
+    objective = build_objective(model, recipe.objective, recipe.model.attention, recipe.kernels, accelerator.device)
     optimizer = build_optimizer(model, recipe.optimizer, fused=accelerator.scaler is None)
-    objective, optimizer = accelerator.prepare(Objective(model, recipe.objective), optimizer)
+    objective, optimizer = accelerator.prepare(objective, optimizer)
     objective.train()
 
     share = plan_batches(recipe.batch.global_batch_size, None, config.num_processes).micro_batch

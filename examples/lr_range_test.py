@@ -56,8 +56,9 @@ from utils.batches.batch_plan import plan_batches
 from utils.batches.loaders import build_layout, build_train_loader
 from utils.batches.token_dataset import load_manifest, open_split
 from utils.pretrained import read_tokenizer
+from utils.training.kernels import resolve_matmul_precision
 from utils.training.modeling import build_model, pad_token_id
-from utils.training.objectives import Objective, count_targets, objective_module
+from utils.training.objectives import build_objective, count_targets, objective_module
 from utils.training.optimization import build_optimizer
 
 SMOOTHING = 0.9  # of the exponential moving average of the loss
@@ -69,7 +70,6 @@ def main(config: RangeTestConfig) -> None:
         raise UserError("adafactor caps the learning rate at 1 / √step, so that raising it shows nothing; try another")
     if load_manifest(recipe.data.dataset).get("stream"):
         raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
-    torch.set_float32_matmul_precision(recipe.matmul_precision)
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     plan = plan_batches(
         recipe.batch.global_batch_size, recipe.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
@@ -79,6 +79,7 @@ def main(config: RangeTestConfig) -> None:
         gradient_accumulation_plugin=GradientAccumulationPlugin(plan.accumulation, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
+    torch.set_float32_matmul_precision(resolve_matmul_precision(recipe.matmul_precision, accelerator.device))
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     kind = objective_module(recipe.objective.name)
     collate = kind.build_collator(recipe.objective, tokenizer)
@@ -89,8 +90,9 @@ def main(config: RangeTestConfig) -> None:
     loader = build_train_loader(rows, collate, plan, samples_seen=0, seed=recipe.seed, num_workers=0)
     set_seed(recipe.seed)
     model = build_model(recipe.model, tokenizer, kind.AUTO_MODEL)
+    objective = build_objective(model, recipe.objective, recipe.model.attention, recipe.kernels, accelerator.device)
     optimizer = build_optimizer(model, recipe.optimizer, fused=accelerator.scaler is None)
-    objective, optimizer, loader = accelerator.prepare(Objective(model, recipe.objective), optimizer, loader)
+    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
 
     objective.train()
     batches = iter(loader)

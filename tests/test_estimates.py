@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from utils.batches.batch_plan import plan_batches
-from utils.config import TrainConfig
+from utils.config import KernelConfig, TrainConfig
+from utils.model_config import ModelConfig
 from utils.objective_config import ObjectiveConfig
 from utils.optimizer_config import OptimizerConfig
 from utils.training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
@@ -36,7 +37,7 @@ from utils.training.estimates import (
 )
 from utils.training.hardware import HARDWARE, duration, estimate_time, measure_flops_per_second, precision_of
 from utils.training.modeling import count_parameters, enable_activation_checkpointing
-from utils.training.objectives import Objective
+from utils.training.objectives import Objective, build_objective
 from utils.training.optimization import build_optimizer
 
 D, L, H, M, V, P = 64, 2, 4, 160, 500, 128  # width, blocks, heads, MLP, vocabulary, positions
@@ -191,7 +192,7 @@ def test_operations_agree_with_six_per_parameter_and_token(name: str) -> None:
 
 def test_checkpointing_computes_the_blocks_again_and_adapters_save_the_gradients_of_weights() -> None:
     plain, checkpointed = objective_of(GPT2, "eager", "meta"), objective_of(GPT2, "eager", "meta")
-    enable_activation_checkpointing(checkpointed.model)
+    enable_activation_checkpointing(checkpointed.model, ModelConfig(activation_checkpointing=True))
     # All of the forward pass but the head and each block's last product, whose result the backward pass does not need.
     not_again = 2 * ROWS * LENGTH * (V * D + L * M * D)
     total = count_flops(plain, PACKED)
@@ -222,6 +223,24 @@ def test_the_peak_is_that_of_a_real_step(name: str, precision: str) -> None:
     assert parts["optimizer state"] == 0
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_peak_of_the_fast_kernels_is_that_of_a_real_step(precision: str) -> None:
+    config = copy.deepcopy(GPT2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
+    model = objective_of(config).model
+    objective = build_objective(model, ObjectiveConfig(), "auto", KernelConfig(), torch.device("cpu")).train()
+    batch = real_batch(shapes_of(config))
+    parts = estimate_memory(objective, batch, OptimizerConfig("sgd", momentum=0.0), mixed_precision=precision)
+    tracker = MemTracker()
+    tracker.track_external(objective)
+    with tracker:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = objective(**batch)
+        loss.backward()
+    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert tensors_of(parts) == pytest.approx(real, rel=0.02)
+
+
 def test_dropout_and_checkpointing_change_the_activations_as_they_should() -> None:
     config = copy.deepcopy(GPT2)
     kept = estimate_memory(objective_of(config), PACKED, OptimizerConfig())["activations"]
@@ -230,8 +249,14 @@ def test_dropout_and_checkpointing_change_the_activations_as_they_should() -> No
     scores = ROWS * H * LENGTH**2 * 4
     assert with_dropout > kept + L * 2 * scores  # without a fused kernel on a CPU: scores and masks are kept
     checkpointed = objective_of(GPT2)
-    enable_activation_checkpointing(checkpointed.model)
-    assert estimate_memory(checkpointed, PACKED, OptimizerConfig())["activations"] < 0.7 * kept
+    enable_activation_checkpointing(checkpointed.model, ModelConfig(activation_checkpointing=True))
+    all_blocks = estimate_memory(checkpointed, PACKED, OptimizerConfig())["activations"]
+    assert all_blocks < 0.7 * kept
+    some = objective_of(GPT2)
+    enable_activation_checkpointing(
+        some.model, ModelConfig(activation_checkpointing=True, activation_checkpointing_every=2)
+    )
+    assert all_blocks < estimate_memory(some, PACKED, OptimizerConfig())["activations"] < kept
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor", "sgd", "adamw_8bit"])

@@ -123,6 +123,19 @@ class GuardConfig:
 
 
 @dataclass
+class KernelConfig:
+    """Faster ways to the same result, beyond rounding; see utils/training/kernels.py. Attention is model.attention."""
+
+    chunked_head: bool = True
+    """Compute the loss for some rows' logits at a time; all of them would be the largest tensor of a small model. For
+    models whose logits are one linear map of their last hidden state."""
+    fused_activation: bool = True
+    """GPT-2's gelu_new in one pass over the memory, not eight."""
+    fast_dropout: bool = True
+    """On a CPU: dropout from fewer random numbers, its probability rounded to 1/65,536."""
+
+
+@dataclass
 class TrackingConfig:
     """What a person sees. metrics.jsonl, training.log, loss.png and summary.json are always written."""
 
@@ -164,12 +177,14 @@ class TrainConfig:
     limit."""
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision: what fp32 matrix products may round to."""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """torch.set_float32_matmul_precision: what fp32 matrix products may round to. auto: medium on a CPU with AVX-512 and
+    without AMX, where it rounds no more, but takes a faster library; else highest."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

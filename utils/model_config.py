@@ -92,10 +92,16 @@ class ModelConfig:
     initialization: Literal["model", "normal", "gpt2"] = "model"
     """model: the architecture's own. normal: weights N(0, 0.02), biases 0, norm weights 1. gpt2: likewise, but the
     projections that end in the residual stream are divided by the square root of their number."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """sdpa: torch's fused attention. eager: plain matrix products."""
+    attention: Literal["auto", "blocked", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
+    """blocked: matrix products of blocks of queries and the keys that they may see (CPU). sdpa: torch's fused attention.
+    eager: plain matrix products. flex_attention: compiled, GPU. flash_attention_2: that library, GPU in bf16 or fp16.
+    auto: blocked on a CPU, else sdpa."""
     activation_checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: less memory, a third more work."""
+    """Keep only a block's input for the backward pass and compute the rest again: less memory, a third more work."""
+    activation_checkpointing_every: int = 1
+    """Do so in every so-manieth block; the others keep what they have computed. --dry_run says what fits."""
+    activation_offload: bool = False
+    """GPU: hold the kept inputs in the host's memory, which matters with long sequences and costs two copies a block."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def sizes(self) -> dict[str, int | None]:
@@ -112,8 +118,10 @@ class ModelConfig:
     def problems(self) -> list[str]:
         found = at_least(
             "model", self, hidden_size=1, num_hidden_layers=1, num_attention_heads=1, intermediate_size=1,
-            max_position_embeddings=2, vocabulary_multiple=1,
+            max_position_embeddings=2, vocabulary_multiple=1, activation_checkpointing_every=1,
         )  # fmt: skip
+        if self.activation_offload and not self.activation_checkpointing:
+            found.append("model.activation_offload is for model.activation_checkpointing; set that to true too")
         if not 0 <= self.dropout < 1:
             found.append(f"model.dropout is {self.dropout}; it must be at least 0 and less than 1")
         if self.pretrained is not None:

@@ -76,3 +76,8 @@ def hash_weights(name: str) -> str | None:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest() if Path(name).is_dir() else None
+
+
+def without_adapters(model: Any) -> Any:
+    """The model of transformers in peft's wrapper, or as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,13 +1,13 @@
 """What is said of a training before it starts: its parameters, memory, data, work and time."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from utils.batches.batch_plan import BatchPlan
 from utils.config import TrainConfig
+from utils.training.adapters import without_adapters
 from utils.training.estimates import (
     BatchShapes,
     count_flops,
@@ -24,6 +24,7 @@ from utils.training.hardware import (
     readable,
 )
 from utils.training.initialization import is_norm
+from utils.training.kernels import resolve_matmul_precision
 from utils.training.objectives import Objective
 
 PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")
@@ -65,11 +66,6 @@ def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
 
 
-def without_adapters(model: Any) -> Any:
-    """The model of transformers in peft's wrapper, or as it is."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def describe_model(model: nn.Module) -> list[str]:
     """Lines: the class and its parameters, then those of each part."""
     counts = count_parameters_by_part(model)
@@ -108,7 +104,7 @@ def dry_run_report(
         f"{positions:,} positions{epochs}",
     ]
     micro_batch = resized(example, plan.micro_batch, longest)
-    precision = precision_of(mixed_precision, config.matmul_precision)
+    precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
     processes = plan.data_parallel_size
     try:
         memory = estimate_memory(

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from utils.optimizer_config import OptimizerConfig
+from utils.training.adapters import without_adapters
 from utils.training.objectives import Objective
 from utils.training.optimization import build_optimizer
 
@@ -67,6 +68,9 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
     }
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, inputs = fake_copy(objective, "cpu"), fake_batch(batch, "cpu")
+        model = without_adapters(fake.model)
+        if model.config._attn_implementation == "blocked":  # it computes less
+            model.set_attn_implementation("sdpa")
         with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
             fake(**inputs).backward()
     return counter.get_total_flops()

@@ -24,6 +24,8 @@ AUTO_MODELS = (
     transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+# Those of `model.attention` that `use_kernels` sets, when the device is known; until then the architecture's default.
+CHOSEN_LATER = {"auto": None, "blocked": None}
 # Our name of a size → its other names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
 
@@ -49,7 +51,11 @@ def build_model(
         model = load_pretrained(config, tokenizer, auto_model, architecture)
     else:
         try:
-            model = auto_model.from_config(architecture, attn_implementation=config.attention, dtype=torch.float32)
+            model = auto_model.from_config(
+                architecture,
+                attn_implementation=CHOSEN_LATER.get(config.attention, config.attention),
+                dtype=torch.float32,
+            )
         except Exception as error:  # each class checks in its own way
             raise UserError(
                 f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, another architecture, "
@@ -64,8 +70,7 @@ def build_model(
         )
     if config.lora.rank:
         model = add_adapters(model, config.lora)
-    if config.activation_checkpointing:
-        enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, config)
     return model
 
 
@@ -146,7 +151,7 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
 
 
 def load_model(
-    name: str | Path, attention: str = "sdpa", auto_model: Any = None, architecture: Any = None, dropout: float = 0.0
+    name: str | Path, attention: str = "auto", auto_model: Any = None, architecture: Any = None, dropout: float = 0.0
 ) -> PreTrainedModel:
     """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), by its own class if no other is given.
 
@@ -163,7 +168,7 @@ def load_model(
         architecture = architecture or read_config(name)
         model = read_weights(
             auto_model or saved_class(architecture), name, architecture,
-            attn_implementation=attention, dtype=torch.float32,
+            attn_implementation=CHOSEN_LATER.get(attention, attention), dtype=torch.float32,
         )  # fmt: skip
     # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
     # inputs, and a resumed run is to equal the uninterrupted one.
@@ -183,10 +188,15 @@ def saved_class(architecture: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def enable_activation_checkpointing(model: Any) -> None:
-    """Recompute each block in the backward pass (Chen et al., 2016, arXiv 1604.06174)."""
+def enable_activation_checkpointing(model: Any, config: ModelConfig) -> None:
+    """Recompute blocks in the backward pass, if `config` says so (Chen et al., 2016, arXiv 1604.06174)."""
+    if not config.activation_checkpointing:
+        return
     try:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=config.activation_checkpointing_every,
+            offload=config.activation_offload,
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(f"model.activation_checkpointing: {short(error)}") from None
 

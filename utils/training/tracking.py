@@ -28,7 +28,7 @@ from utils.training.checkpoints import TrainState
 from utils.training.run_folder import flatten
 
 SENT_FILE = ".wandb_sent.json"
-DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f"}
+DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
 
 
 class RunTracker:

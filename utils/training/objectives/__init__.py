@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForMaskedLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM
 
 from utils.batches.packing import IGNORED
 from utils.cli import UserError
+from utils.config import KernelConfig
 from utils.objective_config import ObjectiveConfig
+from utils.training.adapters import without_adapters
+from utils.training.kernels import head_loss, use_kernels
 
 
 def objective_module(name: str) -> ModuleType:
@@ -26,11 +29,23 @@ def objective_module(name: str) -> ModuleType:
     return importlib.import_module(f"utils.training.objectives.{name}")
 
 
+def build_objective(
+    model: nn.Module, objective: ObjectiveConfig, attention: str, kernels: KernelConfig, device: torch.device
+) -> "Objective":
+    """`model` with its loss, computed by the kernels that suit both on `device`; for attention see `use_kernels`."""
+    use_kernels(without_adapters(model), attention, kernels, device)
+    is_planned = next(model.parameters()).is_meta
+    linear = kernels.chunked_head and (may_have_linear_head if is_planned else has_linear_head)(model)
+    return Objective(model, objective, chunked_head=linear)
+
+
 class Objective(nn.Module):
     """The model with its loss."""
 
-    def __init__(self, model: nn.Module, config: ObjectiveConfig | None = None) -> None:
+    def __init__(self, model: nn.Module, config: ObjectiveConfig | None = None, *, chunked_head: bool = False) -> None:
+        """`chunked_head`: for a model of which `has_linear_head` is true."""
         super().__init__()
+        self.chunked_head = chunked_head
         self.model, self.config = model, config or ObjectiveConfig()
         # Encoders keep packed documents apart by a mask, decoders by their positions.
         self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
@@ -48,12 +63,17 @@ class Objective(nn.Module):
         Label smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv 1512.00567). The z-loss
         adds weight × log²Z per target, Z being the softmax's normaliser (Chowdhery et al., 2022, arXiv 2204.02311).
         """
-        logits = self.logits(**inputs).flatten(0, 1)
         targets = targets.flatten()
         smoothing = self.config.label_smoothing if self.training else 0.0
+        z_loss = self.config.z_loss if self.training else 0.0
+        if self.chunked_head:
+            hidden = last_hidden_state(self.model, **inputs).flatten(0, 1)
+            head = self.model.get_output_embeddings()  # type: ignore[operator]
+            return head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss)
+        logits = self.logits(**inputs).flatten(0, 1)
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
-        if self.training and self.config.z_loss:
-            loss = loss + self.config.z_loss * logits[targets != IGNORED].logsumexp(-1).square().sum()
+        if z_loss:
+            loss = loss + z_loss * logits[targets != IGNORED].logsumexp(-1).square().sum()
         return loss
 
     def logits(self, **inputs: torch.Tensor) -> torch.Tensor:
@@ -61,6 +81,42 @@ class Objective(nn.Module):
         if self.is_encoder and "position_ids" in inputs:
             inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
         return self.model(**inputs, use_cache=False).logits.float()
+
+
+def last_hidden_state(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """What the head of a causal model reads, (B, T, D)."""
+    return without_adapters(model).base_model(**inputs, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def has_linear_head(model: Any) -> bool:
+    """Whether the logits are one linear map of the last hidden state, and nothing else; by two short passes.
+
+    Some architectures scale or bend their logits (Gemma 2, Cohere, Granite), which would show in large ones only.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or not may_have_linear_head(model):
+        return False
+    seen: list[torch.Tensor] = []
+
+    def replace(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        seen.extend([inputs[0], torch.linspace(-1e3, 1e3, output.numel(), device=output.device).view_as(output)])
+        return seen[1]
+
+    was_training = model.training
+    model.eval()
+    ids = 5 + torch.arange(8, device=head.weight.device)[None] % max(1, model.config.vocab_size - 5)
+    hook = head.register_forward_hook(replace)
+    logits = model(input_ids=ids, use_cache=False).logits
+    hook.remove()
+    hidden = last_hidden_state(model, input_ids=ids)
+    model.train(was_training)
+    return torch.equal(logits, seen[1]) and torch.allclose(hidden, seen[0], rtol=1e-5, atol=1e-6)
+
+
+def may_have_linear_head(model: Any) -> bool:
+    """Likewise, by the class alone: for a model without weights."""
+    return type(without_adapters(model)) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:

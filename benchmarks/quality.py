@@ -1,0 +1,264 @@
+"""Time to quality: seconds of training until the sample's held-out text costs 2.4 bits per byte.
+
+    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; some 20 minutes
+
+One tokenizer and one size of model, the demo's; each contestant at the best of a few learning rates, found beforehand
+with --contestants NAME --learning_rates ...: train.py, transformers' Trainer, and a loop like nanoGPT's (random rows of
+one long stream, AdamW with betas 0.9 and 0.95, cosine). All are scored by one function on the same rows. Seconds are those
+of the steps; `with start` counts all that is neither a step nor an evaluation too: imports, building, the last save. Writes runs/quality.png and ends with one
+JSON object.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `utils` is not installed
+DATASET = ROOT / "data" / "demo"
+LENGTH = 256
+# The best of those in the comment, and the steps that each would make in all: what its schedule is laid out for.
+LEARNING_RATES = {
+    "plainloop": 2e-2,
+    "trainer": 3e-3,
+    "nanogpt": 3e-3,
+}
+STEPS = {"plainloop": 200, "trainer": 600, "nanogpt": 600}
+PLAINLOOP: dict[str, Any] = {
+    "data.sequence_length": LENGTH, "batch.global_batch_size": 8, "optimizer.name": "muon", "schedule.warmup_steps": 10,
+    "evaluation.every_steps": 10, "checkpoint.every_steps": 100_000, "tracking.log_every_steps": 10,
+    "tracking.sample_every_steps": 0, "tracking.trackers": "[]",
+}  # fmt: skip
+EVERY = 20  # the peers' steps between evaluations
+Curve = list[tuple[float, float]]  # (seconds, bits per byte)
+evaluating: list[float] = []  # seconds of each evaluation of this process
+
+
+def plainloop(rate: float, steps: int, folder: Path) -> Curve:
+    options = PLAINLOOP | {
+        "data.dataset": DATASET, "output": folder / "run", "optimizer.learning_rate": rate, "schedule.max_steps": steps
+    }  # fmt: skip
+    import train as script
+    from utils.cli import parse_config
+    from utils.config import TrainConfig
+
+    evaluate = script.evaluate
+
+    def evaluate_and_count(*everything: Any) -> Any:
+        started = time.perf_counter()
+        found = evaluate(*everything)
+        evaluating.append(time.perf_counter() - started)
+        return found
+
+    script.evaluate = evaluate_and_count
+    sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options.items())]
+    with contextlib.redirect_stdout(sys.stderr):
+        script.main(parse_config(TrainConfig, ""))
+    seconds, curve = 0.0, []
+    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        seconds = record.get("perf/train_seconds", seconds)
+        if "eval/bits_per_byte" in record:
+            curve.append((seconds, record["eval/bits_per_byte"]))
+    return curve
+
+
+class Scorer:
+    """Bits per byte of the validation text by evaluate() of train.py, and the seconds that were spent elsewhere."""
+
+    def __init__(self) -> None:
+        from accelerate import Accelerator
+
+        from utils.batches.loaders import build_evaluation_loader, build_layout
+        from utils.batches.token_dataset import load_manifest, open_split
+        from utils.pretrained import read_tokenizer
+        from utils.training.objectives.causal import build_collator
+
+        self.tokenizer = read_tokenizer(DATASET / "tokenizer")
+        rows = build_layout(
+            open_split(DATASET, "validation"), "packed", LENGTH, pad_token_id=0, vocab_size=len(self.tokenizer)
+        )
+        from utils.objective_config import ObjectiveConfig
+
+        self.accelerator = Accelerator(cpu=True)
+        self.loader = build_evaluation_loader(rows, build_collator(ObjectiveConfig(), self.tokenizer), 32)
+        self.bytes = load_manifest(DATASET)["splits"]["validation"]["bytes"]
+        self.curve: Curve = []
+        self.started = time.perf_counter()
+
+    def score(self, model: Any) -> None:
+        from utils.training.evaluation import evaluate
+        from utils.training.objectives import Objective
+
+        now = time.perf_counter()
+        bits = evaluate(self.accelerator, Objective(model), self.loader).bits_per_byte(self.bytes)
+        self.curve.append((now - self.started - sum(evaluating), bits))
+        print(f"{self.curve[-1][0]:.1f} s: {bits:.3f}", file=sys.stderr, flush=True)
+        evaluating.append(time.perf_counter() - now)
+
+
+def build(scorer: Scorer) -> Any:
+    """transformers' Llama at the demo's sizes, as it initialises itself."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1234)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(scorer.tokenizer), hidden_size=192, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=LENGTH, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    ))  # fmt: skip
+
+
+def stream() -> Any:
+    from utils.batches.token_dataset import open_split
+
+    tokens = open_split(DATASET, "train")
+    return tokens.read(0, tokens.num_tokens)
+
+
+def trainer(rate: float, steps: int, folder: Path) -> Curve:
+    """Trainer on blocks of the stream, as run_clm makes them; linear decay and no warm-up are its defaults."""
+    import datasets
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    scorer = Scorer()
+
+    class Score(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            scorer.started = time.perf_counter()
+
+        def on_step_end(self, arguments: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step % EVERY == 0:
+                scorer.score(model)
+
+    tokens = stream()
+    rows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH).tolist()
+    options = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=8, max_steps=steps, learning_rate=rate, logging_steps=20,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
+    Trainer(build(scorer), options, train_dataset=data, callbacks=[Score()]).train()
+    return scorer.curve
+
+
+def nanogpt(rate: float, steps: int, folder: Path) -> Curve:
+    """Random rows; warm-up of 100 steps, cosine to a tenth; decay 0.1 on matrices, gradients clipped at 1."""
+    import torch
+
+    scorer = Scorer()
+    model = build(scorer).train()
+    tokens = torch.from_numpy(stream())
+    groups = [
+        {"params": [value for value in model.parameters() if value.dim() >= 2], "weight_decay": 0.1},
+        {"params": [value for value in model.parameters() if value.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    warmup = min(100, steps // 10)
+    scorer.started = time.perf_counter()
+    for step in range(steps):
+        progress = max(0.0, (step - warmup) / (steps - warmup))
+        factor = min(1.0, (step + 1) / warmup) * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+        starts = torch.randint(len(tokens) - LENGTH, (8,))
+        ids = torch.stack([tokens[start : start + LENGTH] for start in starts])
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % EVERY == 0:
+            scorer.score(model)
+    return scorer.curve
+
+
+CONTESTANTS: dict[str, Callable[[float, int, Path], Curve]] = {
+    "plainloop": plainloop, "trainer": trainer, "nanogpt": nanogpt
+}  # fmt: skip
+
+
+def reached(curve: Curve, bits: float) -> float | None:
+    """Seconds until `bits` per byte, interpolated between evaluations; None: never."""
+    before: tuple[float, float] | None = None
+    for seconds, value in curve:
+        if value <= bits:
+            if before is None:
+                return seconds
+            return before[0] + (seconds - before[0]) * (before[1] - bits) / (before[1] - value)
+        before = (seconds, value)
+    return None
+
+
+def run(name: str, rate: float, steps: int) -> tuple[Curve, float]:
+    """The curve, and the seconds beside steps and evaluations, from a process of its own."""
+    command = [sys.executable, __file__, "--child", name, "--learning_rates", str(rate), "--steps", str(steps)]
+    started = time.perf_counter()
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if child.returncode:
+        raise SystemExit(f"{name} failed:\n{child.stderr[-3000:]}")
+    result = json.loads(child.stdout.splitlines()[-1])
+    curve = [(float(seconds), float(bits)) for seconds, bits in result["curve"]]
+    return curve, time.perf_counter() - started - result["evaluating"] - curve[-1][0]
+
+
+def plot(curves: dict[str, Curve], bits: float, path: Path) -> None:
+    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    for name, curve in curves.items():
+        axes.plot([point[0] for point in curve], [point[1] for point in curve], "o-", markersize=3, label=name)
+    axes.axhline(bits, color="grey", linewidth=1)
+    axes.set(xlabel="seconds of training", ylabel="held-out text, bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="each is tried; default: the best known")
+    parser.add_argument("--steps", type=int, help="of each contestant; default: what it needs")
+    parser.add_argument("--bits", type=float, default=2.4)
+    parser.add_argument("--child", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not (DATASET / "manifest.json").is_file():
+        raise SystemExit("benchmarks/quality.py needs data/demo; make it with: python prepare_data.py")
+    if arguments.child:
+        with tempfile.TemporaryDirectory() as folder:
+            curve = CONTESTANTS[arguments.child](arguments.learning_rates[0], arguments.steps, Path(folder))
+        return print(json.dumps({"curve": curve, "evaluating": sum(evaluating)}))
+    curves: dict[str, Curve] = {}
+    results: dict[str, Any] = {}
+    for name in arguments.contestants:
+        steps = arguments.steps or STEPS[name]
+        tried = {}
+        for rate in arguments.learning_rates or [LEARNING_RATES[name]]:
+            curve, outside = run(name, rate, steps)
+            tried[rate] = reached(curve, arguments.bits)
+            print(
+                f"{name:<10} learning rate {rate:g}: {tried[rate]} s, best {min(curve, key=lambda p: p[1])}", flush=True
+            )
+            if tried[rate] is not None and tried[rate] == min(value for value in tried.values() if value is not None):
+                curves[name] = curve
+                results[name] = {"learning_rate": rate, "seconds": tried[rate], "with_start": tried[rate] + outside}
+    if curves:
+        plot(curves, arguments.bits, ROOT / "runs" / "quality.png")
+    for name in results:
+        results[name]["ratio"] = results[name]["seconds"] / results[next(iter(results))]["seconds"]
+        print(f"{name:<10}{results[name]['seconds']:>10.1f} s, with start {results[name]['with_start']:.1f} s"
+              f"{results[name]['ratio']:>8.2f}")  # fmt: skip
+    print(json.dumps({"bits_per_byte": arguments.bits, **results}))
+
+
+if __name__ == "__main__":
+    main()

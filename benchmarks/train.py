@@ -1,0 +1,430 @@
+"""The training step: train.py as users run it against three common loops, and against the machine's matrix products.
+
+    python benchmarks/train.py                                      # needs data/demo: python prepare_data.py
+    python benchmarks/train.py --shape lesson --precision bf16 --compile
+    python benchmarks/train.py --quick                              # under two minutes
+
+A GPT-2 of one shape, on the same rows of the sample's tokens. Every contestant is a process of its own that makes steps
+when it is its turn, and sleeps otherwise; each round asks all of them in another order. The peers run as their examples
+do, in fp32 (in bf16 too, where that is asked for). `plainloop` trains on rows of one long text, as the peers do;
+`documents` on rows of many, which it keeps apart. `step` is its step without train.py around it. `limit` makes only the
+matrix products of a step, of a causal attention the half that is not masked. Prints a table and one JSON object.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `utils` is not installed
+
+
+@dataclass
+class Shape:
+    """Sizes of the model, and of a batch (B, T)."""
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int
+    rows: int
+    length: int = 512
+
+
+SHAPES = {"small": Shape(256, 6, 4, 8192, 8), "lesson": Shape(768, 12, 12, 30522, 4)}
+WARM_UP = 3
+PEERS = ("no_trainer", "trainer", "bare")
+
+
+class Pace:
+    """In a contestant: after each turn says how long it took, and waits for the next one."""
+
+    def __init__(self) -> None:
+        self.reports = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever a contestant prints
+        self.left = 1
+        self.begin()
+
+    def begin(self) -> None:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def step_done(self) -> None:
+        import torch
+
+        self.left -= 1
+        if self.left:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak}), file=self.reports, flush=True)
+        self.left = int(sys.stdin.readline() or 0)
+        if not self.left:
+            os._exit(0)
+        self.begin()
+
+
+# ---- The contestants. Each trains for ever, and calls `step_done` after every optimizer step.
+
+
+def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """train.py's options."""
+    shape = SHAPES[arguments.shape]
+    return {
+        "data.dataset": arguments.folder / ("documents" if name == "documents" else "one_text"),
+        "output": arguments.folder / name, "model.architecture": "gpt2", "model.hidden_size": shape.width,
+        "model.num_hidden_layers": shape.layers, "model.num_attention_heads": shape.heads,
+        "model.intermediate_size": 4 * shape.width, "model.max_position_embeddings": shape.length,
+        "model.vocabulary_multiple": shape.vocabulary, "model.dropout": arguments.dropout,
+        "data.sequence_length": shape.length, "batch.global_batch_size": shape.rows, "schedule.max_steps": 1_000_000,
+        "evaluation.every_steps": 1_000_000, "checkpoint.every_steps": 1_000_000, "tracking.sample_every_steps": 0,
+        "guards.hang_minutes": 10_000.0,
+    }  # fmt: skip
+
+
+def plainloop(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
+    import train as script
+    from utils.cli import parse_config
+    from utils.config import TrainConfig
+
+    advance = script.RunTracker.advance
+
+    def advance_and_wait(tracker: Any) -> None:
+        advance(tracker)
+        pace.step_done()
+
+    script.RunTracker.advance = advance_and_wait  # type: ignore[method-assign]
+    sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options_of(name, arguments).items())]
+    script.main(parse_config(TrainConfig, ""))
+
+
+def step(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
+    """Plainloop's model, loss and optimizer in a bare loop."""
+    import torch
+
+    from utils.cli import parse_config
+    from utils.config import TrainConfig
+    from utils.pretrained import read_tokenizer
+    from utils.training.kernels import resolve_matmul_precision
+    from utils.training.modeling import build_model
+    from utils.training.objectives import build_objective
+    from utils.training.optimization import build_optimizer
+
+    sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options_of(name, arguments).items())]
+    config = parse_config(TrainConfig, "")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    torch.set_float32_matmul_precision(resolve_matmul_precision(config.matmul_precision, device))
+    model = build_model(config.model, read_tokenizer(arguments.folder / "one_text" / "tokenizer")).to(device)
+    objective = build_objective(model, config.objective, config.model.attention, config.kernels, device)
+    if arguments.compile:
+        objective = torch.compile(objective)
+    optimizer = build_optimizer(model, config.optimizer)
+    positions = torch.arange(SHAPES[arguments.shape].length, device=device).expand(SHAPES[arguments.shape].rows, -1)
+    for batch in batches_of(arguments, with_targets=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+            loss = objective(**{key: value.to(device) for key, value in batch.items()}, position_ids=positions)
+        (loss / batch["targets"].numel()).backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        pace.step_done()
+
+
+def peer_model(arguments: argparse.Namespace) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape, drop = SHAPES[arguments.shape], arguments.dropout
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=shape.vocabulary, n_embd=shape.width, n_layer=shape.layers, n_head=shape.heads,
+        n_positions=shape.length, resid_pdrop=drop, embd_pdrop=drop, attn_pdrop=drop, bos_token_id=0, eos_token_id=0,
+    ))  # fmt: skip
+
+
+def rows_of(arguments: argparse.Namespace) -> Any:
+    """All rows of the long text, (N, T) int64."""
+    from utils.batches.token_dataset import open_split
+
+    length = SHAPES[arguments.shape].length
+    tokens = open_split(arguments.folder / "one_text", "train")
+    number = tokens.num_tokens // length
+    return tokens.read(0, number * length).reshape(number, length)
+
+
+def batches_of(arguments: argparse.Namespace, with_targets: bool = False) -> Any:
+    """Endless batches of consecutive rows, as the model or the objective takes them."""
+    import numpy as np
+    import torch
+
+    rows, size = rows_of(arguments), SHAPES[arguments.shape].rows
+    start = 0
+    while True:
+        ids = torch.from_numpy(rows[np.arange(start, start + size) % len(rows)])
+        start += size
+        yield {"input_ids": ids, "targets": ids.roll(-1, 1)} if with_targets else {"input_ids": ids, "labels": ids}
+
+
+def peer_dataset(arguments: argparse.Namespace) -> Any:
+    """As run_clm's `group_texts` leaves it."""
+    import datasets
+
+    rows = [row.tolist() for row in rows_of(arguments)]
+    return datasets.Dataset.from_dict({
+        "input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": rows,
+    })  # fmt: skip
+
+
+def no_trainer(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
+    """Accelerate's loop as transformers' run_clm_no_trainer example has it."""
+    import torch
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator, get_scheduler
+
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    model = peer_model(arguments)
+    loader = DataLoader(
+        peer_dataset(arguments), shuffle=True, collate_fn=default_data_collator, batch_size=SHAPES[arguments.shape].rows
+    )
+    no_decay = ("bias", "layer_norm.weight")
+    decayed = [value for key, value in model.named_parameters() if not any(part in key for part in no_decay)]
+    others = [value for key, value in model.named_parameters() if any(part in key for part in no_decay)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=5e-5
+    )
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=1_000_000)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    total_loss = torch.zeros((), device=accelerator.device)
+    model.train()
+    while True:
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss = model(**batch).loss
+                total_loss += loss.detach().float()
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            pace.step_done()
+
+
+def trainer(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Wait(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            pace.step_done()
+
+    options = TrainingArguments(
+        output_dir=str(arguments.folder / name), per_device_train_batch_size=SHAPES[arguments.shape].rows,
+        max_steps=1_000_000, logging_steps=20, save_strategy="no", report_to=[], bf16=name.endswith("bf16"),
+        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(peer_model(arguments), options, train_dataset=peer_dataset(arguments), callbacks=[Wait()]).train()
+
+
+def bare(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
+    """transformers' model and torch's optimizer, nothing else."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = peer_model(arguments).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    for batch in batches_of(arguments):
+        with torch.autocast(device.type, torch.bfloat16, enabled=name.endswith("bf16")):
+            loss = model(**{key: value.to(device) for key, value in batch.items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pace.step_done()
+
+
+def limit(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
+    """The matrix products of one step, forward and backward, at the model's shapes."""
+    import torch
+
+    from utils.training.kernels import resolve_matmul_precision
+
+    shape = SHAPES[arguments.shape]
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    torch.set_float32_matmul_precision(resolve_matmul_precision("auto", device))
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    width, tokens, half = shape.width, shape.rows * shape.length, shape.length // 2
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=device).to(dtype)
+
+    maps = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * shape.layers
+    maps.append((width, shape.vocabulary))
+    linear = {pair: (random(tokens, pair[0]), random(*pair), random(tokens, pair[1])) for pair in set(maps)}
+    size = width // shape.heads
+    query, key = (random(shape.rows * shape.heads, length, size) for length in (shape.length, half))
+    scores = random(shape.rows * shape.heads, shape.length, half)
+    while True:
+        for pair in maps:
+            inputs, weight, gradient = linear[pair]
+            inputs @ weight, gradient @ weight.T, inputs.T @ gradient
+        for _ in range(shape.layers):
+            for _ in range(2):  # scores and the gradient of the probabilities
+                query @ key.transpose(1, 2)
+            for _ in range(2):  # the output, and the gradient of the queries
+                scores @ key
+            for _ in range(2):  # the gradients of keys and values
+                scores.transpose(1, 2) @ query
+        pace.step_done()
+
+
+CONTESTANTS = {
+    "plainloop": plainloop, "documents": plainloop, "step": step, "no_trainer": no_trainer, "trainer": trainer,
+    "bare": bare, "limit": limit,
+}  # fmt: skip
+
+
+# ---- The race.
+
+
+class Contestant:
+    """A process that makes steps when it is asked to."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.name = name
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
+        precision = arguments.precision if name.partition("-")[0] not in PEERS else name.partition("-")[2] or "no"
+        kept["ACCELERATE_MIXED_PRECISION"] = precision
+        if arguments.compile and CONTESTANTS.get(name) is plainloop:
+            kept["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
+        self.log = (arguments.folder / f"{name}.log").open("w+")
+        started = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--child", name, "--folder", str(arguments.folder), *sys.argv[1:]],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=ROOT, env=kept,
+        )  # fmt: skip
+        self.peak = self.receive()["peak"]
+        self.first_step_seconds = time.perf_counter() - started
+        self.turns: list[dict[str, float]] = []
+
+    def receive(self) -> dict[str, float]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise SystemExit(f"{self.name} failed:\n{self.log.read()[-3000:]}")
+        return json.loads(line)
+
+    def make(self, steps: int) -> dict[str, float]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        report = self.receive()
+        self.peak = report["peak"]
+        return {"wall": report["wall"] / steps, "cpu": report["cpu"] / steps}
+
+
+def write_datasets(folder: Path) -> None:
+    """The sample's tokens as they are, and as one long document."""
+    import datasets
+
+    source = ROOT / "data" / "demo"
+    if not (source / "manifest.json").is_file():
+        raise SystemExit("benchmarks/train.py needs data/demo; make it with: python prepare_data.py")
+    shutil.copytree(source, folder / "documents")
+    shutil.copytree(source, folder / "one_text")
+    from utils.batches.token_dataset import open_split
+
+    tokens = open_split(source, "train")
+    shutil.rmtree(folder / "one_text" / "train")
+    features = datasets.load_from_disk(str(source / "train")).features
+    joined = {"input_ids": [tokens.gather([0], [tokens.num_tokens]).tolist()]}
+    datasets.Dataset.from_dict(joined, features=features).save_to_disk(str(folder / "one_text" / "train"))
+
+
+def race(arguments: argparse.Namespace) -> None:
+    shape = SHAPES[arguments.shape]
+    names = list(arguments.contestants)
+    if arguments.precision == "bf16":
+        names += [f"{name}-bf16" for name in names if name in PEERS]
+    contestants = [Contestant(name, arguments) for name in names]
+    for contestant in contestants:
+        contestant.make(WARM_UP - 1)
+    for number in range(arguments.rounds):
+        for contestant in contestants[number % len(contestants) :] + contestants[: number % len(contestants)]:
+            contestant.turns.append(contestant.make(arguments.steps))
+    for contestant in contestants:
+        contestant.process.stdin.close()  # type: ignore[union-attr]
+        contestant.process.wait()
+
+    positions = shape.rows * shape.length
+    medians = {
+        each.name: {kind: statistics.median(turn[kind] for turn in each.turns) for kind in ("wall", "cpu")}
+        for each in contestants
+    }
+    base = medians.get("no_trainer", medians[names[0]])
+    print(f"\n{arguments.shape}: {shape.rows} × {shape.length}, {arguments.precision}, dropout {arguments.dropout}"
+          f"{', compiled' if arguments.compile else ''}; {arguments.rounds} rounds of {arguments.steps} steps")  # fmt: skip
+    print(f"{'':<18}{'tokens/s':>10}{'ratio':>8}{'by CPU':>8}{'s/step':>9}{'peak MB':>9}{'first step s':>14}")
+    for each in contestants:
+        wall, cpu = medians[each.name]["wall"], medians[each.name]["cpu"]
+        print(f"{each.name:<18}{positions / wall:>10,.0f}{base['wall'] / wall:>8.2f}{base['cpu'] / cpu:>8.2f}{wall:>9.3f}"
+              f"{each.peak / 1e6:>9,.0f}{each.first_step_seconds:>14.1f}")  # fmt: skip
+
+    def ratio(over: str, under: str, kind: str = "wall") -> float | None:
+        if over not in medians or under not in medians:
+            return None
+        return medians[over][kind] / medians[under][kind]
+
+    ours = contestants[names.index("plainloop")] if "plainloop" in names else contestants[0]
+    peers = {
+        f"ratio_{peer.replace('-', '_')}{suffix}": ratio(peer, "plainloop", kind)
+        for peer in names if peer.partition("-")[0] in PEERS for kind, suffix in (("wall", ""), ("cpu", "_cpu"))
+    }  # fmt: skip
+    print(json.dumps({
+        "shape": arguments.shape, "precision": arguments.precision, "compile": arguments.compile,
+        "dropout": arguments.dropout, "rounds": arguments.rounds,
+        "tokens_per_second": positions / medians[ours.name]["wall"], **peers,
+        "limit_share": ratio("limit", "plainloop"), "ratio_documents": ratio("documents", "plainloop"),
+        "loop_overhead": None if (overhead := ratio("plainloop", "step")) is None else overhead - 1,
+        "peak_memory_bytes": ours.peak, "first_step_seconds": ours.first_step_seconds,
+        "peak_memory_bytes_no_trainer": next((each.peak for each in contestants if each.name == "no_trainer"), None),
+    }))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--rows", type=int, help="of a batch, in place of the shape's 8 or 4")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of Plainloop; as for accelerate")
+    parser.add_argument("--compile", action="store_true", help="Plainloop's model, by inductor")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
+    parser.add_argument("--quick", action="store_true", help="one step, two rounds")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 2, 1
+    if arguments.rows:
+        SHAPES[arguments.shape].rows = arguments.rows
+    if arguments.child:
+        CONTESTANTS[arguments.child.partition("-")[0]](arguments.child, Pace(), arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = Path(folder)
+        write_datasets(arguments.folder)
+        race(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Every fast part of a step against its plain twin."""
+
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL, error_line, flags, metrics, run, train, train_losses
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.activations import NewGELUActivation
+
+from utils.batches.packing import IGNORED
+from utils.config import KernelConfig
+from utils.objective_config import ObjectiveConfig
+from utils.training import kernels
+from utils.training.kernels import FastDropout, head_loss, use_kernels
+from utils.training.objectives import Objective, build_objective, has_linear_head
+
+CPU = torch.device("cpu")
+PLAIN = KernelConfig(chunked_head=False, fused_activation=False, fast_dropout=False)
+ARCHITECTURES = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "llama": {"num_key_value_heads": 4},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gpt_neox": {},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 100, "head_dim": 16},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 100},
+    "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
+}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+
+
+def build(architecture: str, **changes):
+    torch.manual_seed(3)
+    sizes = {} if architecture == "gpt2" else SIZES
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    options = sizes | ARCHITECTURES.get(architecture, {}) | special | changes
+    config = CONFIG_MAPPING[architecture](vocab_size=101, max_position_embeddings=512, **options)
+    auto_model = AutoModelForMaskedLM if architecture in ("bert", "modernbert") else AutoModelForCausalLM
+    return auto_model.from_config(config, dtype=torch.float32).train()
+
+
+def gradients(loss: torch.Tensor, model: nn.Module) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return [torch.zeros(()) if gradient is None else gradient for gradient in found]
+
+
+def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Of all numbers, relative to the largest of their tensor."""
+    pairs = zip(found, expected, strict=True)
+    return max(float((left - right).abs().max() / right.abs().max().clamp(min=1e-12)) for left, right in pairs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
+def test_the_chunked_head_has_the_loss_and_the_gradients_of_all_logits(bias, smoothing, z_loss, monkeypatch):
+    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 101 * 64)  # five chunks, the last one short
+    torch.manual_seed(0)
+    head = nn.Linear(32, 101, bias=bias).double()
+    hidden = torch.randn(300, 32, dtype=torch.double, requires_grad=True)
+    targets = torch.randint(0, 101, (300,))
+    targets[::7] = IGNORED
+    logits = head(hidden)
+    expected = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    expected = expected + z_loss * logits[targets != IGNORED].logsumexp(-1).square().sum()
+    wanted = torch.autograd.grad(expected / 2, [hidden, *head.parameters()])
+
+    head, near = head.float(), hidden.detach().float().requires_grad_()
+    loss = head_loss(near, head, targets, label_smoothing=smoothing, z_loss=z_loss)
+    found = torch.autograd.grad(loss / 2, [near, *head.parameters()])
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert largest_difference(list(found), [gradient.float() for gradient in wanted]) < 1e-5
+    with torch.no_grad():
+        assert float(head_loss(near, head, targets, label_smoothing=smoothing, z_loss=z_loss)) == float(loss)
+
+
+def test_under_autocast_the_chunked_head_keeps_its_loss_and_the_weights_gradient_in_fp32():
+    torch.manual_seed(0)
+    head = nn.Linear(64, 500, bias=False)
+    hidden, targets = torch.randn(256, 64, requires_grad=True), torch.randint(0, 500, (256,))
+    exact = F.cross_entropy(head(hidden), targets, reduction="sum")
+    wanted = torch.autograd.grad(exact, [hidden, head.weight])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head_loss(hidden, head, targets)
+    found = torch.autograd.grad(loss, [hidden, head.weight])
+    assert loss.dtype == found[1].dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-3)
+    assert largest_difference(list(found), list(wanted)) < 2e-2
+
+
+def test_a_head_that_is_more_than_a_linear_map_is_found():
+    assert has_linear_head(build("llama")) and has_linear_head(build("gpt2"))
+    assert not has_linear_head(build("gemma2"))  # bends its logits
+    assert not has_linear_head(build("cohere")) and not has_linear_head(
+        build("granite", logits_scaling=8.0)
+    )  # scale them
+    assert not has_linear_head(build("bert"))
+    objective = build_objective(build("gemma2"), ObjectiveConfig(), "auto", KernelConfig(), CPU)
+    assert not objective.chunked_head
+
+
+def packed_rows() -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
+    """ids and position_ids (3, 300), and the documents: (row, start, end)."""
+    torch.manual_seed(1)
+    ids, positions = torch.randint(0, 101, (3, 300)), torch.arange(300)[None].repeat(3, 1)
+    documents = [(0, 0, 300), (1, 0, 128), (1, 128, 300), (2, 0, 5), (2, 5, 290), (2, 290, 300)]
+    for row, start, end in documents:
+        positions[row, start:end] = torch.arange(end - start)
+    return ids, positions, documents
+
+
+@pytest.mark.parametrize("attention", ["auto", "blocked", "sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3", "gpt_neox", "mistral"])
+def test_every_attention_keeps_packed_documents_apart_exactly(architecture, attention):
+    """Logits and gradients are those of each document alone, by plain matrix products."""
+    ids, positions, documents = packed_rows()
+    reference = build(architecture)
+    reference.set_attn_implementation("eager")
+    alone = torch.zeros(3, 300, 101)
+    for row, start, end in documents:
+        alone[row, start:end] = reference(input_ids=ids[row : row + 1, start:end], use_cache=False).logits[0]
+    model = build(architecture)
+    if attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+    use_kernels(model, attention, KernelConfig(), CPU)
+    assert model.config._attn_implementation == ("blocked" if attention == "auto" else attention)
+    packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert float((packed - alone).abs().max()) < 1e-5
+    loss, expected = (logits.logsumexp(-1).square().sum() for logits in (packed, alone))
+    assert largest_difference(gradients(loss, model), gradients(expected, reference)) < 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "modernbert", "gpt_oss", "gemma2"])
+def test_blocked_attention_is_the_default_one_under_padding(architecture):
+    ids, _, _ = packed_rows()
+    mask = torch.ones_like(ids)
+    mask[1, 200:], mask[2, :50] = 0, 0
+    plain, fast = build(architecture), build(architecture)
+    before = plain.config._attn_implementation
+    use_kernels(fast, "auto", KernelConfig(), CPU)
+    assert fast.config._attn_implementation == ("blocked" if before == "sdpa" else before)
+    for model in (plain, fast):
+        model.eval()
+    logits, expected = (model(input_ids=ids, attention_mask=mask).logits for model in (fast, plain))
+    assert float(((logits - expected) * mask[..., None]).abs().max()) < 1e-5
+
+
+def test_blocked_attention_generates_the_same_text():
+    ids = packed_rows()[0][:1, :10]
+    plain, fast = build("llama"), build("llama")
+    use_kernels(fast, "blocked", KernelConfig(), CPU)
+    options = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(fast.eval().generate(ids, **options), plain.eval().generate(ids, **options))
+
+
+def test_fast_dropout_keeps_its_share_and_repeats_after_a_seed():
+    dropout, ones = FastDropout(0.1).train(), torch.ones(1000, 1003, requires_grad=True)
+    torch.manual_seed(5)
+    values = dropout(ones)
+    dropped = float((values == 0).float().mean())
+    assert abs(dropped - 0.1) < 5 * (0.09 / ones.numel()) ** 0.5  # five standard deviations
+    assert float(values.max()) == pytest.approx(1 / 0.9, rel=1e-4)
+    values.sum().backward()
+    assert torch.equal(ones.grad, values.detach())  # the same numbers are dropped on the way back
+    torch.manual_seed(5)
+    assert torch.equal(dropout(ones), values)
+    assert not torch.equal(dropout(ones), values)
+    neighbours = (values == 0).float().flatten()
+    together = float((neighbours[1:] * neighbours[:-1]).mean())  # four numbers share one draw, and not their fate
+    assert abs(together - 0.01) < 5 * (0.01 / ones.numel()) ** 0.5
+    assert torch.equal(dropout.eval()(ones), ones)
+    assert torch.equal(FastDropout(0.0).train()(ones), ones) and not FastDropout(1.0).train()(ones).any()
+
+
+def test_gradients_are_right_under_activation_checkpointing_with_dropout_in_attention_and_layers():
+    ids, positions, _ = packed_rows()
+    drop = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+    found = []
+    for checkpointed in (False, True):
+        objective = build_objective(build("gpt2", **drop), ObjectiveConfig(), "auto", KernelConfig(), CPU).train()
+        assert any(isinstance(module, FastDropout) for module in objective.modules())
+        if checkpointed:
+            objective.model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        loss = objective(ids.flip(1), input_ids=ids, position_ids=positions)
+        found.append((float(loss.detach()), gradients(loss, objective)))
+    assert found[0][0] == found[1][0]
+    assert largest_difference(found[1][1], found[0][1]) < 1e-6
+
+
+def test_dropout_in_blocked_attention_has_the_gradient_of_what_it_computed():
+    """By differences: with one seed the dropped numbers are the same, so the function is smooth."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    tensors = [
+        torch.randn(2, 4, 150, 8, requires_grad=True),
+        *(torch.randn(2, 2, 150, 8, requires_grad=True) for _ in "kv"),
+    ]
+    weights = torch.randn(2, 150, 4, 8)
+
+    def value(*inputs: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(1)
+        return (kernels.blocked_attention(module, *inputs, None, dropout=0.3)[0] * weights).double().sum()
+
+    found = torch.autograd.grad(value(*tensors), tensors)
+    for index, gradient in enumerate(found):
+        direction = torch.randn_like(tensors[index])
+        ends = []
+        for sign in (1, -1):
+            moved = list(tensors)
+            moved[index] = tensors[index] + sign * 1e-2 * direction
+            ends.append(float(value(*moved)))
+        expected = float((gradient * direction).sum())
+        assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(expected, rel=2e-2, abs=1e-2)
+
+
+def test_the_fused_activation_is_the_same_function():
+    model = build("gpt2")
+    before = [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+    values = torch.randn(10_000) * 3
+    expected = before[0](values)
+    use_kernels(model, "eager", KernelConfig(), CPU)
+    assert not [module for module in model.modules() if isinstance(module, NewGELUActivation)]
+    assert torch.allclose(model.transformer.h[0].mlp.act(values), expected, atol=1e-6)
+    plain = build("gpt2")
+    use_kernels(plain, "eager", PLAIN, CPU)
+    assert [module for module in plain.modules() if isinstance(module, NewGELUActivation)]
+
+
+def test_the_objectives_loss_and_gradients_are_those_of_the_plain_one():
+    ids, positions, _ = packed_rows()
+    found = []
+    for attention, options in (("auto", KernelConfig()), ("sdpa", PLAIN)):
+        objective = build_objective(build("gpt2"), ObjectiveConfig(), attention, options, CPU).train()
+        assert objective.chunked_head == options.chunked_head
+        loss = objective(ids.roll(-1, 1), input_ids=ids, position_ids=positions)
+        found.append((float(loss.detach()), gradients(loss, objective)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert largest_difference(found[0][1], found[1][1]) < 1e-5
+    assert not Objective(build("gpt2")).chunked_head  # whoever makes one without asking gets the plain loss
+
+
+@pytest.mark.parametrize(
+    ("attention", "words"), [("flex_attention", "GPU only"), ("flash_attention_2", "FlashAttention2")]
+)
+def test_an_attention_for_gpus_is_refused_on_a_cpu(attention, words, dataset, tmp_path):
+    settings = {"output": tmp_path / "run", "data.dataset": dataset, "model.attention": attention}
+    assert words in error_line("train.py", *flags(settings))
+
+
+PLAIN_OPTIONS = {
+    "model__attention": "eager", "kernels__chunked_head": False, "kernels__fused_activation": False,
+    "kernels__fast_dropout": False, "matmul_precision": "highest",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_fifty_steps_on_the_fast_path_are_those_on_the_plain_one(architecture, dataset, tmp_path):
+    options = {"data__dataset": dataset, "model__architecture": architecture, "schedule__max_steps": 50}
+    fast = train_losses(train(tmp_path / "fast", **options))
+    plain = train_losses(train(tmp_path / "plain", **options, **PLAIN_OPTIONS))
+    assert len(fast) == 50 and fast == pytest.approx(plain, rel=1e-4)
+    log = (tmp_path / "fast" / "training.log").read_text()
+    assert "kernels: attention blocked, head chunked" in log
+    assert "kernels: attention eager, head with all logits" in (tmp_path / "plain" / "training.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_evaluates_and_resumes_as_the_plain_one_does(dataset, tmp_path):
+    """Compiled by the launch, as accelerate has it."""
+    options = {"data__dataset": dataset, "evaluation__every_steps": 5, "checkpoint__every_steps": 5}
+    plain = train_losses(train(tmp_path / "plain", **options))
+    settings = SMALL | {key.replace("__", "."): value for key, value in options.items()}
+    settings |= {"output": tmp_path / "compiled", "checkpoint.resume": "auto"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    run(*command, "--dynamo_backend", "inductor", "train.py", *flags(settings))
+    shutil.rmtree(tmp_path / "compiled" / "checkpoints" / "step-00000010")  # as if it had been killed before
+    run(*command, "--dynamo_backend", "inductor", "train.py", *flags(settings))
+    assert "resumed from" in (tmp_path / "compiled" / "training.log").read_text()
+    assert train_losses(metrics(tmp_path / "compiled")) == pytest.approx(plain, rel=1e-4)
