@@ -147,6 +147,22 @@ def test_blocked_attention_is_the_default_one_under_padding(architecture):
     assert float(((logits - expected) * mask[..., None]).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "bert"])
+def test_under_autocast_blocked_attention_is_as_near_to_fp32_as_the_default_one(architecture):
+    ids, positions, _ = packed_rows()
+    exact = build(architecture).eval()(input_ids=ids).logits.detach()
+    errors = []
+    for attention in ("sdpa", "auto"):
+        objective = build_objective(build(architecture), ObjectiveConfig(), attention, KernelConfig(), CPU)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = objective.model.eval()(input_ids=ids).logits
+            loss = objective.train()(ids.roll(-1, 1), input_ids=ids, position_ids=positions)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        errors.append(float((logits - exact).abs().mean()))
+    assert 0 < errors[1] < 1.5 * errors[0]
+
+
 def test_blocked_attention_generates_the_same_text():
     ids = packed_rows()[0][:1, :10]
     plain, fast = build("llama"), build("llama")

@@ -11,13 +11,15 @@ from utils.batches.batch_plan import PADDING_SAMPLE, sample_ids
 from utils.batches.loaders import build_layout, to_tensors
 from utils.batches.packing import IGNORED
 from utils.batches.token_dataset import open_split
-from utils.config import DataConfig
+from utils.config import DataConfig, KernelConfig
 from utils.model_config import ModelConfig
-from utils.training.modeling import build_model, pad_token_id
+from utils.training.kernels import use_kernels
+from utils.training.modeling import CHOSEN_LATER, build_model, pad_token_id
 from utils.training.objectives import Objective, count_targets, document_mask
 from utils.training.objectives.causal import collate
 
-ATTENTIONS = ModelConfig.__dataclass_fields__["attention"].type.__args__  # every one that can be chosen
+# Every one that can be chosen on a CPU.
+ATTENTIONS = {*ModelConfig.__dataclass_fields__["attention"].type.__args__} - {"flex_attention", "flash_attention_2"}
 LAYOUTS = DataConfig.__dataclass_fields__["layout"].type.__args__
 LENGTH = 128  # positions per row
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
@@ -36,7 +38,10 @@ def small_model(architecture: str, tokenizer, **options):
 def bert(attention: str, tokenizer):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), **SMALL, max_position_embeddings=LENGTH)
-    return AutoModelForMaskedLM.from_config(config, attn_implementation=attention).eval()
+    implementation = CHOSEN_LATER.get(attention, attention)
+    model = AutoModelForMaskedLM.from_config(config, attn_implementation=implementation).eval()
+    use_kernels(model, attention, KernelConfig(), torch.device("cpu"))
+    return model
 
 
 def scale_up(model):
@@ -83,12 +88,13 @@ def piecewise(batch, logits, piece_loss) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @torch.no_grad()
 def test_losses_in_rows_equal_those_of_single_pieces(architecture, attention, layout, dataset, tokenizer):
     """Reference: transformers' own loss on each piece of a document by itself, without padding."""
     model = scale_up(small_model(architecture, tokenizer, attention=attention, initialization="normal"))
+    use_kernels(model, attention, KernelConfig(), torch.device("cpu"))
     batch = sample_batch(layout, dataset, tokenizer)
 
     def piece_loss(ids, labels):
@@ -113,7 +119,7 @@ def test_packing_without_restarts_would_be_noticed(dataset, tokenizer):
 
 
 @pytest.mark.parametrize("layout", ["packed", "best_fit"])
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", sorted(ATTENTIONS))
 @torch.no_grad()
 def test_an_encoder_keeps_documents_apart_by_the_document_mask(attention, layout, dataset, tokenizer):
     """Reference: BERT's own loss on each piece by itself. Without the mask its documents do see each other."""

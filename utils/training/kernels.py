@@ -41,12 +41,16 @@ def head_loss(
     Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32.
     May be differentiated once.
     """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    return _HeadLoss.apply(
-        hidden, head.weight, head.bias, targets, label_smoothing, z_loss, dtype, torch.is_grad_enabled()
-    )  # type: ignore[no-any-return]
+    with_gradients = torch.is_grad_enabled()
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, label_smoothing, z_loss, dtype, with_gradients)  # type: ignore[no-any-return]
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What autocast would make of matrix products of `tensor`."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -61,38 +65,37 @@ class _HeadLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if with_gradients else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
         d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(inputs), rows):
-                part, target = inputs[start : start + rows], targets[start : start + rows, None]
-                logits = part @ matrix.T
-                if bias is not None:
-                    logits += bias
-                log_probability = F.log_softmax(logits.float(), dim=-1)
-                has_target, index = target != IGNORED, target.clamp(min=0)
-                chosen = log_probability.gather(1, index)
-                each = (label_smoothing - 1) * chosen
-                if label_smoothing:
-                    each -= label_smoothing * log_probability.mean(-1, keepdim=True)
-                log_normaliser = logits.gather(1, index).float() - chosen
-                if z_loss:
-                    each += z_loss * log_normaliser.square()
-                loss += each.masked_fill(~has_target, 0).sum()
-                if d_hidden is None:
-                    continue
-                d_logits = log_probability.exp_()
-                if z_loss:
-                    d_logits *= 1 + 2 * z_loss * log_normaliser
-                if label_smoothing:
-                    d_logits -= label_smoothing / weight.shape[0]
-                d_logits.scatter_add_(1, index, torch.full_like(chosen, label_smoothing - 1))
-                d_logits = d_logits.mul_(has_target).to(dtype)
-                d_hidden[start : start + rows] = d_logits @ matrix
-                if d_weight is not None and dtype == d_weight.dtype:
-                    d_weight.addmm_(d_logits.T, part)
-                elif d_weight is not None:
-                    d_weight += d_logits.T @ part
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0)
+        for start in range(0, len(inputs), rows):
+            part, target = inputs[start : start + rows], targets[start : start + rows, None]
+            logits = part @ matrix.T
+            if bias is not None:
+                logits += bias
+            log_probability = F.log_softmax(logits.float(), dim=-1)
+            has_target, index = target != IGNORED, target.clamp(min=0)
+            chosen = log_probability.gather(1, index)
+            each = (label_smoothing - 1) * chosen
+            if label_smoothing:
+                each -= label_smoothing * log_probability.mean(-1, keepdim=True)
+            log_normaliser = logits.gather(1, index).float() - chosen
+            if z_loss:
+                each += z_loss * log_normaliser.square()
+            loss += each.masked_fill(~has_target, 0).sum()
+            if d_hidden is None:
+                continue
+            d_logits = log_probability.exp_()
+            if z_loss:
+                d_logits *= 1 + 2 * z_loss * log_normaliser
+            if label_smoothing:
+                d_logits -= label_smoothing / weight.shape[0]
+            d_logits.scatter_add_(1, index, torch.full_like(chosen, label_smoothing - 1))
+            d_logits = d_logits.mul_(has_target).to(dtype)
+            d_hidden[start : start + rows] = d_logits @ matrix
+            if d_weight is not None and dtype == d_weight.dtype:
+                d_weight.addmm_(d_logits.T, part)
+            elif d_weight is not None:
+                d_weight += d_logits.T @ part
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
         ctx.gradients = (d_hidden, d_weight, d_bias)
         return loss
 
@@ -129,9 +132,12 @@ def blocked_attention(
     if unusual or (causal and length != key.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = product_dtype(query)  # rotary positions leave query and key in fp32 also under autocast
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_mask is not None:
-        attention_mask = attention_mask.to(query.dtype)
-    output = _BlockedAttention.apply(query, key, value, attention_mask, scaling, causal, dropout)
+        attention_mask = attention_mask.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output = _BlockedAttention.apply(query, key, value, attention_mask, scaling, causal, dropout)
     return output.transpose(1, 2), None
 
 
@@ -205,9 +211,7 @@ def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) ->
     mask = sdpa_mask(dtype=dtype, device=device, **kwargs)
     if mask is None:
         return None
-    kind = torch.device(device).type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = product_dtype(torch.empty(0, dtype=dtype, device=device))
     return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
@@ -261,7 +265,7 @@ def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.
             if config.fused_activation and type(child) is NewGELUActivation:
                 setattr(module, name, GELUTanh())
             if config.fast_dropout and device.type == "cpu" and type(child) is nn.Dropout:
-                setattr(module, name, FastDropout(child.p))
+                setattr(module, name, FastDropout(child.p).train(child.training))
 
 
 def resolve_matmul_precision(name: str, device: torch.device) -> str:
