@@ -46,7 +46,7 @@ from utils.training.evaluation import evaluate, write_sample
 from utils.training.guards import check_limits, find_fault, write_bad_batch
 from utils.training.initialization import describe_initialization
 from utils.training.kernels import describe_kernels, resolve_matmul_precision
-from utils.training.launch_check import check_launch, describe_launch
+from utils.training.launch_check import check_launch, check_launcher_file, describe_launch
 from utils.training.modeling import (
     build_model,
     check_length,
@@ -68,6 +68,7 @@ END_REASONS = ("max_steps", "early_stopping")  # all others are reasons to stop 
 
 def main(config: TrainConfig) -> None:
     transformers_logging.disable_progress_bar()
+    check_launcher_file()
     manifest = load_manifest(config.data.dataset)
 
     # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.

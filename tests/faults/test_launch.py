@@ -1,12 +1,16 @@
-"""Faults 29 and 30: a launch that is not what was asked for."""
+"""Faults 29 to 32: a launch that is not what was asked for."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import SMALL, environment, flags, run
 from processes import ROOT
+
+from utils.cli import UserError
+from utils.training.launch_file import SECTIONS, check_launch_file
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
@@ -30,9 +34,8 @@ def test_29_two_processes_asked_for_and_one_got(dataset, tmp_path):
     text = (ROOT / "accelerate_configs" / "cpu_2_processes.yaml").read_text()
     config = tmp_path / "multi_cpu.yaml"
     config.write_text(text.replace("MULTI_GPU  ", "MULTI_CPU  "))
-    assert "asked for 2 processes and got 1" in refused(
-        [*LAUNCH, "--config_file", str(config)], dataset, tmp_path / "run"
-    )
+    line = refused([*LAUNCH, "--config_file", str(config)], dataset, tmp_path / "run")
+    assert "starts one process for distributed_type MULTI_CPU, not 2" in line and "MULTI_GPU" in line
 
 
 def test_29_two_processes_that_are_each_rank_0(dataset, tmp_path):
@@ -65,3 +68,64 @@ def test_30_fp16_or_fsdp_asked_for_and_not_active(dataset, tmp_path):
     # What `accelerate launch` sets for FSDP, without its many options.
     line = refused([*LAUNCH, "--cpu"], dataset, tmp_path / "run", ACCELERATE_USE_FSDP="true")
     assert "asked for FSDP, active is NO" in line
+
+
+FSDP = """distributed_type: FSDP
+use_cpu: true
+num_machines: 1
+machine_rank: 0
+num_processes: 2
+main_process_port: 0
+mixed_precision: 'no'
+fsdp_config:
+  fsdp_version: 2
+"""
+
+
+def problems(path: Path, text: str) -> str:
+    path.write_text(text)
+    with pytest.raises(UserError) as refusal:
+        check_launch_file(path)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("shipped", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_31_a_misspelt_key_in_every_file_that_is_shipped(shipped, tmp_path):
+    check_launch_file(shipped)
+    values = yaml.safe_load(shipped.read_text())
+    for key in values:
+        changed = {(name[:-2] + name[-1] if name == key else name): value for name, value in values.items()}
+        line = problems(tmp_path / "top.yaml", yaml.safe_dump(changed))
+        assert f"{key[:-2]}{key[-1]} is unknown to accelerate" in line and f"did you mean {key}?" in line
+    for section in SECTIONS:
+        line = problems(tmp_path / "nested.yaml", yaml.safe_dump(values | {section: {"no_such_key": 1}}))
+        assert f"{section}.no_such_key is unknown to accelerate" in line
+
+
+def test_31_a_misspelt_key_is_refused_at_the_start_and_by_hand(dataset, tmp_path):
+    file = tmp_path / "fsdp.yaml"
+    file.write_text(FSDP + "  fsdp_reshard_after_foward: true\n")
+    line = refused([*LAUNCH, "--config_file", str(file)], dataset, tmp_path / "run")
+    assert "fsdp_config.fsdp_reshard_after_foward is unknown" in line and "fsdp_reshard_after_forward?" in line
+    by_hand = run(sys.executable, "-m", "utils.training.launch_check", str(file), check=False)
+    assert (
+        by_hand.returncode == 2 and by_hand.stderr.count("\n") == 1 and "fsdp_reshard_after_forward?" in by_hand.stderr
+    )
+    good = run(sys.executable, "-m", "utils.training.launch_check", "accelerate_configs/multi_gpu.yaml")
+    assert "nothing is wrong" in good.stdout
+
+
+def test_31_values_that_mean_something_else(tmp_path):
+    file = tmp_path / "file.yaml"
+    assert "in quotes" in problems(file, "distributed_type: 'NO'\nmixed_precision: no\n")
+    assert "distributed_type is missing" in problems(file, "num_processes: 1\n")
+    assert "did you mean MULTI_GPU?" in problems(file, "distributed_type: MULTY_GPU\n")
+    assert "not supported yet" in problems(file, "distributed_type: DEEPSPEED\n")
+
+
+def test_32_fsdp_of_version_1(dataset, tmp_path):
+    file = tmp_path / "fsdp1.yaml"
+    for version in ("  fsdp_version: 1\n", "  fsdp_use_orig_params: false\n"):
+        file.write_text(FSDP.replace("  fsdp_version: 2\n", version))
+        line = refused([*LAUNCH, "--config_file", str(file)], dataset, tmp_path / "run")
+        assert "fsdp_version must be 2" in line

@@ -1,6 +1,11 @@
-"""What the launch asked for against what is active: refuses silent differences, before any training."""
+"""What the launch asked for against what is active: refuses silent differences, before any training.
+
+python -m utils.training.launch_check FILE     # a configuration file of accelerate, before it is used
+"""
 
 import os
+import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,9 +15,9 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 from utils.batches.batch_plan import BatchPlan
-from utils.cli import PARENT, UserError
+from utils.cli import PARENT, UserError, run_script
+from utils.training.launch_file import SUPPORTED, check_launch_file
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # What the launch asks for by a variable, and what is then active.
 ASKED_BY_VARIABLE = {
     "ACCELERATE_USE_FSDP": DistributedType.FSDP,
@@ -53,6 +58,15 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan) -> None:
         )
 
 
+def check_launcher_file() -> None:
+    """`UserError` if the file that the launcher has read says something that accelerate ignores or misreads.
+
+    To be called before accelerate looks at the machine, which raises whatever an option leads to.
+    """
+    if (file := launch_file()) is not None:
+        check_launch_file(file)
+
+
 def check_process_count(num_processes: int) -> None:
     """`UserError` if the launcher was asked for another number of processes, or started several that are each alone."""
     asked = asked_processes()
@@ -88,11 +102,21 @@ def asked_processes() -> int | None:
     arguments = _after_accelerate_launch(launcher_command() or [])
     if arguments is None:  # torchrun starts what it is asked for
         return None
-    options = launch_command_parser().parse_args(arguments)
-    count = options.num_processes
-    if count is None and (options.config_file or (os.path.isfile(default_config_file) and not options.cpu)):
-        count = load_config_from_file(options.config_file).num_processes
+    count = launch_command_parser().parse_args(arguments).num_processes
+    if count is None and (file := launch_file()) is not None:
+        count = load_config_from_file(str(file)).num_processes
     return None if count is None or count < 1 else int(count)
+
+
+def launch_file() -> Path | None:
+    """The file that `accelerate launch` has read, by its flag or where `accelerate config` writes it."""
+    arguments = _after_accelerate_launch(launcher_command() or [])
+    if arguments is None:
+        return None
+    options = launch_command_parser().parse_args(arguments)
+    if options.config_file is None and (options.cpu or not os.path.isfile(default_config_file)):
+        return None
+    return Path(options.config_file or default_config_file)
 
 
 def _after_accelerate_launch(words: list[str]) -> list[str] | None:
@@ -132,3 +156,17 @@ def fast_bf16(device: torch.device) -> bool:
             present for name, present in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in name
         )
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def main(files: list[str]) -> None:
+    if not files or files[0].startswith("-"):
+        raise UserError(
+            "usage: python -m utils.training.launch_check FILE..., files of accelerate_configs/ or your own"
+        )
+    for file in files:
+        check_launch_file(Path(file))
+        print(f"{file}: nothing is wrong with it")
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])
