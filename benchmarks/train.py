@@ -84,7 +84,7 @@ def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[arguments.shape]
     return {
         "data.dataset": arguments.folder / ("documents" if name == "documents" else "one_text"),
-        "output": arguments.folder / name, "model.architecture": "gpt2", "model.hidden_size": shape.width,
+        "output": arguments.folder / f"run_{name}", "model.architecture": "gpt2", "model.hidden_size": shape.width,
         "model.num_hidden_layers": shape.layers, "model.num_attention_heads": shape.heads,
         "model.intermediate_size": 4 * shape.width, "model.max_position_embeddings": shape.length,
         "model.vocabulary_multiple": shape.vocabulary, "model.dropout": arguments.dropout,
