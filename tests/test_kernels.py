@@ -132,6 +132,23 @@ def test_every_attention_keeps_packed_documents_apart_exactly(architecture, atte
     assert largest_difference(gradients(loss, model), gradients(expected, reference)) < 1e-4
 
 
+def test_queries_and_values_of_two_widths_and_a_mask_that_is_learned():
+    """As in DeepSeek's latent attention, and in Doge."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.is_causal = True
+    shapes = [(2, 4, 150, 24), (2, 4, 150, 24), (2, 4, 150, 16)]
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    mask = torch.randn(2, 4, 150, 150).requires_grad_()
+    for inputs, given in ((tensors, None), ([*tensors, mask], mask)):
+        pair = []
+        for attention in (kernels.blocked_attention, kernels.sdpa_attention_forward):
+            output, _ = attention(module, *tensors, given)
+            assert output.is_contiguous()
+            pair.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        assert largest_difference(*pair) < 1e-5
+
+
 @pytest.mark.parametrize("architecture", ["llama", "bert", "modernbert", "gpt_oss", "gemma2"])
 def test_blocked_attention_is_the_default_one_under_padding(architecture):
     ids, _, _ = packed_rows()
@@ -210,6 +227,7 @@ def test_dropout_in_blocked_attention_has_the_gradient_of_what_it_computed():
     """By differences: with one seed the dropped numbers are the same, so the function is smooth."""
     torch.manual_seed(0)
     module = nn.Module()
+    module.is_causal = True
     tensors = [
         torch.randn(2, 4, 150, 8, requires_grad=True),
         *(torch.randn(2, 2, 150, 8, requires_grad=True) for _ in "kv"),

@@ -118,18 +118,18 @@ def blocked_attention(
 
     Args:
         query: (B, H, T, D).
-        key, value: (B, G, S, D), G dividing H.
-        attention_mask: (B or 1, 1, T, S), added to the scores.
+        key, value: (B, G, S, D) and (B, G, S, E), G dividing H.
+        attention_mask: (B or 1, H or 1, T, S), added to the scores.
 
     Returns:
-        (B, T, H, D), and no weights.
+        (B, T, H, E), and no weights.
 
     Reading a cache, and what only some models need, is left to `sdpa`.
     """
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    length = query.shape[2]
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     unusual = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    if unusual or (causal and length != key.shape[2]):
+    learned_mask = attention_mask is not None and attention_mask.requires_grad
+    if causal is None or unusual or learned_mask or (causal and query.shape[2] != key.shape[2]):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = product_dtype(query)  # rotary positions leave query and key in fp32 also under autocast
@@ -137,8 +137,7 @@ def blocked_attention(
     if attention_mask is not None:
         attention_mask = attention_mask.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        output = _BlockedAttention.apply(query, key, value, attention_mask, scaling, causal, dropout)
-    return output.transpose(1, 2), None
+        return _BlockedAttention.apply(query, key, value, attention_mask, scaling, causal, dropout), None
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -151,7 +150,7 @@ class _BlockedAttention(torch.autograd.Function):
     ) -> torch.Tensor:  # fmt: skip
         (batch, heads, length, size), groups = query.shape, key.shape[1]
         keys, values = key.flatten(0, 1), value.flatten(0, 1)
-        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        output = torch.empty(batch, length, heads, value.shape[3], dtype=query.dtype, device=query.device)
         probabilities, kept = [], []
         for start in range(0, length, QUERIES_AT_ONCE):
             end = min(start + QUERIES_AT_ONCE, length)
@@ -168,7 +167,8 @@ class _BlockedAttention(torch.autograd.Function):
             if dropout:
                 kept.append(random_mask(probability, dropout))
                 probability = scale_kept(probability, kept[-1], dropout)
-            output[:, :, start:end] = torch.bmm(probability, values[:, :seen]).view(batch, heads, end - start, size)
+            block = torch.bmm(probability, values[:, :seen]).view(batch, heads, end - start, -1)
+            output[:, start:end] = block.transpose(1, 2)
         ctx.save_for_backward(query, key, value, *probabilities, *kept)
         ctx.scaling, ctx.dropout = scaling, dropout
         return output
@@ -185,9 +185,8 @@ class _BlockedAttention(torch.autograd.Function):
             end = min(start + QUERIES_AT_ONCE, length)
             probability = saved[number]
             seen = probability.shape[-1]
-            queries, d_output = (
-                tensor[:, :, start:end].reshape(batch * groups, -1, size) for tensor in (query, gradient)
-            )
+            queries = query[:, :, start:end].reshape(batch * groups, -1, size)
+            d_output = gradient[:, start:end].transpose(1, 2).reshape(batch * groups, -1, value.shape[3])
             weights, d_weights = probability, torch.bmm(d_output, values[:, :seen].transpose(1, 2))
             if ctx.dropout:
                 kept = saved[len(blocks) + number]

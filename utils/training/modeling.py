@@ -192,6 +192,8 @@ def enable_activation_checkpointing(model: Any, config: ModelConfig) -> None:
     """Recompute blocks in the backward pass, if `config` says so (Chen et al., 2016, arXiv 1604.06174)."""
     if not config.activation_checkpointing:
         return
+    if config.activation_offload and not torch.accelerator.is_available():
+        raise UserError("model.activation_offload is for GPUs: a CPU's activations are in the host's memory already")
     try:
         model.activation_checkpointing_enable(
             {"use_reentrant": False}, every_n_layers=config.activation_checkpointing_every,

@@ -116,7 +116,8 @@ def has_linear_head(model: Any) -> bool:
 
 def may_have_linear_head(model: Any) -> bool:
     """Likewise, by the class alone: for a model without weights."""
-    return type(without_adapters(model)) in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    bare = without_adapters(model)
+    return type(bare) in MODEL_FOR_CAUSAL_LM_MAPPING.values() and bare.base_model is not bare
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
