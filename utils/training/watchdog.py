@@ -34,13 +34,15 @@ class Watchdog:
         self._stacks = (self.folder / f"stacks-{self.rank}").open("w")  # now: when it is needed, it may be too late
         self.beat(0, "starting")
         self.note_writing("idle")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
+        self._thread.join()  # or it might set the backstop once more
         faulthandler.cancel_dump_traceback_later()
         os.close(self._file)
         self._stacks.close()
