@@ -1,6 +1,6 @@
 """Two processes train while rank 0, rank 1 or the launcher is killed (SIGKILL) again and again (Linux).
 
-    python benchmarks/chaos.py              # 50 kills, some 15 minutes
+    python benchmarks/chaos.py              # 50 kills, some 20 minutes
     python benchmarks/chaos.py --kills 5    # some 3 minutes
 
 Most kills are aimed: at a step, an evaluation, the writing of a checkpoint, or the rotation after it; every fourth comes at
