@@ -19,7 +19,7 @@ from utils.training.objectives import Objective, count_targets, document_mask
 from utils.training.objectives.causal import collate
 
 # Every one that can be chosen on a CPU.
-ATTENTIONS = {*ModelConfig.__dataclass_fields__["attention"].type.__args__} - {"flex_attention", "flash_attention_2"}
+ATTENTIONS = {*ModelConfig.__dataclass_fields__["attention"].type.__args__} - {"flex_attention"}
 LAYOUTS = DataConfig.__dataclass_fields__["layout"].type.__args__
 LENGTH = 128  # positions per row
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}

@@ -252,7 +252,7 @@ def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.
 
     Raises `UserError` for an attention that the device or the model lacks.
     """
-    if device.type == "cpu" and attention in ("flex_attention", "flash_attention_2"):
+    if device.type == "cpu" and attention == "flex_attention":
         raise UserError(f"model.attention {attention} trains on a GPU only; on a CPU use blocked, sdpa or eager")
     usable = model.config._attn_implementation == "sdpa"
     if attention == "blocked" and not usable:
