@@ -33,8 +33,8 @@ from utils.training.estimates import (
     estimate_evaluation_activations,
     estimate_memory,
     fake_batch,
-    fake_copy,
 )
+from utils.training.fake_copy import fake_copy
 from utils.training.hardware import HARDWARE, duration, estimate_time, measure_flops_per_second, precision_of
 from utils.training.modeling import count_parameters, enable_activation_checkpointing
 from utils.training.objectives import Objective, build_objective
@@ -325,7 +325,7 @@ def test_nothing_is_computed_changed_or_drawn() -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     with FakeTensorMode():
-        fake, inputs = fake_copy(objective, "cpu"), fake_batch(PACKED, "cpu")
+        fake, inputs = fake_copy(objective, "cpu").train(), fake_batch(PACKED, "cpu")
         assert isinstance(fake(**inputs), FakeTensor)
         assert fake.model.lm_head.weight is fake.model.transformer.wte.weight  # shared as before
 

@@ -92,10 +92,10 @@ class ModelConfig:
     initialization: Literal["model", "normal", "gpt2"] = "model"
     """model: the architecture's own. normal: weights N(0, 0.02), biases 0, norm weights 1. gpt2: likewise, but the
     projections that end in the residual stream are divided by the square root of their number."""
-    attention: Literal["auto", "blocked", "sdpa", "eager", "flex_attention"] = "auto"
-    """blocked: matrix products of blocks of queries and the keys that they may see (CPU). sdpa: torch's fused attention.
-    eager: plain matrix products. flex_attention: compiled, GPU.
-    auto: blocked on a CPU, else sdpa."""
+    attention: Literal["auto", "blocked", "sdpa", "eager"] = "auto"
+    """blocked: training on rows of less than 1,024 by products of blocks of queries and the keys that they may see, all
+    else by sdpa. sdpa: torch's fused attention. eager: plain matrix products. auto: blocked on a CPU, else sdpa; eager where
+    the architecture has nothing else."""
     activation_checkpointing: bool = False
     """Keep only a block's input for the backward pass and compute the rest again: less memory, a third more work."""
     activation_checkpointing_every: int = 1

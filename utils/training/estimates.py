@@ -5,7 +5,6 @@ counted and its tensors followed through forward pass, backward pass and update,
 a model of seven billion parameters on the meta device. What the model and the optimizer do, the estimate does too, but for models that compute by values.
 """
 
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from utils.optimizer_config import OptimizerConfig
 from utils.training.adapters import without_adapters
+from utils.training.fake_copy import fake_copy
 from utils.training.objectives import Objective
 from utils.training.optimization import build_optimizer
 
@@ -32,15 +31,6 @@ BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
 HEAP_BLOCK_BYTES = 32 * 2**20
 HEAP_HOLES = 0.3
 LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries, their threads and scratch, measured likewise
-
-
-def fake_copy(objective: Objective, device: str) -> Objective:
-    """`objective` in training mode, its parameters and buffers without memory. To be called in a `FakeTensorMode`."""
-    memo: dict[int, Any] = {}  # what stands here is not copied: nothing is read, and shared parameters stay shared
-    for tensor in [*objective.parameters(), *objective.buffers()]:
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(objective, memo).train()
 
 
 def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
@@ -67,7 +57,7 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
         ),
     }
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake, inputs = fake_copy(objective, "cpu"), fake_batch(batch, "cpu")
+        fake, inputs = fake_copy(objective, "cpu").train(), fake_batch(batch, "cpu")
         model = without_adapters(fake.model)
         if model.config._attn_implementation == "blocked":  # it computes less
             model.set_attn_implementation("sdpa")
@@ -146,7 +136,7 @@ def estimate_memory(
         buckets), and of a CPU libraries and heap (what they take beside the tensors).
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake, inputs = fake_copy(objective, device), fake_batch(batch, device)
+        fake, inputs = fake_copy(objective, device).train(), fake_batch(batch, device)
         trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
         live = LiveTensors()
         for tensor in [*fake.parameters(), *fake.buffers()]:

@@ -1,4 +1,4 @@
-"""The costly parts of a training step, computed with less work or memory than the plain way, to the same result.
+"""The costly parts of a training step, computed with less work or memory than in the plain way, to the same result.
 
 Each has its plain twin in torch or transformers, which the tests compare it with, and a switch in `KernelConfig`.
 """
@@ -21,6 +21,7 @@ from utils.config import KernelConfig
 # caches, fewer make its products slow.
 ROWS_AT_ONCE, LOGITS_AT_ONCE = 1024, 1 << 24
 QUERIES_AT_ONCE = 128
+LONGEST_BLOCKED = 1024  # positions; measured on a CPU with AVX2, sdpa trains faster from here on, and keeps less
 RANDOM_VALUES = 1 << 16  # of the 16 bits that decide whether dropout keeps a number
 
 
@@ -38,7 +39,8 @@ def head_loss(
         label_smoothing, z_loss: as in `Objective.forward`.
 
     The gradients are computed along with the loss, so that nothing of size (N, V) is kept or computed twice, as in
-    Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32.
+    Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32;
+    under fp16 the gradients' products too, which are made before the scaler's factor could keep them in fp16's range.
     May be differentiated once.
     """
     with_gradients = torch.is_grad_enabled()
@@ -64,14 +66,17 @@ class _HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_gradients else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
-        d_bias = torch.zeros_like(bias) if with_gradients and bias is not None else None
+        d_bias = torch.zeros_like(bias) if with_gradients and bias is not None and bias.requires_grad else None
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        matrix_back = weight.to(wide)
         for start in range(0, len(inputs), rows):
             part, target = inputs[start : start + rows], targets[start : start + rows, None]
             logits = part @ matrix.T
             if bias is not None:
                 logits += bias
             log_probability = F.log_softmax(logits.float(), dim=-1)
-            has_target, index = target != IGNORED, target.clamp(min=0)
+            has_target = target != IGNORED
+            index = target.where(has_target, 0)
             chosen = log_probability.gather(1, index)
             each = (label_smoothing - 1) * chosen
             if label_smoothing:
@@ -88,10 +93,10 @@ class _HeadLoss(torch.autograd.Function):
             if label_smoothing:
                 d_logits -= label_smoothing / weight.shape[0]
             d_logits.scatter_add_(1, index, torch.full_like(chosen, label_smoothing - 1))
-            d_logits = d_logits.mul_(has_target).to(dtype)
-            d_hidden[start : start + rows] = d_logits @ matrix
-            if d_weight is not None and dtype == d_weight.dtype:
-                d_weight.addmm_(d_logits.T, part)
+            d_logits = d_logits.mul_(has_target).to(wide)
+            d_hidden[start : start + rows] = d_logits @ matrix_back
+            if d_weight is not None and wide == d_weight.dtype:
+                d_weight.addmm_(d_logits.T, part.to(wide))
             elif d_weight is not None:
                 d_weight += d_logits.T @ part
             if d_bias is not None:
@@ -119,17 +124,26 @@ def blocked_attention(
     Args:
         query: (B, H, T, D).
         key, value: (B, G, S, D) and (B, G, S, E), G dividing H.
-        attention_mask: (B or 1, H or 1, T, S), added to the scores.
+        attention_mask: (B or 1, H or 1, T, S), added to the scores; of a causal module it hides what is to come.
 
     Returns:
         (B, T, H, E), and no weights.
 
-    Reading a cache, and what only some models need, is left to `sdpa`.
+    What only some models need, long rows, reading a cache and evaluation are left to `sdpa`. Under autocast to bf16 the scores
+    are rounded to it before the softmax, as transformers' eager attention does and sdpa does not.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    unusual = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache"))
-    learned_mask = attention_mask is not None and attention_mask.requires_grad
-    if causal is None or unusual or learned_mask or (causal and query.shape[2] != key.shape[2]):
+    length, seen = query.shape[2], key.shape[2]
+    plain_mask = attention_mask is None or (
+        attention_mask.is_floating_point()
+        and not attention_mask.requires_grad
+        and attention_mask.shape[2:] == (length, seen)
+    )
+    usual = plain_mask and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    known = causal is not None and (length == seen or not causal)
+    # Without gradients sdpa keeps nothing; but a pass that drops numbers may be made once more with them.
+    pays = (torch.is_grad_enabled() or dropout > 0) and max(length, seen) < LONGEST_BLOCKED
+    if not (usual and known and pays):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = product_dtype(query)  # rotary positions leave query and key in fp32 also under autocast
@@ -225,7 +239,10 @@ AttentionMaskInterface.register("blocked", additive_mask)
 def random_mask(like: torch.Tensor, probability: float) -> torch.Tensor:
     """Which of the numbers are kept; drawn from torch's own generator, which activation checkpointing restores."""
     quarter = -(-like.numel() // 4)
-    bits = torch.empty(quarter, dtype=torch.int64, device=like.device).random_(-(2**63), None)  # type: ignore[call-overload]
+    if torch.compiler.is_compiling():  # which would break its graph at `random_`
+        bits = torch.randint(-(2**63), 2**63 - 1, (quarter,), device=like.device)
+    else:
+        bits = torch.empty(quarter, dtype=torch.int64, device=like.device).random_(-(2**63), None)  # type: ignore[call-overload]
     kept = bits.view(torch.int16)[: like.numel()] >= round(probability * RANDOM_VALUES) - RANDOM_VALUES // 2
     return kept.view(like.shape)
 
@@ -250,15 +267,13 @@ def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.
     Args:
         model: of transformers, built with its default attention where `attention` is auto or blocked.
 
-    Raises `UserError` for an attention that the device or the model lacks.
+    Raises `UserError` for an attention that the model lacks.
     """
-    if device.type == "cpu" and attention == "flex_attention":
-        raise UserError(f"model.attention {attention} trains on a GPU only; on a CPU use blocked, sdpa or eager")
-    usable = model.config._attn_implementation == "sdpa"
-    if attention == "blocked" and not usable:
-        raise UserError(f"model.attention blocked: {type(model).__name__} has its own attention; use auto or eager")
-    if usable and (attention == "blocked" or (attention == "auto" and device.type == "cpu")):
+    wanted = attention == "blocked" or (attention == "auto" and device.type == "cpu")
+    if wanted and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("blocked")
+    if attention == "blocked" and model.config._attn_implementation != "blocked":
+        raise UserError(f"model.attention blocked: {type(model).__name__} has its own attention; use auto or eager")
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if config.fused_activation and type(child) is NewGELUActivation:
@@ -281,7 +296,7 @@ def resolve_matmul_precision(name: str, device: torch.device) -> str:
 
 def describe_kernels(objective: Any) -> str:
     """A line: what is in use."""
-    modules = {type(module) for module in objective.modules()}
+    modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # but for dropout of 0
     parts = [
         f"attention {objective.model.config._attn_implementation}",
         f"head {'chunked' if objective.chunked_head else 'with all logits'}",

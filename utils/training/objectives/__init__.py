@@ -14,13 +14,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForMaskedLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForMaskedLM
 
 from utils.batches.packing import IGNORED
 from utils.cli import UserError
 from utils.config import KernelConfig
 from utils.objective_config import ObjectiveConfig
 from utils.training.adapters import without_adapters
+from utils.training.fake_copy import fake_copy
 from utils.training.kernels import head_loss, use_kernels
 
 
@@ -34,9 +36,7 @@ def build_objective(
 ) -> "Objective":
     """`model` with its loss, computed by the kernels that suit both on `device`; for attention see `use_kernels`."""
     use_kernels(without_adapters(model), attention, kernels, device)
-    is_planned = next(model.parameters()).is_meta
-    linear = kernels.chunked_head and (may_have_linear_head if is_planned else has_linear_head)(model)
-    return Objective(model, objective, chunked_head=linear)
+    return Objective(model, objective, chunked_head=kernels.chunked_head and has_linear_head(model))
 
 
 class Objective(nn.Module):
@@ -88,36 +88,44 @@ def last_hidden_state(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     return without_adapters(model).base_model(**inputs, use_cache=False).last_hidden_state
 
 
-@torch.no_grad()
 def has_linear_head(model: Any) -> bool:
-    """Whether the logits are one linear map of the last hidden state, and nothing else; by two short passes.
+    """Whether the logits are one linear map of the last hidden state, and nothing else; by a short pass.
 
-    Some architectures scale or bend their logits (Gemma 2, Cohere, Granite), which would show in large ones only.
+    Some architectures scale or bend their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a decoder).
+    Not the numbers are compared, which would show little in small logits, but the tensors themselves: a model on the meta
+    device has no numbers. There, what chooses by values (a mixture's router) counts as False.
     """
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or not may_have_linear_head(model):
+    bare, head = without_adapters(model), model.get_output_embeddings()
+    if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
         return False
-    seen: list[torch.Tensor] = []
+    if head.weight.is_meta:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            try:
+                return _logits_are_the_heads(fake_copy(bare, "cpu"))
+            except RuntimeError:
+                return False
+    return _logits_are_the_heads(bare)
 
-    def replace(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        seen.extend([inputs[0], torch.linspace(-1e3, 1e3, output.numel(), device=output.device).view_as(output)])
-        return seen[1]
 
+@torch.no_grad()
+def _logits_are_the_heads(model: Any) -> bool:
+    """Whether the head reads the base model's last hidden state, and its output is what the model returns."""
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.base_model.register_forward_hook(lambda _, __, output: seen.update(hidden=output[0])),
+        model.get_output_embeddings().register_forward_hook(
+            lambda _, inputs, output: seen.update(input=inputs[0], output=output)
+        ),
+    ]
     was_training = model.training
-    model.eval()
-    ids = 5 + torch.arange(8, device=head.weight.device)[None] % max(1, model.config.vocab_size - 5)
-    hook = head.register_forward_hook(replace)
-    logits = model(input_ids=ids, use_cache=False).logits
-    hook.remove()
-    hidden = last_hidden_state(model, input_ids=ids)
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    logits = model.eval()(input_ids=ids, use_cache=False).logits
     model.train(was_training)
-    return torch.equal(logits, seen[1]) and torch.allclose(hidden, seen[0], rtol=1e-5, atol=1e-6)
-
-
-def may_have_linear_head(model: Any) -> bool:
-    """Likewise, by the class alone: for a model without weights."""
-    bare = without_adapters(model)
-    return type(bare) in MODEL_FOR_CAUSAL_LM_MAPPING.values() and bare.base_model is not bare
+    for hook in hooks:
+        hook.remove()
+    same = seen["input"].untyped_storage()._cdata == seen["hidden"].untyped_storage()._cdata
+    same = same and seen["input"].shape == seen["hidden"].shape
+    return same and logits is seen["output"] and not logits._version  # which counts what is done in place
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
@@ -146,9 +154,10 @@ def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dic
     return {"full_attention": mask, "sliding_attention": mask.masked_fill(far, torch.finfo(torch.float32).min)}
 
 
-@torch.no_grad()
 def check_documents_stay_apart(objective: Objective) -> None:
     """`UserError` if a document's logits in a packed row are not those that it has alone; two short passes.
+
+    With gradients, as in training: attention may take another way without.
 
     A model that carries a state along the row, makes a mask of its own, or counts positions from another number than 0,
     goes wrong without a word.
@@ -164,7 +173,8 @@ def check_documents_stay_apart(objective: Objective) -> None:
     together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
     alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
     objective.train(was_training)
-    if not float((together - alone).abs().max()) <= 1e-3 * float(alone.std()):
+    difference = (together - alone).detach().abs().max()
+    if not float(difference) <= 1e-3 * float(alone.detach().std()):
         raise UserError(
             f"{type(model).__name__} does not keep the documents of a packed row apart; choose data.layout padded"
         )
