@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Name → width, layers, heads, width of the MLP; the vocabulary is the demo's 8,192 or so.
+# Name → width, layers, heads, width of the MLP. With 8,192 entries these have 1.0, 4.2, 11.5, 29.9, 59.8 and 119.5 million
+# parameters.
 SIZES = {
     "1M": (96, 2, 2, 256), "5M": (192, 6, 3, 512), "10M": (256, 9, 4, 1024), "30M": (512, 8, 8, 1408),
     "60M": (640, 11, 10, 1728), "125M": (768, 16, 12, 2048),
@@ -66,6 +67,7 @@ def size_options(name: str) -> dict[str, Any]:
     return {
         "model.hidden_size": width, "model.num_hidden_layers": layers, "model.num_attention_heads": heads,
         "model.intermediate_size": inner, "model.max_position_embeddings": 512, "data.sequence_length": 512,
+        "model.vocabulary_multiple": 8192,
         "batch.global_batch_size": 2,
     }  # fmt: skip
 

@@ -64,8 +64,8 @@ class Pace:
         self.left -= 1
         if self.left:
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         peak = device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -178,11 +178,10 @@ def batches_of(arguments: argparse.Namespace, with_targets: bool = False) -> Any
 def peer_dataset(arguments: argparse.Namespace) -> Any:
     """As run_clm's `group_texts` leaves it."""
     import datasets
+    import numpy as np
 
-    rows = [row.tolist() for row in rows_of(arguments)]
-    return datasets.Dataset.from_dict({
-        "input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], "labels": rows,
-    })  # fmt: skip
+    rows = rows_of(arguments)
+    return datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": np.ones_like(rows), "labels": rows})
 
 
 def no_trainer(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
@@ -266,23 +265,30 @@ def limit(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, device=device).to(dtype)
 
-    maps = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * shape.layers
-    maps.append((width, shape.vocabulary))
-    linear = {pair: (random(tokens, pair[0]), random(*pair), random(tokens, pair[1])) for pair in set(maps)}
+    # Each product with its result, which is there already: the time is that of the products alone.
+    products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(left: torch.Tensor, right: torch.Tensor, times: int) -> None:
+        products.extend(
+            [(left, right, torch.empty(*left.shape[:-1], right.shape[-1], device=device, dtype=dtype))] * times
+        )
+
+    maps = {(width, 3 * width): shape.layers, (width, width): shape.layers, (width, 4 * width): shape.layers,
+            (4 * width, width): shape.layers, (width, shape.vocabulary): 1}  # fmt: skip
+    for (inner, outer), times in maps.items():
+        inputs, weight, gradient = random(tokens, inner), random(inner, outer), random(tokens, outer)
+        add(inputs, weight, times)
+        add(gradient, weight.T, times)
+        add(inputs.T, gradient, times)
     size = width // shape.heads
     query, key = (random(shape.rows * shape.heads, length, size) for length in (shape.length, half))
     scores = random(shape.rows * shape.heads, shape.length, half)
+    add(query, key.transpose(1, 2), 2 * shape.layers)  # scores, and the gradient of the probabilities
+    add(scores, key, 2 * shape.layers)  # the output, and the gradient of the queries
+    add(scores.transpose(1, 2), query, 2 * shape.layers)  # the gradients of keys and values
     while True:
-        for pair in maps:
-            inputs, weight, gradient = linear[pair]
-            inputs @ weight, gradient @ weight.T, inputs.T @ gradient
-        for _ in range(shape.layers):
-            for _ in range(2):  # scores and the gradient of the probabilities
-                query @ key.transpose(1, 2)
-            for _ in range(2):  # the output, and the gradient of the queries
-                scores @ key
-            for _ in range(2):  # the gradients of keys and values
-                scores.transpose(1, 2) @ query
+        for left, right, result in products:
+            torch.matmul(left, right, out=result)
         pace.step_done()
 
 

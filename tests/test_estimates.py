@@ -204,6 +204,17 @@ def test_checkpointing_computes_the_blocks_again_and_adapters_save_the_gradients
 
 
 # ---- Memory.
+def real_peak(objective: Objective, batch: dict[str, torch.Tensor], precision: str) -> int:
+    """Bytes at the peak of one forward and backward pass, by torch's own tracker."""
+    tracker = MemTracker()
+    tracker.track_external(objective)
+    with tracker:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = objective(**batch)
+        loss.backward()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_peak_is_that_of_a_real_step(name: str, precision: str) -> None:
@@ -212,13 +223,7 @@ def test_the_peak_is_that_of_a_real_step(name: str, precision: str) -> None:
     objective = objective_of(config).train()
     batch = real_batch(shapes_of(config))
     parts = estimate_memory(objective, batch, OptimizerConfig("sgd", momentum=0.0), mixed_precision=precision)
-    tracker = MemTracker()
-    tracker.track_external(objective)
-    with tracker:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = objective(**batch)
-        loss.backward()
-    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    real = real_peak(objective, batch, precision)
     assert tensors_of(parts) == pytest.approx(real, rel=0.02)
     assert parts["optimizer state"] == 0
 
@@ -231,13 +236,7 @@ def test_the_peak_of_the_fast_kernels_is_that_of_a_real_step(precision: str) -> 
     objective = build_objective(model, ObjectiveConfig(), "auto", KernelConfig(), torch.device("cpu")).train()
     batch = real_batch(shapes_of(config))
     parts = estimate_memory(objective, batch, OptimizerConfig("sgd", momentum=0.0), mixed_precision=precision)
-    tracker = MemTracker()
-    tracker.track_external(objective)
-    with tracker:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = objective(**batch)
-        loss.backward()
-    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    real = real_peak(objective, batch, precision)
     assert tensors_of(parts) == pytest.approx(real, rel=0.02)
 
 

@@ -15,8 +15,10 @@ from utils.batches.packing import IGNORED
 from utils.cli import UserError
 from utils.config import KernelConfig
 from utils.objective_config import ObjectiveConfig
-from utils.training import kernels
-from utils.training.kernels import FastDropout, head_loss, use_kernels
+from utils.training.kernels import use_kernels
+from utils.training.kernels.attention import blocked_attention, sdpa_attention_forward
+from utils.training.kernels.dropout import FastDropout
+from utils.training.kernels.head_loss import head_loss
 from utils.training.objectives import Objective, build_objective, has_linear_head
 
 CPU = torch.device("cpu")
@@ -57,7 +59,7 @@ def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
 def test_the_chunked_head_has_the_loss_and_the_gradients_of_all_logits(bias, smoothing, z_loss, monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS_AT_ONCE", 101 * 64)  # five chunks, the last one short
+    monkeypatch.setattr("utils.training.kernels.head_loss.LOGITS_AT_ONCE", 101 * 64)  # five chunks, the last one short
     torch.manual_seed(0)
     head = nn.Linear(32, 101, bias=bias).double()
     hidden = torch.randn(300, 32, dtype=torch.double, requires_grad=True)
@@ -119,7 +121,7 @@ def test_masks_of_every_form_are_those_of_sdpa(shape, kind):
     if kind == torch.float32:
         mask = torch.where(mask, 0.0, torch.finfo(kind).min)
     tensors = [torch.randn(3, 4, 300, 8, requires_grad=True) for _ in range(3)]
-    both = (kernels.blocked_attention, kernels.sdpa_attention_forward)
+    both = (blocked_attention, sdpa_attention_forward)
     found, expected = (attention(module, *tensors, mask)[0] for attention in both)
     assert float((found - expected).detach().abs().max()) < 1e-5
 
@@ -165,7 +167,7 @@ def test_queries_and_values_of_two_widths_and_a_mask_that_is_learned():
     mask = torch.randn(2, 4, 150, 150).requires_grad_()
     for inputs, given in ((tensors, None), ([*tensors, mask], mask)):
         pair = []
-        for attention in (kernels.blocked_attention, kernels.sdpa_attention_forward):
+        for attention in (blocked_attention, sdpa_attention_forward):
             output, _ = attention(module, *tensors, given)
             assert output.is_contiguous()
             pair.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
@@ -284,7 +286,7 @@ def test_dropout_in_blocked_attention_has_the_gradient_of_what_it_computed():
 
     def value(*inputs: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(1)
-        return (kernels.blocked_attention(module, *inputs, None, dropout=0.3)[0] * weights).double().sum()
+        return (blocked_attention(module, *inputs, None, dropout=0.3)[0] * weights).double().sum()
 
     found = torch.autograd.grad(value(*tensors), tensors)
     for index, gradient in enumerate(found):

@@ -23,7 +23,8 @@ from utils.config import KernelConfig
 from utils.objective_config import ObjectiveConfig
 from utils.training.adapters import without_adapters
 from utils.training.fake_copy import fake_copy
-from utils.training.kernels import head_loss, use_kernels
+from utils.training.kernels import use_kernels
+from utils.training.kernels.head_loss import head_loss
 
 
 def objective_module(name: str) -> ModuleType:
