@@ -43,6 +43,7 @@ class Shape:
 
 SHAPES = {"small": Shape(256, 6, 4, 8192, 8), "lesson": Shape(768, 12, 12, 30522, 4)}
 WARM_UP = 3
+QUICK = ("plainloop", "no_trainer", "trainer", "bare", "limit")
 PEERS = ("no_trainer", "trainer", "bare")
 
 
@@ -363,7 +364,7 @@ def race(arguments: argparse.Namespace) -> None:
         names += [f"{name}-bf16" for name in names if name in PEERS]
     contestants = [Contestant(name, arguments) for name in names]
     for contestant in contestants:
-        contestant.make(WARM_UP - 1)
+        contestant.make(1 if arguments.quick else WARM_UP - 1)
     for number in range(arguments.rounds):
         for contestant in contestants[number % len(contestants) :] + contestants[: number % len(contestants)]:
             contestant.turns.append(contestant.make(arguments.steps))
@@ -415,15 +416,17 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
-    parser.add_argument("--quick", action="store_true", help="one step, two rounds")
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="half a batch, two rounds of one step, fewer contestants")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.steps = 2, 1
+        arguments.rows = arguments.rows or SHAPES[arguments.shape].rows // 2
     if arguments.rows:
         SHAPES[arguments.shape].rows = arguments.rows
+    arguments.contestants = arguments.contestants or (QUICK if arguments.quick else list(CONTESTANTS))
     if arguments.child:
         CONTESTANTS[arguments.child.partition("-")[0]](arguments.child, Pace(), arguments)
     with tempfile.TemporaryDirectory() as folder:
