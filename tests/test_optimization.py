@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from utils.cli import UserError
 from utils.optimizer_config import OptimizerConfig, ScheduleConfig
 from utils.training.ema import WeightAverage
+from utils.training.muon import Muon, orthogonalize
 from utils.training.optimization import (
     build_optimizer,
     build_scheduler,
@@ -279,7 +280,8 @@ def reference_run(name: str, data: list[torch.Tensor], **options: bool) -> dict[
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_equal_a_plain_loop_with_torchs_own_optimizers(name):
+def test_steps_equal_a_plain_loop_with_torchs_own_optimizers(name, monkeypatch):
+    monkeypatch.setattr("utils.training.muon.fast_bf16", lambda device: True)  # torch's Muon computes in bf16
     model, optimizer, scheduler = make(name)
     before, data = weights(model), batches(20)
     losses = run_steps(model, optimizer, scheduler, data)
@@ -288,6 +290,25 @@ def test_steps_equal_a_plain_loop_with_torchs_own_optimizers(name):
     assert losses[-1] < losses[0] - 0.5 and not any(torch.equal(before[label], after[label]) for label in after)
     wrong = reference_run(name, data, decay_norms=True)  # the comparison notices a norm that is decayed
     assert max(float((after[label] - wrong[label]).abs().max()) for label in after) > 1e-4
+
+
+def test_where_bf16_is_slow_muon_computes_the_same_update_in_fp32(monkeypatch):
+    monkeypatch.setattr("utils.training.muon.fast_bf16", lambda device: False)
+    for shape in ((6, 40), (40, 6), (16, 16)):
+        gradient = torch.randn(shape)
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        options = {"lr": 0.1, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}
+        steps = [(kind([parameter], **options), parameter) for kind, parameter in
+                 ((Muon, ours), (torch.optim.Muon, theirs))]  # fmt: skip
+        for optimizer, parameter in steps * 3:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert (ours - theirs).norm() < 0.02 * (theirs - 1).norm()  # bf16 has 8 bits
+        left, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+        values = values / values.norm()
+        for _ in range(5):  # what the iteration makes of each singular value
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        assert torch.allclose(orthogonalize(gradient).double(), left @ values.diag() @ right, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 from utils.batches.batch_plan import BatchPlan
 from utils.cli import PARENT, UserError, run_script
+from utils.training.hardware import fast_bf16
 from utils.training.launch_file import SUPPORTED, check_launch_file
 
 # What the launch asks for by a variable, and what is then active.
@@ -147,15 +148,6 @@ def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
     if accelerator.mixed_precision == "no" and fast_bf16(accelerator.device):
         lines.append("hint: this machine computes bf16 fast; --mixed_precision bf16 after `accelerate launch` uses it")
     return lines
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are faster than in fp32: by the CPU's instructions or the GPU's generation."""
-    if device.type == "cpu":
-        return any(
-            present for name, present in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in name
-        )
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def main(files: list[str]) -> None:

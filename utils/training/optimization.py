@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from utils.cli import UserError
 from utils.optimizer_config import OptimizerConfig, ScheduleConfig
 from utils.training.initialization import is_norm
+from utils.training.muon import Muon, MuonAdamW
 
 # Without a warm-up there is no natural scale for 1 / sqrt(step): that of big_vision and transformers.
 INVERSE_SQRT_TIMESCALE = 10_000
@@ -39,7 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = Tru
         matrices = hidden_matrices(model)
         hidden = [parameter for parameter in decayed if id(parameter) in matrices]
         groups[0]["params"] = [parameter for parameter in decayed if id(parameter) not in matrices]
-        muon = torch.optim.Muon(
+        muon = Muon(
             [{"params": hidden}], lr=config.learning_rate, weight_decay=decay, momentum=config.momentum,
             nesterov=True, adjust_lr_fn="match_rms_adamw",
         )  # fmt: skip
@@ -53,39 +54,6 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = Tru
     if config.name == "adamw_8bit":
         return import_adamw_8bit()(groups, **adamw)
     return torch.optim.AdamW(groups, **adamw, fused=fused)
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan, 2024, kellerjordan.github.io/posts/muon) and AdamW as one optimizer, each for its own parameters.
-
-    Muon's update is scaled by 0.2 √max(rows, columns), which gives it the size of AdamW's, so that both take the same
-    learning rate and weight decay (Liu et al., 2025, arXiv 2502.16982).
-
-    The groups of this optimizer are the dictionaries of the two, and the state is one: a scheduler, a gradient scaler
-    or accelerate that works on this optimizer works on both. Under a gradient scaler AdamW may be fused: it is this
-    optimizer that the scaler asks, which does not unscale by itself.
-    """
-
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
-        self.parts = (muon, adamw)
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Hand groups and state, which loading replaces, to the two."""
-        muon, adamw = self.parts
-        muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        muon.state = adamw.state = self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None if closure is None else closure()
-        for part in self.parts:
-            part.step()
-        return loss
 
 
 def import_adamw_8bit() -> Any:
