@@ -59,6 +59,7 @@ from utils.training.modeling import (
 from utils.training.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
 from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
+from utils.training.sharding import is_sharded, let_it_write, whole
 from utils.training.stopping import StopAsked, StopRequests
 from utils.training.tracking import RunTracker
 from utils.training.watchdog import Watchdog
@@ -155,9 +156,16 @@ def main(config: TrainConfig) -> None:
         check_documents_stay_apart(objective)
     optimizer = build_optimizer(model, config.optimizer, fused=accelerator.scaler is None)
     scheduler = build_scheduler(optimizer, config.schedule, max_steps)
+    about_model = []  # said before the parameters may be shared out
+    if accelerator.is_main_process:
+        about_model += [*describe_model(model), describe_kernels(objective)]
+        about_model.append(describe_work(objective, example, config, plan))
+        if not checkpoint:
+            about_model.append(describe_initialization(model))
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, train_loader, validation_loader
     )
+    let_it_write(accelerator.unwrap_model(objective))
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     if checkpoint:
         load_training_state(checkpoint, accelerator, optimizer, scheduler, average)
@@ -174,15 +182,8 @@ def main(config: TrainConfig) -> None:
         accelerator, run / "checkpoints", config.checkpoint, tokenizer, warn=tracker.warn, note=watchdog.note_writing
     ))  # fmt: skip
     at_exit.callback(end_workers)
-    for line in [*describe_launch(accelerator, plan), *notes]:
+    for line in [*describe_launch(accelerator, plan), *notes, *about_model]:
         tracker.say(line)
-    if accelerator.is_main_process:
-        for line in describe_model(model):
-            tracker.say(line)
-        tracker.say(describe_kernels(accelerator.unwrap_model(objective)))
-        tracker.say(describe_work(accelerator.unwrap_model(objective), example, config, plan))
-        if not checkpoint:
-            tracker.say(describe_initialization(model))
     if train_rows is None:
         tracker.say(
             f"data: a stream of {config.data.stream_lanes} lanes, rows of {config.data.sequence_length}; {max_steps} steps"
@@ -229,7 +230,8 @@ def main(config: TrainConfig) -> None:
                     improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
                     tracker.log(figures, step)
                 sample_every = config.tracking.sample_every_steps
-                if sample_every and (step % sample_every == 0 or is_last) and accelerator.is_main_process:
+                is_writing = accelerator.is_main_process or is_sharded(accelerator)
+                if sample_every and (step % sample_every == 0 or is_last) and is_writing:
                     watchdog.beat(step, "sampling")
                     tracker.sample(write_sample(accelerator.unwrap_model(objective), tokenizer, example, config), step)
                 state.looked_step = step
@@ -271,7 +273,7 @@ def main(config: TrainConfig) -> None:
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
 
         # ---- The vote: from here on all ranks know the same numbers, and whether one of them is asked to stop.
-        loss, grad_norm = stops.agree(loss_sum / num_targets, norm / plan.data_parallel_size)
+        loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.data_parallel_size)
         fault = find_fault(state, config.guards, loss, grad_norm, scaled=accelerator.scaler is not None)
         if fault is None:
             optimizer.step()

@@ -29,6 +29,7 @@ from utils.training.checkpoint_folders import (
 )
 from utils.training.checkpoints import Tensors, TrainState, take_tensors
 from utils.training.ema import WeightAverage
+from utils.training.sharding import is_sharded, whole
 
 
 class CheckpointWriter:
@@ -80,14 +81,20 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         wait = wait or not self.config.asynchronous
+        needed = [False]
         if self.accelerator.is_main_process:
             self._wait()
             target = self.folder / checkpoint_name(state.optimizer_step)
-            write: Callable[[], None] | None = None
-            if not target.exists() or find_problem(target) is not None:
-                # From a GPU's memory also where it is waited for: the copy's place is there, and safetensors would make one.
-                snapshot = not wait or self.accelerator.device.type != "cpu"
-                write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
+            needed[0] = not target.exists() or find_problem(target) is not None
+        sharded = is_sharded(self.accelerator)
+        if sharded:  # what the main process writes is gathered from all ranks
+            broadcast_object_list(needed)
+        write: Callable[[], None] | None = None
+        if needed[0] and (sharded or self.accelerator.is_main_process):
+            # From a GPU's memory also where it is waited for: the copy's place is there, and safetensors would make one.
+            snapshot = not wait or self.accelerator.device.type != "cpu" or sharded
+            write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
+        if self.accelerator.is_main_process:
             arguments = (write, state.optimizer_step, state.best_step, started)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
@@ -136,14 +143,17 @@ class CheckpointWriter:
         self, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, snapshot: bool,
     ) -> Callable[[], None]:  # fmt: skip
-        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself."""
-        keep = self._copy if snapshot else (lambda tensor, name: tensor)
-        weights = model.state_dict()
+        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself.
+
+        Of parameters that are shared out over the ranks the main process keeps the whole, one after the other.
+        """
+        keep = self._copy if snapshot else (lambda tensor, name: tensor.detach())
+        weights = model.state_dict(keep_vars=True)
         if hasattr(model, "peft_config"):  # only the adapters are saved
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
             weights = {name: tensor for name, tensor in weights.items() if name in trained}
-        owners: dict[tuple[int, torch.Size], str] = {}  # of a tensor with two names, the first
-        shared = {name: owners.setdefault((tensor.data_ptr(), tensor.shape), name) for name, tensor in weights.items()}
+        owners: dict[int, str] = {}  # of a tensor with two names, the first
+        shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
         copies = {name: keep(weights[name], f"model.{name}") for name in owners.values()}
         weights = {name: copies[owner] for name, owner in shared.items()}
         optimizer_record, tensors = take_tensors(optimizer.state_dict())
@@ -174,7 +184,13 @@ class CheckpointWriter:
         return write
 
     def _copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it."""
+        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it.
+
+        Of a shared out tensor all ranks call, and only the main process has the copy.
+        """
+        tensor = whole(tensor.detach())
+        if not self.accelerator.is_main_process:
+            return tensor.new_empty(0)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"

@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -37,6 +38,7 @@ from utils.optimizer_config import OptimizerConfig
 from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints, step_of
 from utils.training.ema import WeightAverage
 from utils.training.hardware import readable
+from utils.training.sharding import share_optimizer_state
 
 Tensors = dict[str, torch.Tensor]
 # What Adafactor and AdamW in 8 bits keep by row, column or block.
@@ -86,7 +88,7 @@ def take_tensors(value: Any) -> tuple[Any, Tensors]:
     def take(item: Any, name: str) -> Any:
         if isinstance(item, torch.Tensor):
             name = names.setdefault(id(item), name)
-            tensors[name] = item.detach().contiguous()
+            tensors[name] = item.detach() if isinstance(item, DTensor) else item.detach().contiguous()
             return {"tensor": name}
         if isinstance(item, dict):
             return {str(key): take(part, f"{name}.{key}") for key, part in item.items()}
@@ -130,6 +132,7 @@ def load_training_state(
         ]:
             raise ValueError("it has other groups of parameters")
         # The options are the configuration's, which is the same; only what has been learned is the checkpoint's.
+        share_optimizer_state(saved["state"], optimizer)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
         check_optimizer_state(optimizer)
         step = scheduler.state_dict() | {"last_epoch": int(record["state"]["optimizer_step"])}

@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from utils.training.sharding import share_like
 
 
 class WeightAverage:
@@ -32,12 +35,24 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, [parameter.float() for parameter in self.parameters], 1 - decay)
 
+    @torch.no_grad()
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """The model with the average for its weights, to be evaluated or saved, not to be trained.
 
         The parameters stay the objects that they are, for optimizer and DDP; nothing is copied where they are fp32.
         """
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters):  # FSDP keeps its own reference to them
+            there = [parameter.detach() for parameter in self.parameters]
+            weights = [values.clone() for values in there]
+            try:
+                for values, average in zip(there, self.averages, strict=True):
+                    values.copy_(average)
+                yield
+            finally:
+                for values, weight in zip(there, weights, strict=True):
+                    values.copy_(weight)
+            return
         weights = [parameter.data for parameter in self.parameters]
         try:
             for parameter, average in zip(self.parameters, self.averages, strict=True):
@@ -53,4 +68,4 @@ class WeightAverage:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(state[name])
+            average.copy_(share_like(state[name], average))

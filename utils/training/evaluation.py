@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.batches.packing import IGNORED
@@ -63,6 +64,8 @@ def evaluate(
                 after_batch()
     finally:
         objective.train(was_training)
+        if isinstance(objective, FSDPModule):  # without a backward pass what was gathered stays, whatever becomes of it
+            objective.reshard()
     local_loss = torch.stack(losses).cpu().double().sum().to(torch.float32)
     loss_sum = accelerator.reduce(local_loss.to(accelerator.device), "sum")
     num_tokens = int(accelerator.reduce(torch.stack(counts).sum(), "sum"))
@@ -72,10 +75,11 @@ def evaluate(
 @torch.no_grad()
 def write_text(
     model: PreTrainedModel, tokenizer: Any, prompt: str, *, max_new_tokens: int, temperature: float, seed: int,
-    chat: bool = False,
+    chat: bool = False, generate: Callable[..., torch.Tensor] | None = None,
 ) -> str:  # fmt: skip
     """Continue `prompt` (empty: start a document) on this rank alone; returns prompt and continuation.
 
+    `generate` is called in the place of the model's own.
     With `chat`, a prompt that is not empty is what a user says, and the model takes the assistant's turn. Of a prompt longer than the model's positions the end counts. Seeds torch's generators: the caller's own random
     numbers must not depend on their state.
     """
@@ -92,7 +96,7 @@ def write_text(
     model.eval()
     torch.manual_seed(seed)
     input_ids = torch.tensor([ids], device=model.device)
-    output = model.generate(  # type: ignore[operator]
+    output = (generate or model.generate)(  # type: ignore[operator]
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=min(max_new_tokens, positions - len(ids)),
@@ -105,12 +109,16 @@ def write_text(
 
 
 def write_sample(objective: Objective, tokenizer: Any, example: dict[str, torch.Tensor], config: TrainConfig) -> str:
-    """What a person is shown of a model in training: a text by it, or, if it writes none, its guesses in `example`."""
+    """What a person is shown of a model in training: a text by it, or, if it writes none, its guesses in `example`.
+
+    Where the parameters are shared out all ranks call, and write the same.
+    """
     if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
         return write_predictions(objective, tokenizer, example)
     return write_text(
         objective.model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,  # type: ignore[arg-type]
         max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
+        generate=objective.generate,
     )  # fmt: skip
 
 
@@ -121,7 +129,7 @@ def write_predictions(objective: Objective, tokenizer: Any, batch: dict[str, tor
     objective.eval()
     inputs = {name: values.to(next(objective.parameters()).device) for name, values in batch.items()}
     targets = inputs.pop("targets")[0]
-    predicted = objective.logits(**inputs)[0].argmax(-1)[targets != IGNORED].tolist()
+    predicted = objective.guess(**inputs)[0][targets != IGNORED].tolist()
     objective.train(was_training)
     wanted = targets[targets != IGNORED].tolist()
     right = sum(guess == target for guess, target in zip(predicted, wanted, strict=True))

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from utils.cli import UserError
 from utils.files import read_yaml
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 # Section → its options' group in the parser of `accelerate launch`, and what accelerate puts before a key that lacks it.
 SECTIONS = {
     "fsdp_config": ("FSDP Arguments", "fsdp_"),

@@ -48,6 +48,7 @@ class Objective(nn.Module):
         super().__init__()
         self.chunked_head = chunked_head
         self.model, self.config = model, config or ObjectiveConfig()
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
         self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
 
@@ -82,6 +83,18 @@ class Objective(nn.Module):
         if self.is_encoder and "position_ids" in inputs:
             inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
         return self.model(**inputs, use_cache=False).logits.float()
+
+    def guess(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """The likeliest token at each position, (B, T)."""
+        return self.logits(**inputs).argmax(-1)
+
+    def generate(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+        """As transformers' `generate`, where the parameters are shared out over the ranks."""
+        return self.model.generate(*inputs, **options)  # type: ignore[operator]
+
+    def tie_weights(self) -> None:
+        """For accelerate, which lays a model out anew to share it out."""
+        self.model.tie_weights()  # type: ignore[operator]
 
 
 def last_hidden_state(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
