@@ -82,7 +82,7 @@ def main(config: TrainConfig) -> None:
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/tensorboard"),
     )
-    check_launch(accelerator, plan)
+    check_launch(accelerator, plan, config)
     torch.set_float32_matmul_precision(resolve_matmul_precision(config.matmul_precision, accelerator.device))
 
     # ---- Data: rows laid out over the mapped token stream, nothing is copied; or made of a source as it is being read.

@@ -42,7 +42,8 @@ class Training:
     @property
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, by rank."""
-        launched = "accelerate.commands.launch" in " ".join(self.seen[0].cmdline())
+        words = " ".join(self.seen[0].cmdline())
+        launched = "accelerate.commands.launch" in words or "torchrun" in words
         found = [child for child in self.seen[0].children() if "train" in " ".join(child.cmdline())]
         processes = found if launched else [self.seen[0]]
         return sorted(processes, key=lambda process: int(process.environ().get("RANK", 0)))

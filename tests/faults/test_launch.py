@@ -1,13 +1,15 @@
-"""Faults 29 to 32: a launch that is not what was asked for."""
+"""Faults 28 to 32: a launch that is not what was asked for."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import SMALL, environment, flags, run
-from processes import ROOT
+from conftest import SMALL, environment, flags, metrics, run, train, train_losses
+from processes import PATIENCE, ROOT, Training
 
 from utils.cli import UserError
 from utils.training.launch_file import SECTIONS, check_launch_file
@@ -25,6 +27,32 @@ def refused(launch: list[str], dataset, output, **extra: str) -> str:
     assert result.returncode != 0 and not output.exists()
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error:")]
     return line
+
+
+@pytest.mark.slow
+def test_28_an_elastic_restart_after_each_of_five_kills(dataset, tmp_path):
+    """By the shipped script; each kill comes after another checkpoint than the one before."""
+    options = SMALL | {"data.dataset": dataset, "schedule.max_steps": 240, "checkpoint.every_steps": 10}
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text("".join(f"{name}: {value}\n" for name, value in options.items()))
+    elastic = {"PROCESSES": "2", "RESTARTS": "5", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true",
+               "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}  # fmt: skip
+    training = Training(["bash", "launch/torchrun_elastic.sh", str(recipe), str(output)], output, **elastic)
+    try:
+        for kill in range(5):
+            step = 10 + 40 * kill
+            training.wait_for(
+                lambda: (output / "checkpoints" / f"step-{step:08}").is_dir() and len(training.ranks) == 2
+            )  # noqa: B023
+            training.ranks[kill % 2].kill()
+        training.process.wait(timeout=PATIENCE)
+    finally:
+        training.kill()
+    text = training.text()
+    assert training.process.returncode == 0 and text.count("resumed from") == 5, text[-3000:]
+    assert json.loads((output / "summary.json").read_text())["finished"] is True
+    whole = train(tmp_path / "whole", **{name.replace(".", "__"): value for name, value in options.items()})
+    assert train_losses(metrics(output)) == pytest.approx(train_losses(whole), abs=1e-5)
 
 
 def test_29_two_processes_asked_for_and_one_got(dataset, tmp_path):

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 
 from utils.batches.batch_plan import BatchPlan
 from utils.cli import PARENT, UserError, run_script
+from utils.config import TrainConfig
 from utils.training.hardware import fast_bf16
 from utils.training.launch_file import SUPPORTED, check_launch_file
 
@@ -29,7 +30,7 @@ ASKED_BY_VARIABLE = {
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def check_launch(accelerator: Accelerator, plan: BatchPlan) -> None:
+def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig) -> None:
     """Raise `UserError` for a launch that would train something else than it says."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked == "fp16" and accelerator.device.type == "cpu":
@@ -57,6 +58,31 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan) -> None:
             f"distributed_type {accelerator.distributed_type.value} is not supported yet; "
             f"use one of {', '.join(kind.value for kind in SUPPORTED)}"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        check_sharding(accelerator, config)
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """`UserError` for what is not right with parameters that are shared out over the ranks."""
+    plugin, parallelism = accelerator.state.fsdp_plugin, accelerator.parallelism_config
+    problems = []
+    if plugin.fsdp_version != 2:
+        problems.append("fsdp_version must be 2: version 1 trains nothing without use_orig_params, silently")
+    if plugin.activation_checkpointing:
+        problems.append("fsdp_activation_checkpointing draws other dropout in the backward pass; use "
+                        "--model.activation_checkpointing true")  # fmt: skip
+    if (
+        parallelism is not None
+        and accelerator.num_processes != parallelism.dp_replicate_size * parallelism.dp_shard_size
+    ):
+        problems.append("of parallelism_config only dp_replicate_size and dp_shard_size are supported, and their product "
+                        f"must be the number of processes, {accelerator.num_processes}")  # fmt: skip
+    if config.optimizer.name in ("adafactor", "adamw_8bit"):
+        problems.append(f"optimizer.name {config.optimizer.name} does not share out its state; use adamw, muon or sgd")
+    if config.model.lora.rank:
+        problems.append("model.lora is not supported; its memory is small: use DDP")
+    if problems:
+        raise UserError(f"with FSDP, {'; '.join(problems)}")
 
 
 def check_launcher_file() -> None:

@@ -57,7 +57,7 @@ def find_problems(file: dict[str, Any]) -> list[str]:
     elif kind == "FSDP" and (file.get("fsdp_config") or {}).get("fsdp_version") != 2:
         found.append("fsdp_config.fsdp_version must be 2: version 1 trains nothing without use_orig_params, silently")
     elif kind not in [each.value for each in SUPPORTED]:
-        found.append(f"distributed_type {kind} is not supported yet; use NO or MULTI_GPU")
+        found.append(f"distributed_type {kind} is not supported yet; use NO, MULTI_GPU or FSDP")
     processes = file.get("num_processes", 1)
     if kind in ("NO", "MULTI_CPU") and processes != 1:
         found.append(

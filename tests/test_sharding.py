@@ -1,0 +1,147 @@
+"""One recipe, launched in every way that CPU processes can show: the same losses, and checkpoints that fit each other."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL, environment, flags, metrics, run, script, train_losses
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+OPTIONS = {
+    "schedule.max_steps": 20, "evaluation.every_steps": 10, "checkpoint.every_steps": 10, "checkpoint.keep_last": 5,
+    "optimizer.ema_decay": 0.9, "tracking.sample_every_steps": 10, "tracking.sample_max_new_tokens": 8,
+}  # fmt: skip
+# Way → shipped file, processes, and what is changed in it for this machine.
+WAYS = {
+    "ddp": ("multi_gpu", 2, {}),
+    "fsdp2": ("fsdp2", 2, {}),
+    "hsdp": ("hsdp", 4, {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 2}),
+}
+
+
+def launch_file(way: str, folder: Path) -> Path:
+    """The shipped file, for CPU processes on this machine, in fp32."""
+    name, processes, parallelism = WAYS[way]
+    values = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
+    values |= {
+        "use_cpu": True,
+        "mixed_precision": "no",
+        "num_processes": processes,
+        "num_machines": 1,
+        "main_process_port": 0,
+    }
+    if parallelism:
+        values["parallelism_config"] = parallelism
+    path = folder / f"{way}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def launch(way: str, output: Path, dataset: Path, **options: object) -> list[dict]:
+    settings = SMALL | OPTIONS | {"output": output, "data.dataset": dataset} | options
+    file = launch_file(way, output.parent)
+    result = run(*LAUNCH, "--config_file", file, "tests/unlocked_train.py", *flags(settings), GLOO_SOCKET_IFNAME="lo")
+    kind = "FSDP" if "fsdp" in (ROOT / "accelerate_configs" / f"{WAYS[way][0]}.yaml").read_text() else "MULTI"
+    assert re.search(
+        rf"launch: {WAYS[way][1]} process\(es\) on cpu, {kind}", result.stdout
+    )  # not silently something else
+    return metrics(output)
+
+
+def evaluations(records: list[dict]) -> list[float]:
+    return [record[name] for record in records for name in ("eval/loss", "eval/average_loss") if name in record]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    left, right = (load_file(path / "model.safetensors") for path in (one, other))
+    return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def whole_run(request, dataset, tmp_path_factory) -> tuple[str, Path]:
+    """On one process, never stopped."""
+    output = tmp_path_factory.mktemp(request.param) / "one"
+    script("train.py", *flags(SMALL | OPTIONS | {
+        "output": output, "data.dataset": dataset, "optimizer.name": request.param
+    }))  # fmt: skip
+    return request.param, output
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_another(way, whole_run, dataset, tmp_path):
+    optimizer, one = whole_run
+    options = {"optimizer.name": optimizer}
+    records = launch(way, tmp_path / "run", dataset, **options)
+    expected = metrics(one)
+    assert len(train_losses(records)) == 20 and train_losses(records) == pytest.approx(train_losses(expected), abs=1e-4)
+    assert len(evaluations(records)) == 4 and evaluations(records) == pytest.approx(evaluations(expected), abs=1e-4)
+    samples = [(folder / "samples.md").read_text() for folder in (tmp_path / "run", one)]
+    assert samples[0] == samples[1]
+    assert same_weights(tmp_path / "run/checkpoints/step-00000020", one / "checkpoints/step-00000020")
+    assert run(sys.executable, "-m", "utils.training.checkpoints", "verify", tmp_path / "run")
+
+    # Its step 10 goes on on one process, and one process's here.
+    for source, goes_on in ((tmp_path / "run", None), (one, way)):
+        copy = tmp_path / f"from_{source.name}"
+        script_options = (
+            SMALL | OPTIONS | options | {"output": copy, "data.dataset": dataset, "checkpoint.resume": "auto"}
+        )
+        run("cp", "-r", source, copy)
+        run(
+            "rm",
+            "-r",
+            copy / "checkpoints/step-00000020",
+            copy / "checkpoints/last",
+            copy / "checkpoints/best",
+            check=False,
+        )
+        if goes_on is None:
+            script("train.py", *flags(script_options))
+        else:
+            launch(goes_on, copy, dataset, **options, **{"checkpoint.resume": "auto"})
+        assert train_losses(metrics(copy)) == pytest.approx(train_losses(expected), abs=1e-4)
+        assert "resumed from" in (copy / "training.log").read_text()
+
+    script("export.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "export")
+    report = json.loads((tmp_path / "export" / "export_report.json").read_text())
+    assert report["largest_logit_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_machines_are_two_launchers(processes, whole_run, dataset, tmp_path):
+    optimizer, one = whole_run
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = SMALL | OPTIONS | {"output": tmp_path / "run", "data.dataset": dataset, "optimizer.name": optimizer}
+    values = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
+    values |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2 * processes, "main_process_port": port}
+    (tmp_path / "machines.yaml").write_text(yaml.safe_dump(values))
+    launchers = [
+        subprocess.Popen(
+            [*LAUNCH, "--config_file", tmp_path / "machines.yaml", "--machine_rank", str(rank), "train.py", *flags(settings)],
+            cwd=ROOT, env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
+    assert f"launch: {2 * processes} process(es) on cpu, MULTI_CPU" in outputs[0]
+    assert train_losses(metrics(tmp_path / "run")) == pytest.approx(train_losses(metrics(one)), abs=1e-4)
+
+
+def test_what_is_not_shared_out_rightly_is_refused(dataset, tmp_path):
+    settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset, "optimizer.name": "adafactor"}
+    file = launch_file("fsdp2", tmp_path)
+    refused = run(*LAUNCH, "--config_file", file, "tests/unlocked_train.py", *flags(settings), check=False)
+    assert refused.returncode and "optimizer.name adafactor does not share out its state" in refused.stderr
+    assert not (tmp_path / "run").exists()
