@@ -40,10 +40,8 @@ def test_28_an_elastic_restart_after_each_of_five_kills(dataset, tmp_path):
     training = Training(["bash", "launch/torchrun_elastic.sh", str(recipe), str(output)], output, **elastic)
     try:
         for kill in range(5):
-            step = 10 + 40 * kill
-            training.wait_for(
-                lambda: (output / "checkpoints" / f"step-{step:08}").is_dir() and len(training.ranks) == 2
-            )  # noqa: B023
+            saved = output / "checkpoints" / f"step-{10 + 40 * kill:08}"
+            training.wait_for(lambda saved=saved: saved.is_dir() and len(training.ranks) == 2)
             training.ranks[kill % 2].kill()
         training.process.wait(timeout=PATIENCE)
     finally:
