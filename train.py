@@ -59,7 +59,7 @@ from utils.training.modeling import (
 from utils.training.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
 from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
-from utils.training.sharding import is_sharded, let_it_write, whole
+from utils.training.sharding import is_sharded, keep_sums_in_fp32, let_it_write, ranks_per_copy, whole
 from utils.training.stopping import StopAsked, StopRequests
 from utils.training.tracking import RunTracker
 from utils.training.watchdog import Watchdog
@@ -115,6 +115,7 @@ def main(config: TrainConfig) -> None:
             print(*dry_run_report(
                 planned, example, config, plan, max_steps=max_steps, device=accelerator.device,
                 num_rows=None if train_rows is None else len(train_rows), mixed_precision=accelerator.mixed_precision,
+                ranks_per_copy=ranks_per_copy(accelerator),
             ), sep="\n")  # fmt: skip
         return accelerator.end_training()
     run = Path(config.output)
@@ -162,6 +163,7 @@ def main(config: TrainConfig) -> None:
         about_model.append(describe_work(objective, example, config, plan))
         if not checkpoint:
             about_model.append(describe_initialization(model))
+    keep_sums_in_fp32(accelerator)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, train_loader, validation_loader
     )

@@ -12,6 +12,7 @@ matrix products of a step, of a causal attention the half that is not masked. Pr
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -327,13 +328,16 @@ class Contestant:
         line = self.process.stdout.readline()
         if not line:
             self.log.seek(0)
-            raise SystemExit(f"{self.name} failed:\n{self.log.read()[-3000:]}")
+            code = self.process.wait()
+            killed = f" (signal {-code}: too little memory? Name fewer --contestants)" if code < 0 else ""
+            raise SystemExit(f"{self.name} failed{killed}:\n{self.log.read()[-3000:]}")
         return json.loads(line)
 
     def make(self, steps: int) -> dict[str, float]:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no report either
+            self.process.stdin.write(f"{steps}\n")
+            self.process.stdin.flush()
         report = self.receive()
         self.peak = report["peak"]
         return {"wall": report["wall"] / steps, "cpu": report["cpu"] / steps}

@@ -27,13 +27,13 @@ WAYS = {
 }
 
 
-def launch_file(way: str, folder: Path) -> Path:
-    """The shipped file, for CPU processes on this machine, in fp32."""
+def launch_file(way: str, folder: Path, precision: str = "no") -> Path:
+    """The shipped file, for CPU processes on this machine."""
     name, processes, parallelism = WAYS[way]
     values = yaml.safe_load((ROOT / "accelerate_configs" / f"{name}.yaml").read_text())
     values |= {
         "use_cpu": True,
-        "mixed_precision": "no",
+        "mixed_precision": precision,
         "num_processes": processes,
         "num_machines": 1,
         "main_process_port": 0,
@@ -45,9 +45,9 @@ def launch_file(way: str, folder: Path) -> Path:
     return path
 
 
-def launch(way: str, output: Path, dataset: Path, **options: object) -> list[dict]:
+def launch(way: str, output: Path, dataset: Path, precision: str = "no", **options: object) -> list[dict]:
     settings = SMALL | OPTIONS | {"output": output, "data.dataset": dataset} | options
-    file = launch_file(way, output.parent)
+    file = launch_file(way, output.parent, precision)
     result = run(*LAUNCH, "--config_file", file, "tests/unlocked_train.py", *flags(settings), GLOO_SOCKET_IFNAME="lo")
     kind = "FSDP" if "fsdp" in (ROOT / "accelerate_configs" / f"{WAYS[way][0]}.yaml").read_text() else "MULTI"
     assert re.search(
@@ -113,6 +113,18 @@ def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_anot
     script("export.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "export")
     report = json.loads((tmp_path / "export" / "export_report.json").read_text())
     assert report["largest_logit_difference"] <= 1e-5
+
+
+def test_under_bf16_the_loss_and_the_sums_of_gradients_stay_fp32(whole_run, dataset, tmp_path):
+    """And the weights of the checkpoint, which every rank trains in fp32."""
+    optimizer, one = whole_run
+    options = {"optimizer.name": optimizer}
+    records = launch("fsdp2", tmp_path / "run", dataset, precision="bf16", **options)
+    assert train_losses(records) == pytest.approx(train_losses(metrics(one)), abs=0.02)
+    assert any(loss != float(torch.tensor(loss, dtype=torch.bfloat16)) for loss in train_losses(records))
+    assert evaluations(records) == pytest.approx(evaluations(metrics(one)), abs=0.005)
+    weights = load_file(tmp_path / "run/checkpoints/last/model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
 @pytest.mark.parametrize("processes", [1, 2])

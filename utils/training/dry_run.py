@@ -13,6 +13,7 @@ from utils.training.estimates import (
     count_flops,
     estimate_evaluation_activations,
     estimate_memory,
+    share_out,
 )
 from utils.training.hardware import (
     HARDWARE,
@@ -82,7 +83,7 @@ def describe_model(model: nn.Module) -> list[str]:
 
 def dry_run_report(
     objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan, *, max_steps: int,
-    num_rows: int | None, mixed_precision: str, device: torch.device, measure: bool = True,
+    num_rows: int | None, mixed_precision: str, device: torch.device, ranks_per_copy: int = 1, measure: bool = True,
 ) -> list[str]:  # fmt: skip
     """Lines on a training that is about to start, of seconds' work and little memory, with its model on any device.
 
@@ -92,6 +93,7 @@ def dry_run_report(
         num_rows: training rows; None for a stream.
         mixed_precision: accelerate's: no, bf16 or fp16.
         device: what a process trains on.
+        ranks_per_copy: over how many ranks the parameters are shared out.
         measure: estimate the time on this machine too, which takes half a second of matrix products.
     """
     longest = config.data.sequence_length if config.data.layout == "padded" else None
@@ -111,6 +113,8 @@ def dry_run_report(
             objective, micro_batch, config.optimizer, num_processes=processes, accumulation=plan.accumulation,
             mixed_precision=mixed_precision, device=device.type,
         )  # fmt: skip
+        if ranks_per_copy > 1:
+            memory = share_out(memory, objective.model, ranks_per_copy, 4 if mixed_precision == "no" else 2)
         evaluation = estimate_evaluation_activations(
             objective, resized(example, config.evaluation.per_device_batch_size, longest),
             mixed_precision=mixed_precision, device=device.type,

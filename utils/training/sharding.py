@@ -4,6 +4,7 @@ A checkpoint holds whole tensors under the model's own names, whoever wrote it: 
 or not. All ranks call these functions, in the same order: each tensor is a collective.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -17,6 +18,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether a rank holds only a part of the parameters."""
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def ranks_per_copy(accelerator: Accelerator) -> int:
+    """Over how many ranks each parameter is shared out; 1 where each rank has all of them."""
+    if not is_sharded(accelerator):
+        return 1
+    parallelism = accelerator.parallelism_config
+    return accelerator.num_processes if parallelism is None else parallelism.dp_shard_size
+
+
+def keep_sums_in_fp32(accelerator: Accelerator) -> None:
+    """Under FSDP in bf16: sum gradients over the ranks in fp32, and return the loss as the model does.
+
+    accelerate would have both in bf16, whose 8 bits make 9.0 of a loss of 9.03. To be called before `prepare`.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if is_sharded(accelerator) and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
