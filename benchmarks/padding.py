@@ -1,10 +1,11 @@
 """Packed rows against padded ones on short texts: tokens that are trained on, per second.
 
-    python benchmarks/padding.py           # needs data/demo: python prepare_data.py
+    python benchmarks/padding.py
+    python benchmarks/padding.py --entries all      # the Jargon File's longer ones too
 
-The dictionary entries of the sample, rows of up to 512 positions, one model and one batch of positions for all: padded to
-the maximal length, padded to the longest of the batch, and packed; in processes that take turns. Prints a table and one
-JSON object.
+The entries of The Devil's Dictionary in the sample, rows of up to 512 positions, one model and one batch of positions for
+all: padded to the maximal length, padded to the longest of the batch, and packed; in processes that take turns. Prints a
+table and one JSON object.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `utils` is not installed
 OPTIONS = {
-    "data.dataset": ROOT / "data" / "demo", "data.sequence_length": 512, "model.max_position_embeddings": 512,
+    "data.sequence_length": 512, "model.max_position_embeddings": 512,
     "batch.global_batch_size": 8, "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
     "evaluation.per_device_batch_size": 8, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
     "tracking.log_every_steps": 1,
@@ -32,10 +33,29 @@ KINDS = {
 }
 
 
-def tokens_per_second(kind: str, steps: int, folder: Path) -> float:
+def prepare(beginning: str, folder: Path) -> tuple[Path, float]:
+    """The dataset of the sample's entries whose id begins so, and their mean length in tokens."""
+    lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "entries.jsonl").write_text(
+        "\n".join(line for line in lines if json.loads(line)["id"].startswith(beginning))
+    )
+    command = [
+        sys.executable,
+        "prepare_data.py",
+        "--sources",
+        f"[{folder}/entries.jsonl]",
+        "--output",
+        folder / "entries",
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    train = json.loads((folder / "entries" / "manifest.json").read_text())["splits"]["train"]
+    return folder / "entries", train["tokens"] / train["documents"]
+
+
+def tokens_per_second(kind: str, steps: int, dataset: Path, folder: Path) -> float:
     """Targets per second of train.py, the median of its steps but for the first two."""
     output = folder / f"{kind}-{time.monotonic_ns()}"
-    options = OPTIONS | KINDS[kind] | {"output": output, "schedule.max_steps": steps}
+    options = OPTIONS | KINDS[kind] | {"data.dataset": dataset, "output": output, "schedule.max_steps": steps}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True, capture_output=True)
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -44,18 +64,29 @@ def tokens_per_second(kind: str, steps: int, folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entries", choices=["short", "all"], default="short")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
+        dataset, mean = prepare("devil/" if arguments.entries == "short" else "", Path(folder))
         for _ in range(arguments.rounds):
             for kind, found in speeds.items():
-                found.append(tokens_per_second(kind, arguments.steps, Path(folder)))
+                found.append(tokens_per_second(kind, arguments.steps, dataset, Path(folder)))
     medians = {kind: statistics.median(found) for kind, found in speeds.items()}
+    print(f"entries of {mean:.0f} tokens on average")
     for kind, value in medians.items():
         print(f"{kind:<12}{value:>10,.0f} tokens/s{value / medians['max_length']:>8.2f}")
-    print(json.dumps({"tokens_per_second": medians, "ratio_packed": medians["packed"] / medians["max_length"]}))
+    print(
+        json.dumps(
+            {
+                "tokens_per_second": medians,
+                "mean_tokens": mean,
+                "ratio_packed": medians["packed"] / medians["max_length"],
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

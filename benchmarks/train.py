@@ -92,7 +92,7 @@ def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "model.vocabulary_multiple": shape.vocabulary, "model.dropout": arguments.dropout,
         "data.sequence_length": shape.length, "batch.global_batch_size": shape.rows, "schedule.max_steps": 1_000_000,
         "evaluation.every_steps": 1_000_000, "checkpoint.every_steps": 1_000_000, "tracking.sample_every_steps": 0,
-        "guards.hang_minutes": 10_000.0,
+        "guards.hang_minutes": 10_000.0, "model.activation_checkpointing": arguments.activation_checkpointing,
     }  # fmt: skip
 
 
@@ -418,6 +418,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of Plainloop; as for accelerate")
     parser.add_argument("--compile", action="store_true", help="Plainloop's model, by inductor")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--activation_checkpointing", action="store_true", help="in Plainloop's model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
     parser.add_argument("--quick", action="store_true", help="half a batch, two rounds of one step, fewer contestants")
