@@ -78,6 +78,43 @@ class Pace:
         self.begin()
 
 
+class Profile:
+    """In the place of `Pace`: after three steps profiles two, says where the time went, and ends."""
+
+    def __init__(self, vocabulary: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        self.vocabulary, self.steps = vocabulary, 0
+        self.profiler = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+
+    def part_of(self, event: Any) -> str:
+        name = event.key.removeprefix("aten::")
+        if any(self.vocabulary in shape for shape in event.input_shapes if isinstance(shape, list)):
+            return "optimizer" if "adamw" in name else "head"
+        if name in ("bmm", "baddbmm", "_softmax", "_softmax_backward_data"):
+            return "attention"
+        if name in ("mm", "addmm"):
+            return "linear maps"
+        return "optimizer" if "adamw" in name or "_foreach" in name else "rest"
+
+    def step_done(self) -> None:
+        self.steps += 1
+        if self.steps == WARM_UP:
+            self.profiler.start()
+        if self.steps < WARM_UP + 2:
+            return
+        self.profiler.stop()
+        times: dict[str, float] = {}
+        for event in self.profiler.key_averages(group_by_input_shape=True):
+            part = self.part_of(event)
+            times[part] = times.get(part, 0.0) + event.self_cpu_time_total
+        shares = {part: seconds / sum(times.values()) for part, seconds in sorted(times.items(), key=lambda x: -x[1])}
+        for part, share in shares.items():
+            print(f"{part:<14}{share:>8.1%}")
+        print(json.dumps({"profile": shares}))
+        sys.exit()
+
+
 # ---- The contestants. Each trains for ever, and calls `step_done` after every optimizer step.
 
 
@@ -423,6 +460,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
     parser.add_argument("--quick", action="store_true", help="half a batch, two rounds of one step, fewer contestants")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all")
+    parser.add_argument(
+        "--profile", action="store_true", help="no race: where the time of Plainloop's step goes, on a CPU"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -437,6 +477,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
         write_datasets(arguments.folder)
+        if arguments.profile:
+            step("step", Profile(SHAPES[arguments.shape].vocabulary), arguments)
         race(arguments)
 
 
