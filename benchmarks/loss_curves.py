@@ -56,11 +56,16 @@ def losses(kind: str, steps: int, folder: Path) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--fp32", action="store_true", help="only: a CPU without such instructions emulates bf16, slowly"
+    )
     arguments = parser.parse_args()
     if not (ROOT / "data" / "demo" / "manifest.json").is_file():
         raise SystemExit("benchmarks/loss_curves.py needs data/demo; make it with: python prepare_data.py")
     with tempfile.TemporaryDirectory() as folder:
-        curves = {kind: losses(kind, arguments.steps, Path(folder)) for kind in KINDS}
+        curves = {
+            kind: losses(kind, arguments.steps, Path(folder)) for kind in KINDS if "fp32" in kind or not arguments.fp32
+        }
     figure = Figure(figsize=(8, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     table = {}
