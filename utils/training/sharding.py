@@ -33,11 +33,9 @@ def keep_sums_in_fp32(accelerator: Accelerator) -> None:
 
     accelerate would have both in bf16, whose 8 bits make 9.0 of a loss of 9.03. To be called before `prepare`.
     """
-    plugin = accelerator.state.fsdp_plugin
-    if is_sharded(accelerator) and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-        )
+    if is_sharded(accelerator) and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
+        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
