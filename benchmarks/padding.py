@@ -3,7 +3,7 @@
     python benchmarks/padding.py
     python benchmarks/padding.py --entries all      # the Jargon File's longer ones too
 
-The entries of The Devil's Dictionary in the sample, rows of up to 512 positions, one model and one batch of positions for
+The entries of The Devil's Dictionary in the sample, rows of up to --length positions, one model and one batch of positions for
 all: padded to the maximal length, padded to the longest of the batch, and packed; in processes that take turns. Prints a
 table and one JSON object.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `utils` is not installed
 OPTIONS = {
-    "data.sequence_length": 512, "model.max_position_embeddings": 512,
+     
     "batch.global_batch_size": 8, "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
     "evaluation.per_device_batch_size": 8, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
     "tracking.log_every_steps": 1,
@@ -52,10 +52,11 @@ def prepare(beginning: str, folder: Path) -> tuple[Path, float]:
     return folder / "entries", train["tokens"] / train["documents"]
 
 
-def tokens_per_second(kind: str, steps: int, dataset: Path, folder: Path) -> float:
+def tokens_per_second(kind: str, steps: int, length: int, dataset: Path, folder: Path) -> float:
     """Targets per second of train.py, the median of its steps but for the first two."""
     output = folder / f"{kind}-{time.monotonic_ns()}"
-    options = OPTIONS | KINDS[kind] | {"data.dataset": dataset, "output": output, "schedule.max_steps": steps}
+    lengths = {"data.sequence_length": length, "model.max_position_embeddings": length}
+    options = OPTIONS | KINDS[kind] | lengths | {"data.dataset": dataset, "output": output, "schedule.max_steps": steps}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True, capture_output=True)
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -65,6 +66,7 @@ def tokens_per_second(kind: str, steps: int, dataset: Path, folder: Path) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", choices=["short", "all"], default="short")
+    parser.add_argument("--length", type=int, default=512, help="positions of a row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
@@ -73,7 +75,7 @@ def main() -> None:
         dataset, mean = prepare("devil/" if arguments.entries == "short" else "", Path(folder))
         for _ in range(arguments.rounds):
             for kind, found in speeds.items():
-                found.append(tokens_per_second(kind, arguments.steps, dataset, Path(folder)))
+                found.append(tokens_per_second(kind, arguments.steps, arguments.length, dataset, Path(folder)))
     medians = {kind: statistics.median(found) for kind, found in speeds.items()}
     print(f"entries of {mean:.0f} tokens on average")
     for kind, value in medians.items():
