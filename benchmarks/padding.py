@@ -20,7 +20,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `utils` is not installed
 OPTIONS = {
-     
     "batch.global_batch_size": 8, "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
     "evaluation.per_device_batch_size": 8, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
     "tracking.log_every_steps": 1,
@@ -40,13 +39,8 @@ def prepare(beginning: str, folder: Path) -> tuple[Path, float]:
         "\n".join(line for line in lines if json.loads(line)["id"].startswith(beginning))
     )
     command = [
-        sys.executable,
-        "prepare_data.py",
-        "--sources",
-        f"[{folder}/entries.jsonl]",
-        "--output",
-        folder / "entries",
-    ]
+        sys.executable, "prepare_data.py", "--sources", f"[{folder}/entries.jsonl]", "--output", folder / "entries"
+    ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     train = json.loads((folder / "entries" / "manifest.json").read_text())["splits"]["train"]
     return folder / "entries", train["tokens"] / train["documents"]
