@@ -58,7 +58,12 @@ def export(finished_run, tmp_path_factory) -> Path:
 def averaged_run(finished_run, tmp_path_factory) -> Path:
     """The run as one that keeps an average of its weights, which is the weights."""
     folder = tmp_path_factory.mktemp("runs") / "averaged"
-    forge(finished_run, folder, lambda at: shutil.copy(at / "model.safetensors", at / "average.safetensors"))
+
+    def edit(at: Path) -> None:
+        weights = load_file(at / "model.safetensors")
+        save_file({f"average.{name}": tensor for name, tensor in weights.items()}, at / "average.safetensors")
+
+    forge(finished_run, folder, edit)
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("ema_decay: null", "ema_decay: 0.9"))
     return folder

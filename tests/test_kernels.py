@@ -355,6 +355,7 @@ def test_dropout_leaves_the_compiled_graph_whole():
 def test_a_compiled_model_trains_evaluates_and_resumes_as_the_plain_one_does(dataset, tmp_path):
     """Compiled by the launch, as accelerate has it."""
     options = {"data__dataset": dataset, "evaluation__every_steps": 5, "checkpoint__every_steps": 5}
+    options["model__num_hidden_layers"] = 1
     plain = train_losses(train(tmp_path / "plain", **options))
     settings = SMALL | {key.replace("__", "."): value for key, value in options.items()}
     settings |= {"output": tmp_path / "compiled", "checkpoint.resume": "auto"}

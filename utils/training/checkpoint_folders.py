@@ -21,7 +21,6 @@ from utils.files import read_json
 PREFIX = "step-"
 TEMPORARY_PREFIX = ".tmp-"
 LINKS = ("best", "last")
-REQUIRED = ("state.json", "optimizer.safetensors")
 
 
 def checkpoint_name(step: int) -> str:
@@ -121,8 +120,7 @@ def find_problem(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes in place of {size}"
         if hash_file(path) != digest:
             return f"{name} has changed since it was saved"
-    missing = [name for name in REQUIRED if name not in expected]
-    return f"manifest.json does not name {missing[0]}" if missing else None
+    return None if "state.json" in expected else "manifest.json does not name state.json"
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

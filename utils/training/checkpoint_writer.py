@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
@@ -27,16 +29,17 @@ from utils.training.checkpoint_folders import (
     new_checkpoint,
     remove_old_checkpoints,
 )
-from utils.training.checkpoints import Tensors, TrainState, take_tensors
+from utils.training.checkpoints import TrainState, take_tensors
 from utils.training.ema import WeightAverage
-from utils.training.sharding import is_sharded, whole
+from utils.training.sharding import is_sharded
+from utils.training.shards import AVERAGE, Tensors, save_shards, save_weights, shared_checkpoint, take_weights
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run: a copy to memory, during which training pauses, then to the disk in a thread.
 
-    Every rank has one; only the main process's writes. The copy stays for the next save: it costs as much memory on the
-    host as a checkpoint takes on the disk. A save that fails leaves the earlier checkpoints as they are; it is
+    Every rank has one; only the main process's writes, but under FSDP, where each writes its own part. The copy stays for
+    the next save: it costs as much memory on the host as the process writes to the disk. A save that fails leaves the earlier checkpoints as they are; it is
     reported by `warn`, and the next one tries again, unless somebody waits for it.
 
     Attributes:
@@ -54,6 +57,17 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._buffers: Tensors = {}
+        self._group: dist.ProcessGroup | None = None
+        if is_sharded(accelerator):
+            # Of the threads that write, whose messages must not meet those of the training.
+            self._group = dist.new_group(backend="gloo")
+            on_gpu = accelerator.device.type != "cpu"
+            self._stager = DefaultStager(StagingOptions(
+                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+            ))  # fmt: skip
+            if not all(gather_object([folder.parent.is_dir()])):
+                raise UserError(f"{folder.parent} is not on a disk that all machines share: under FSDP each rank writes "
+                                "its part of a checkpoint there; choose another --output")  # fmt: skip
         self._tokenizer_files: dict[Path, bytes] = {}
         if accelerator.is_main_process:
             # Read once: a run's tokenizer stays as it is, and may be in use while a checkpoint is written.
@@ -82,19 +96,18 @@ class CheckpointWriter:
         started = time.perf_counter()
         wait = wait or not self.config.asynchronous
         needed = [False]
+        self._wait()
         if self.accelerator.is_main_process:
-            self._wait()
             target = self.folder / checkpoint_name(state.optimizer_step)
             needed[0] = not target.exists() or find_problem(target) is not None
-        sharded = is_sharded(self.accelerator)
-        if sharded:  # what the main process writes is gathered from all ranks
+        if self._group is not None:
             broadcast_object_list(needed)
         write: Callable[[], None] | None = None
-        if needed[0] and (sharded or self.accelerator.is_main_process):
+        if needed[0] and (self._group is not None or self.accelerator.is_main_process):
             # From a GPU's memory also where it is waited for: the copy's place is there, and safetensors would make one.
-            snapshot = not wait or self.accelerator.device.type != "cpu" or sharded
+            snapshot = not wait or self.accelerator.device.type != "cpu"
             write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
-        if self.accelerator.is_main_process:
+        if write is not None or self.accelerator.is_main_process:
             arguments = (write, state.optimizer_step, state.best_step, started)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
@@ -129,13 +142,15 @@ class CheckpointWriter:
                 self.note("writing")
                 write()
                 self.write_seconds = time.perf_counter() - started
-            self.note("rotating")
-            link_checkpoint(self.folder, "last", step)
-            if not link_checkpoint(self.folder, "best", best_step) and best_step is not None:
-                self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
-            remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
+            if self.accelerator.is_main_process:
+                self.note("rotating")
+                link_checkpoint(self.folder, "last", step)
+                if not link_checkpoint(self.folder, "best", best_step) and best_step is not None:
+                    self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
+                remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
         except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError; all must be told
-            self._error = error
+            if self.accelerator.is_main_process:  # a failure of another rank is its failure, too
+                self._error = error
         finally:
             self.note("idle")
 
@@ -143,54 +158,63 @@ class CheckpointWriter:
         self, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, snapshot: bool,
     ) -> Callable[[], None]:  # fmt: skip
-        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself.
-
-        Of parameters that are shared out over the ranks the main process keeps the whole, one after the other.
-        """
-        keep = self._copy if snapshot else (lambda tensor, name: tensor.detach())
+        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself."""
         weights = model.state_dict(keep_vars=True)
         if hasattr(model, "peft_config"):  # only the adapters are saved
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
             weights = {name: tensor for name, tensor in weights.items() if name in trained}
         owners: dict[int, str] = {}  # of a tensor with two names, the first
         shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
-        copies = {name: keep(weights[name], f"model.{name}") for name in owners.values()}
-        weights = {name: copies[owner] for name, owner in shared.items()}
+        owned = {name: weights[name].detach() for name in owners.values()}
         optimizer_record, tensors = take_tensors(optimizer.state_dict())
-        tensors = {name: keep(tensor, name) for name, tensor in tensors.items()}
-        averages = average.state_dict() if average else {}
-        averages = {name: keep(tensor, f"average.{name}") for name, tensor in averages.items()}
+        averages = {f"{AVERAGE}.{name}": tensor for name, tensor in (average.state_dict() if average else {}).items()}
+        if (group := self._group) is not None:
+            staged: Any = self._stager.stage({"owned": owned, "tensors": tensors, "averages": averages})
+            owned, tensors, averages = staged["owned"], staged["tensors"], staged["averages"]
+        elif snapshot:
+            owned = {name: self._copy(tensor, f"model.{name}") for name, tensor in owned.items()}
+            tensors, averages = ({name: self._copy(tensor, name) for name, tensor in part.items()}
+                                 for part in (tensors, averages))  # fmt: skip
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
         record = {"state": asdict(state), "scheduler": scheduler.state_dict(), "optimizer": optimizer_record}
         if self.accelerator.scaler is not None:
             record["scaler"] = self.accelerator.scaler.state_dict()
-        text = json.dumps(record, indent=2)
-        if snapshot and torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
-        step = state.optimizer_step
+        text, step = json.dumps(record, indent=2), state.optimizer_step
+
+        def write_rest(temporary: Path) -> None:
+            for name, content in self._tokenizer_files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
+            (temporary / "state.json").write_text(text, encoding="utf-8")
 
         def write() -> None:
             with new_checkpoint(self.folder, step) as temporary:
-                model.save_pretrained(temporary, state_dict=weights)
+                model.save_pretrained(temporary, state_dict={name: owned[owner] for name, owner in shared.items()})
                 if has_adapters(temporary):
                     save_base(model, temporary)
-                for name, content in self._tokenizer_files.items():
-                    (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-                    (temporary / name).write_bytes(content)
                 save_file(tensors, temporary / "optimizer.safetensors")
                 if averages:
                     save_file(averages, temporary / "average.safetensors")
-                (temporary / "state.json").write_text(text, encoding="utf-8")
+                write_rest(temporary)
 
-        return write
+        if group is None:
+            return write
+
+        def write_together() -> None:
+            with shared_checkpoint(self.folder, step, group) as temporary:
+                save_weights(owned, temporary, group)
+                save_shards(tensors | averages, temporary, group)
+                # No rank waits for another from here on: what raises here ends the save of the main process alone.
+                if self.accelerator.is_main_process:
+                    model.save_pretrained(temporary, state_dict={}, save_original_format=False)
+                    take_weights(temporary)
+                    write_rest(temporary)
+
+        return write_together
 
     def _copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it.
-
-        Of a shared out tensor all ranks call, and only the main process has the copy.
-        """
-        tensor = whole(tensor.detach())
-        if not self.accelerator.is_main_process:
-            return tensor.new_empty(0)
+        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"

@@ -5,6 +5,7 @@
                                                             adapters: they alone, and base.json
         optimizer.safetensors                               the tensors of the optimizer's state
         average.safetensors                                 the average of the weights, where the run keeps one
+        shards/                                             under FSDP in place of these two: each rank's part of them
         state.json                                          TrainState, scheduler, the rest of the optimizer's state,
                                                             and the gradient scaler of fp16
         manifest.json                                       size and SHA-256 of every file above
@@ -25,8 +26,6 @@ from typing import Any, get_args, get_origin
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -38,9 +37,8 @@ from utils.optimizer_config import OptimizerConfig
 from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints, step_of
 from utils.training.ema import WeightAverage
 from utils.training.hardware import readable
-from utils.training.sharding import share_optimizer_state
+from utils.training.shards import AVERAGE, OPTIMIZER, Tensors, read_tensors
 
-Tensors = dict[str, torch.Tensor]
 # What Adafactor and AdamW in 8 bits keep by row, column or block.
 SIZED_OTHERWISE = ("row_var", "col_var", "qmap", "absmax")
 
@@ -96,7 +94,7 @@ def take_tensors(value: Any) -> tuple[Any, Tensors]:
             return [take(part, f"{name}.{index}") for index, part in enumerate(item)]
         return item
 
-    return take(value, "optimizer"), tensors
+    return take(value, OPTIMIZER), tensors
 
 
 def put_tensors(value: Any, tensors: Tensors) -> Any:
@@ -118,8 +116,9 @@ def load_training_state(
     """
     record = read_json(checkpoint / "state.json")
     try:
-        # Out of the mapped file, as in `load_model`.
-        tensors = {name: tensor.clone() for name, tensor in load_file(checkpoint / "optimizer.safetensors").items()}
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # Named optimizer.state.NUMBER.…, in the order of the groups.
+        tensors = read_tensors(checkpoint, OPTIMIZER, lambda name: parameters[int(name.split(".")[2])])
         if odd := [
             name
             for name, tensor in tensors.items()
@@ -132,7 +131,6 @@ def load_training_state(
         ]:
             raise ValueError("it has other groups of parameters")
         # The options are the configuration's, which is the same; only what has been learned is the checkpoint's.
-        share_optimizer_state(saved["state"], optimizer)
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
         check_optimizer_state(optimizer)
         step = scheduler.state_dict() | {"last_epoch": int(record["state"]["optimizer_step"])}
@@ -140,7 +138,7 @@ def load_training_state(
         if accelerator.scaler is not None and "scaler" in record:
             accelerator.scaler.load_state_dict(record["scaler"])
         if average is not None:
-            average.load_state_dict(read_tensors(checkpoint / "average.safetensors", average.state_dict()))
+            average.load_state_dict(read_average(checkpoint, average.state_dict()))
     except UserError:
         raise
     except Exception as error:  # each of these reads, and fails, in its own way
@@ -165,30 +163,33 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
 
 
-def read_tensors(path: Path, expected: Tensors) -> Tensors:
-    """The tensors of a file, which must have the names and shapes of `expected`."""
+def read_average(checkpoint: Path, expected: Tensors) -> Tensors:
+    """The average of the weights, which must have the names and shapes of `expected`; as shared out as these."""
+    prefix = f"{AVERAGE}."
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read: {_short(error)}") from None
+        found = read_tensors(checkpoint, AVERAGE, lambda name: expected.get(name.removeprefix(prefix)))
+    except Exception as error:  # torch and safetensors fail in many ways
+        raise UserError(f"{checkpoint}: the average of the weights cannot be read: {_short(error)}") from None
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    if not tensors:
+        raise UserError(f"{checkpoint}: the run kept no average of its weights; train with --optimizer.ema_decay")
     for name in sorted(tensors.keys() | expected.keys()):
         shapes = [
             tuple(group[name].shape) if name in group and torch.is_floating_point(group[name]) else "none"
             for group in (tensors, expected)
         ]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{path}: {name} has the shape {shapes[0]}, this model's is {shapes[1]}")
+            raise UserError(
+                f"{checkpoint}: in the average {name} has the shape {shapes[0]}, this model's is {shapes[1]}"
+            )
     return tensors
 
 
 @torch.no_grad()
 def load_average(checkpoint: Path, model: PreTrainedModel) -> None:
     """Put the moving average of the weights in the place of the weights; `UserError` if the run kept none."""
-    path = checkpoint / "average.safetensors"
-    if not path.is_file():
-        raise UserError(f"{checkpoint}: the run kept no average of its weights; train with --optimizer.ema_decay")
     parameters: Tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, values in read_tensors(path, parameters).items():
+    for name, values in read_average(checkpoint, parameters).items():
         parameters[name].copy_(values)
 
 
@@ -262,7 +263,7 @@ def main(arguments: list[str]) -> int:
     linked = {link: (folder / link).resolve().name for link in LINKS}
     damaged = 0
     for checkpoint in found:
-        files = [path.stat() for path in checkpoint.iterdir()]
+        files = [path.stat() for path in checkpoint.rglob("*") if path.is_file()]
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max((file.st_mtime for file in files), default=0)))
         marks = " ".join(link for link, name in linked.items() if name == checkpoint.name)
         size = readable(sum(file.st_size for file in files))

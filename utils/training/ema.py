@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from utils.training.sharding import share_like
-
 
 class WeightAverage:
     """The average of a model's trainable parameters, in fp32, each shared one once.
@@ -63,9 +61,9 @@ class WeightAverage:
                 parameter.data = weight
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Parameter name → average, not copied."""
+        """Parameter name → average, not copied; under FSDP this rank's part of it."""
         return dict(zip(self.names, self.averages, strict=True))
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(share_like(state[name], average))
+            average.copy_(state[name])

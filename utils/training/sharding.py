@@ -1,18 +1,13 @@
-"""Parameters that are shared out over the ranks (FSDP2), as one tensor each, and back.
-
-A checkpoint holds whole tensors under the model's own names, whoever wrote it: so it loads on any number of ranks, sharded
-or not. All ranks call these functions, in the same order: each tensor is a collective.
-"""
+"""Parameters that are shared out over the ranks (FSDP2)."""
 
 import dataclasses
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -39,25 +34,8 @@ def keep_sums_in_fp32(accelerator: Accelerator) -> None:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all ranks' parts of it, on each rank."""
+    """The tensor itself, or all ranks' parts of it, on each rank: all must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def share_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of what belongs to `parameter`, which every rank has whole; others and scalars as they are."""
-    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
-        return tensor
-    tensor = tensor.to(parameter.device_mesh.device_type)
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-def share_optimizer_state(state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
-    """Give each rank its part of a saved state, by the number of the parameter in the optimizer's groups."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in sorted(state.items()):
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                values[name] = share_like(value, parameters[index])
 
 
 def let_it_write(objective: nn.Module) -> None:
