@@ -1,7 +1,9 @@
-"""The batch script for Slurm, started by bash as Slurm would start it; what Slurm is to do is recorded, not done."""
+"""The batch script for Slurm, started by bash as Slurm would start it; `srun` starts its tasks here, on one machine, and what
+else Slurm is to do is recorded, not done."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,22 +13,55 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import ROOT, SMALL, environment, metrics, run, train
+from conftest import ROOT, SMALL, environment, metrics, train
 
 SCRIPT = ROOT / "launch" / "slurm_requeue.sh"
 STEPS = 200  # some seconds: more than it takes until a stop is seen
+# As Slurm: a task per node, told which it is; when one ends in an error, the others are killed with what they have started.
+SRUN = """#!/usr/bin/env bash
+echo "$*" >> "$FOLDER/started"
+while [[ $1 == -* ]]; do shift; done
+tasks=()
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+  SLURM_NODEID=$node SLURM_STEP_NUM_TASKS=$SLURM_JOB_NUM_NODES "$@" &
+  tasks+=($!)
+done
+for _ in "${tasks[@]}"; do
+  wait -n && continue
+  for task in "${tasks[@]}"; do
+    pkill -KILL -P "$task"
+    kill -KILL "$task"
+  done
+  exit 137
+done
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $* == "show hostnames node[1-2]" ]]; then printf '127.0.0.1\\nnode2\\n'; else echo "$@" >> "$FOLDER/asked"; fi
+"""
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job, with an `scontrol` that writes down its arguments: a test machine has no Slurm."""
+    """The environment of a job on one node, with an `srun` and a `scontrol` of our own: a test machine has no Slurm."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    (commands / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/asked"\n')
-    (commands / "scontrol").chmod(0o755)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
     path = os.pathsep.join([str(commands), f"{sys.prefix}/bin", os.environ["PATH"]])
-    job = {"SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": "0", "SLURM_GPUS_ON_NODE": "", "PATH": path}
-    return environment() | job | {"LAUNCH": "accelerate_configs/cpu.yaml"}
+    job = {"JOB_ID": "17", "JOB_NUM_NODES": "1", "JOB_NODELIST": "node[1-2]", "RESTART_COUNT": "0"}
+    job |= {"GPUS_ON_NODE": "", "CPUS_PER_TASK": "8"}
+    settings = {"PATH": path, "FOLDER": str(tmp_path), "LAUNCH": "accelerate_configs/cpu.yaml"}
+    return environment() | {f"SLURM_{name}": value for name, value in job.items()} | settings
+
+
+@pytest.fixture
+def two_nodes(cluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment of a job on two nodes with one GPU each, for which a CPU process stands in."""
+    values = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
+    (tmp_path / "machines.yaml").write_text(yaml.safe_dump(values | {"use_cpu": True, "mixed_precision": "no"}))
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "LAUNCH": str(tmp_path / "machines.yaml")}
+    return cluster | job | {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 def start(cluster: dict[str, str], *arguments: str | Path) -> subprocess.Popen[str]:
@@ -49,8 +84,13 @@ def wait_for_a_step(process: subprocess.Popen[str], output: Path) -> None:
         time.sleep(0.01)
 
 
+def rank_of(process: subprocess.Popen[str], number: int) -> psutil.Process:
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "-u" in child.cmdline()]
+    return next(rank for rank in ranks if rank.environ()["RANK"] == str(number))
+
+
 def asked(folder: Path) -> list[str]:
-    """What `scontrol` was called with, a line per call."""
+    """What `scontrol` was to do, a line per call."""
     return (folder / "asked").read_text().splitlines() if (folder / "asked").exists() else []
 
 
@@ -81,6 +121,34 @@ def test_a_warned_run_saves_and_queues_again_and_goes_on_to_its_end(cluster, sma
 
 
 @pytest.mark.slow
+def test_two_nodes_train_one_run_and_go_on_after_one_was_killed(two_nodes, small_dataset, tmp_path):
+    output = tmp_path / "run"
+    options = SMALL | {"data.dataset": str(small_dataset), "schedule.max_steps": STEPS, "checkpoint.every_steps": 5}
+    command = (write_recipe(tmp_path, options), output)
+
+    process = start(two_nodes, *command)
+    wait_for_a_step(process, output)
+    rank_of(process, 1).kill()
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and asked(tmp_path) == ["requeue 17"], printed
+    # Node 0 may be ended before it can say what it has seen.
+    assert re.search("ended with: (rank_gone|nothing)", printed)
+
+    process = start(two_nodes | {"SLURM_RESTART_COUNT": "1"}, *command)
+    printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "job 17, restart 1, ended with: finished" in printed
+    assert asked(tmp_path) == ["requeue 17"]
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["finished"], summary["reason"], summary["optimizer_step"]) == (True, "max_steps", STEPS)
+    assert [line["step"] for line in metrics(output) if "train/loss" in line] == list(range(1, STEPS + 1))
+    launches = json.loads((output / "environment.json").read_text())
+    assert [launch["num_processes"] for launch in launches] == [2, 2]
+    started = (tmp_path / "started").read_text().splitlines()
+    assert len(started) == 2 and all("--kill-on-bad-exit=1 --cpus-per-task=8 bash" in line for line in started)
+    assert "--num_machines 2 --main_process_ip 127.0.0.1 --main_process_port 20017 --num_processes 2" in started[0]
+
+
+@pytest.mark.slow
 def test_an_error_is_not_tried_again(cluster, small_dataset, tmp_path):
     """A learning rate that no model bears: the second loss is not finite, and train.py gives up."""
     output = tmp_path / "run"
@@ -99,8 +167,7 @@ def test_a_killed_rank_is_no_error(cluster, small_dataset, tmp_path):
     two = cluster | {"LAUNCH": "accelerate_configs/cpu_2_processes.yaml"}
     process = start(two, write_recipe(tmp_path, options), output)
     wait_for_a_step(process, output)
-    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "-u" in child.cmdline()]
-    next(rank for rank in ranks if rank.environ()["RANK"] == "1").kill()
+    rank_of(process, 1).kill()
     printed = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and asked(tmp_path) == ["requeue 17"], printed
     assert "ended with: rank_gone" in printed
@@ -136,9 +203,3 @@ def test_a_stop_asked_before_the_folder_is_in_use_is_obeyed(small_dataset, tmp_p
     train(output, data__dataset=small_dataset)
     summary = json.loads((output / "summary.json").read_text())
     assert (summary["reason"], summary["optimizer_step"]) == ("stop_file", 1)
-
-
-@pytest.mark.parametrize("path", [SCRIPT, ROOT / ".ci" / "run"], ids=lambda path: path.name)
-def test_shell_scripts_are_well_formed(path):
-    run("bash", "-n", path)
-    assert "set -euo pipefail" in path.read_text().splitlines()

@@ -23,7 +23,8 @@ STOP_FILE = "stop"
 LOOK_SECONDS = 1.0  # between looks at the stop file, which may be on another machine
 SLOW_DISK = 100e6  # bytes per second; until the first save tells
 END_SECONDS = 5  # from the save to the exit: plot, trackers
-LAUNCHER_SECONDS = 30  # torch's launcher kills its processes this long after it has told them to end
+# Torch's launcher kills its processes this long after it has told them to end.
+LAUNCHER_SECONDS = int(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
 
 class StopAsked(Exception):
