@@ -158,6 +158,7 @@ def prepare(
         lambda folder: select_documents(
             cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
             config.validation_fraction, iter_file_texts(evaluation_files, config.text_column, config.messages_column),
+            lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
         ).save(folder),
     )  # fmt: skip
     selection = Selection.load(folder)
@@ -271,6 +272,25 @@ def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
     if near:
         columns["signature"] = pa.FixedSizeListArray.from_arrays(sketch_documents(texts).ravel(), NUM_HASHES)
     return pa.table(columns)
+
+
+def map_texts(
+    cleaned: datasets.Dataset, lengths: np.ndarray, rows: np.ndarray, function: Callable[[list[str]], list[int]],
+    folder: Path, num_proc: int, engine: Engine,
+) -> np.ndarray:  # fmt: skip
+    """What `function` says of the documents `rows` (n,), without the messages of the system; (n,) int64."""
+    if not len(rows):  # of which `datasets` would write no file
+        return np.empty(0, np.int64)
+    path = folder / "values.arrow"
+    engine.map_slices(
+        cleaned.select(rows).select_columns(["text"]), lengths[rows],
+        lambda batch: pa.table({"value": function([without_system(text) for text in batch["text"].to_pylist()])}), path,
+        features=datasets.Features(value=datasets.Value("int64")), num_proc=num_proc, description="select",
+    )  # fmt: skip
+    values = load_slices(path).data.column("value").to_numpy()
+    for file in slice_files(path):
+        file.unlink()
+    return values
 
 
 def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: Selection, folder: Path) -> None:

@@ -141,6 +141,14 @@ def test_what_a_cluster_does_not_do_is_refused_in_one_line(options, message, tmp
     assert result.stderr.startswith(f"prepare_data_cluster.py: error: {message}") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:10001", "here:port"])
+def test_a_cluster_that_is_not_there_is_one_line(address, tmp_path):
+    result = script(SCRIPT, "--output", tmp_path / "out", check=False, RAY_ADDRESS=address)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"prepare_data_cluster.py: error: RAY_ADDRESS {address}: "), result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_a_mistake_that_a_worker_finds_is_one_line(tmp_path):
     (tmp_path / "talks.jsonl").write_text(
