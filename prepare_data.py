@@ -14,9 +14,10 @@ config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else Non
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -46,7 +47,7 @@ from utils.text.report import TRAINED_HERE, data_card, table
 from utils.text.selection import Selection, repeat_by_weight, select_documents
 from utils.text.source_config import SourceConfig
 from utils.text.sources import iter_file_texts, standard_input_in_file
-from utils.text.stages import Stages, load_slices, map_slices, text_bytes
+from utils.text.stages import Stages, load_slices, map_slices, slice_files, text_bytes
 from utils.text.tokenization import (
     check_chat_template,
     describe_tokenizer,
@@ -56,7 +57,17 @@ from utils.text.tokenization import (
 )
 
 
-def main(config: PrepareConfig) -> None:
+class Engine(NamedTuple):
+    """Who does what goes through all of the text: this machine, or several (examples/prepare_data_cluster.py)."""
+
+    read_sources: Callable[..., None] = read_sources
+    map_slices: Callable[..., None] = map_slices
+
+
+THIS_MACHINE = Engine()
+
+
+def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
     output = Path(config.output).resolve()
     sources = resolve_sources(config)
     check_places(sources, output)
@@ -80,7 +91,7 @@ def main(config: PrepareConfig) -> None:
                     raise UserError(
                         f"{config.output}: another prepare_data.py is at work on it; wait for its end, or stop it"
                     )
-                manifest = prepare(config, sources, files, key, stages, output)
+                manifest = prepare(config, sources, files, key, stages, output, engine)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -97,6 +108,7 @@ def prepare(
     key: str,
     stages: Stages,
     output: Path,
+    engine: Engine,
 ) -> dict[str, Any]:
     """Run the stages that have no result yet, put the dataset folder together, and return its manifest."""
     if not sys.stderr.isatty():
@@ -106,17 +118,17 @@ def prepare(
     limit = config.stream_head_documents if config.stream else None
     folder = stages.run(
         "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
-        lambda folder: read_sources(sources, folder, limit),
+        lambda folder: engine.read_sources(sources, folder, limit),
     )  # fmt: skip
     counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
     check_broken(counts, config.max_broken_share)
-    documents = datasets.Dataset.from_file(str(folder / "documents.arrow"))
+    documents = load_slices(folder / "documents.arrow")
 
     # ---- Clean: change the text, or say why the document goes.
     options = cleaning_options(config, sources)
     folder = stages.run(
         "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(options.code_sources)],
-        lambda folder: map_slices(
+        lambda folder: engine.map_slices(
             documents, text_bytes(documents), lambda batch: clean_table(batch, options), folder / "clean.arrow",
             features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
         ),
@@ -128,7 +140,7 @@ def prepare(
     near = config.deduplication.near_threshold is not None
     folder = stages.run(
         "sketch", [VERSIONS["sketch"], near],
-        lambda folder: map_slices(
+        lambda folder: engine.map_slices(
             cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
             features=sketch_features(near), num_proc=config.num_proc, description="sketch",
         ),
@@ -146,6 +158,7 @@ def prepare(
         lambda folder: select_documents(
             cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
             config.validation_fraction, iter_file_texts(evaluation_files, config.text_column, config.messages_column),
+            lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
         ).save(folder),
     )  # fmt: skip
     selection = Selection.load(folder)
@@ -162,7 +175,7 @@ def prepare(
     partial = stages.partial("output")
     try:
         shutil.copytree(folder, partial / "tokenizer")
-        write_dataset(config, sources, manifest, cleaned, lengths, selection, partial)
+        write_dataset(config, sources, manifest, cleaned, lengths, selection, partial, engine)
         replace_folder(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -192,7 +205,7 @@ def start_manifest(
 
 def write_dataset(
     config: PrepareConfig, sources: list[SourceConfig], manifest: dict[str, Any], cleaned: datasets.Dataset,
-    lengths: np.ndarray, selection: Selection, folder: Path,
+    lengths: np.ndarray, selection: Selection, folder: Path, engine: Engine,
 ) -> None:  # fmt: skip
     """Encode both splits into `folder`, which holds the tokenizer, and write what describes them; completes `manifest`."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -206,7 +219,7 @@ def write_dataset(
     if config.stream:
         del rows["train"]
     tokens = {
-        split: encode_split(cleaned.select(indices), lengths[indices], encoder, folder / split)
+        split: encode_split(cleaned.select(indices), lengths[indices], encoder, folder / split, engine)
         for split, indices in rows.items()
     }
     print(f"{'encode':<12} {encoder.note}")
@@ -261,6 +274,25 @@ def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
     return pa.table(columns)
 
 
+def map_texts(
+    cleaned: datasets.Dataset, lengths: np.ndarray, rows: np.ndarray, function: Callable[[list[str]], list[int]],
+    folder: Path, num_proc: int, engine: Engine,
+) -> np.ndarray:  # fmt: skip
+    """What `function` says of the documents `rows` (n,), without the messages of the system; (n,) int64."""
+    if not len(rows):  # of which `datasets` would write no file
+        return np.empty(0, np.int64)
+    path = folder / "values.arrow"
+    engine.map_slices(
+        cleaned.select(rows).select_columns(["text"]), lengths[rows],
+        lambda batch: pa.table({"value": function([without_system(text) for text in batch["text"].to_pylist()])}), path,
+        features=datasets.Features(value=datasets.Value("int64")), num_proc=num_proc, description="select",
+    )  # fmt: skip
+    values = load_slices(path).data.column("value").to_numpy()
+    for file in slice_files(path):
+        file.unlink()
+    return values
+
+
 def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: Selection, folder: Path) -> None:
     options = config.tokenizer
     template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
@@ -301,17 +333,22 @@ def weighted_rows(selection: Selection, sources: list[SourceConfig]) -> np.ndarr
 
 
 def encode_split(
-    documents: datasets.Dataset, lengths: np.ndarray, encoder: Encoder | ConversationEncoder, folder: Path
+    documents: datasets.Dataset,
+    lengths: np.ndarray,
+    encoder: Encoder | ConversationEncoder,
+    folder: Path,
+    engine: Engine,
 ) -> np.ndarray:
     """Write `documents` as a split of the token dataset; returns their lengths in tokens (n,)."""
     path = folder.with_suffix(".arrow")
-    map_slices(
+    engine.map_slices(
         documents.select_columns(list(encoder.columns)), lengths, encoder.encode_table, path, features=encoder.features,
         description=f"encode {folder.name}",
     )  # fmt: skip
     # The fingerprint is stored in the folder: with one of our own, the same text gives the same bytes.
     datasets.Dataset(load_slices(path).data, fingerprint=folder.name).save_to_disk(folder)
-    path.unlink()
+    for file in slice_files(path):
+        file.unlink()
     return np.diff(open_split(folder.parent, folder.name).offsets)
 
 

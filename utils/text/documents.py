@@ -22,8 +22,14 @@ DOCUMENT_FEATURES = {
 MAX_BROKEN_LISTED = 1000
 
 
-def read_sources(sources: list[SourceConfig], folder: Path, limit: int | None = None) -> None:
-    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source."""
+def read_sources(
+    sources: list[SourceConfig], folder: Path, limit: int | None = None, units: list[Path | None] | None = None
+) -> None:
+    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source.
+
+    `units` are some of the reading units of the one source, for who reads them in parts: files of other kinds, which
+    belong to no part, are then not counted.
+    """
     schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
     counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
     with (
@@ -33,10 +39,10 @@ def read_sources(sources: list[SourceConfig], folder: Path, limit: int | None = 
     ):
         for source in sources:
             figures = counts["sources"][source.name] = {"documents": 0, "bytes": 0}
-            counts["skipped"][OTHER_KIND] += count_other_files(source)
+            counts["skipped"][OTHER_KIND] += count_other_files(source) if units is None else 0
             rows: list[Document] = []
             held = 0
-            for record in itertools.islice(iter_records(source, reading_units(source)), limit):
+            for record in itertools.islice(iter_records(source, units or reading_units(source)), limit):
                 if isinstance(record, Document):
                     size = len(record.text.encode())
                     figures["documents"] += 1

@@ -66,6 +66,20 @@ class Encoder:
                 self._drop_gigatoken(error, " from there on")
         return self._frame(*self._encode_by_tokenizers(texts))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, without gigatoken's tokenizer, which cannot be sent; `__setstate__` makes it again."""
+        return vars(self) | {"_gigatoken": self._gigatoken is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _gigatoken=None)
+        if state["_gigatoken"]:
+            try:
+                import gigatoken
+
+                self._gigatoken = gigatoken.Tokenizer(self._backend)
+            except BaseException as error:
+                self._drop_gigatoken(error, " from there on")
+
     def encode_table(self, batch: pa.Table) -> pa.Table:
         """Column `text` → column `input_ids`, a list of uint16 or uint32 per document."""
         ids, offsets = self(batch["text"].to_pylist())

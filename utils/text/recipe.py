@@ -141,7 +141,7 @@ class PrepareConfig:
     check_hashes: bool = False
     """Read every source file to see whether it has changed, instead of believing its size and time."""
     num_proc: int = 1
-    """Processes for cleaning and sketching; tokenizing uses all cores by itself."""
+    """Processes for cleaning, sketching and the search for evaluation text; tokenizing uses all cores by itself."""
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     deduplication: DeduplicationConfig = field(default_factory=DeduplicationConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

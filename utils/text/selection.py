@@ -1,8 +1,9 @@
 """Which documents are kept and for which split: exact and near duplicates, the held-out share, contamination."""
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Selection:
 def select_documents(
     cleaned: datasets.Dataset, sketches: datasets.Dataset, lengths: np.ndarray, sources: list[str],
     config: DeduplicationConfig, validation_fraction: float, evaluation_texts: Iterable[list[str]],
+    map_texts: Callable[[np.ndarray, Callable[[list[str]], list[int]]], np.ndarray],
 ) -> Selection:  # fmt: skip
     """Decide about every document; memory is about 100 bytes per document, and the index of evaluation text.
 
@@ -69,6 +71,7 @@ def select_documents(
         sketches: columns digest (16 × uint8) and, for near duplicates, signature.
         lengths: (N,) bytes of each text; of near duplicates the longest stays.
         evaluation_texts: batches of texts, besides the validation split, that training documents must not hold.
+        map_texts: what a function says of the texts of documents (n,), given by their numbers; (n,) int64.
     """
     reasons, code = _cleaning_reasons(cleaned)
     names, numbers = _encode_dictionary(cleaned.data.column("source"))
@@ -89,12 +92,9 @@ def select_documents(
     selection = Selection(reasons, code, validation, cluster, source, chance)
     if config.contamination_overlap is not None:
         index = build_index(itertools.chain(iter_texts(cleaned, lengths, validation), evaluation_texts))
-        start = 0
         train = np.flatnonzero(selection.train)
-        for texts in iter_texts(cleaned, lengths, selection.train):
-            found = np.array(find_contaminated(texts, index, config.contamination_overlap))
-            code[train[start : start + len(texts)][found >= 0]] = reasons.index(CONTAMINATED)
-            start += len(texts)
+        find = functools.partial(find_contaminated, index=index, overlap=config.contamination_overlap)
+        code[train[map_texts(train, find) >= 0]] = reasons.index(CONTAMINATED)
     return selection
 
 

@@ -122,6 +122,9 @@ def map_slices(
 
 def load_slices(path: Path) -> datasets.Dataset:
     """What `map_slices` wrote, mapped from disk, however many processes wrote it."""
-    return datasets.concatenate_datasets(
-        [datasets.Dataset.from_file(str(file)) for file in sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))]
-    )
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in slice_files(path)])
+
+
+def slice_files(path: Path) -> list[Path]:
+    """The file at `path`, or the numbered ones that several processes wrote for it."""
+    return sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))

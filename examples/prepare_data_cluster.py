@@ -1,0 +1,197 @@
+"""prepare_data.py on several machines: the same options, the same stages, the same bytes in the output folder.
+
+    ray start --head                           # on the first machine
+    ray start --address FIRST_MACHINE:6379     # on each of the others, at any time
+    python examples/prepare_data_cluster.py --config my_recipe.yaml     # on the first; without a cluster, on its cores
+
+Runs on Ray (Apache-2.0; a wheel of 79 MB and six small packages, no spacy, no other torch or pyarrow), whose plain tasks
+are done again, three times at most, when their worker or machine is lost, and which gives work to machines that join
+later. datatrove has its own readers, order and format of tokens; Ray Data's blocks would have to be put in order again.
+
+All machines need the same Python packages, and these scripts, the sources and the output on a disk that they all see
+under the same paths. Reading, cleaning, sketching, encoding and the search for evaluation text are cut into parts: one
+Ray task and one Arrow file each, numbered in the order of the documents. What needs a view of the whole stays with this
+process, which reads those files where they lie: it hashes the sources, finds duplicates (about 100 bytes of memory per
+document, and 528 of page cache for its sketch), trains the tokenizer on its sample, and joins the tokens.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from utils.cli import UserError, exit_with, parse_config, run_script
+from utils.text.recipe import PrepareConfig, resolve_sources
+
+config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+import prepare_data
+from utils.text.documents import MAX_BROKEN_LISTED, read_sources
+from utils.text.source_config import SourceConfig
+from utils.text.sources import OTHER_KIND, count_other_files, reading_units
+from utils.text.stages import iter_slices, load_slices, map_slices
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+except ImportError:
+    exit_with("Ray is not installed; pip install -e '.[cluster]'")
+
+PART_BYTES = 256 << 20  # of source files that a task reads, small ones together
+PART_SLICES = 32  # of 8 MB of text, at most, that a task cleans, sketches or encodes
+PARTS_PER_CPU = 4  # at least, where there is so much text: all CPUs then end at about the same time
+
+
+def main(config: PrepareConfig) -> None:
+    check_supported(config)
+    check_cluster(os.environ.get("RAY_ADDRESS", "local"))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A task has one CPU. Relative paths stand in the documents' ids, so `run_part` goes to where this process is.
+    environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
+    ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    machines = sum(node["Alive"] for node in ray.nodes())
+    print(f"{machines} machine(s), {ray.cluster_resources().get('CPU', 0):.0f} CPUs")
+    prepare_data.main(config, prepare_data.Engine(read_on_cluster, map_on_cluster))
+
+
+def check_supported(config: PrepareConfig) -> None:
+    if config.stream:
+        raise UserError("stream: there is little to prepare for a stream; use prepare_data.py")
+    if config.num_proc != 1:
+        raise UserError("num_proc is for one machine; here every CPU of the cluster takes a task at a time")
+    for source in resolve_sources(config):
+        if source.hub is not None:
+            raise UserError(
+                f"sources: hub {source.hub} is not read by a cluster; download its files, and give their path"
+            )
+
+
+def check_cluster(address: str) -> None:
+    """Ray itself would knock for eight minutes where nobody is, and say so in many lines."""
+    host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS {address}: start this script on a machine of the cluster, with HOST:PORT or without"
+        )
+    if host:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"RAY_ADDRESS {address}: no Ray there ({error}); `ray start --head` says its address"
+            ) from None
+
+
+def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> None:
+    """What `read_sources` does; a part is one file, or small ones that follow one another."""
+    parts = [(source, units) for source in sources for units in group_units(reading_units(source))]
+    counts: dict[str, Any] = {
+        "sources": {source.name: {"documents": 0, "bytes": 0} for source in sources},
+        "broken": 0, "broken_records": [], "skipped": Counter({OTHER_KIND: sum(map(count_other_files, sources))}),
+    }  # fmt: skip
+
+    def work(source: SourceConfig, units: list[Path | None], folder: Path) -> dict[str, Any]:
+        read_sources([source], folder, units=units)
+        return json.loads((folder / "read.json").read_text(encoding="utf-8"))
+
+    for part in run_parts(work, parts, folder / "documents.arrow", "read"):
+        for name, figures in part["sources"].items():
+            for what, number in figures.items():
+                counts["sources"][name][what] += number
+        counts["broken"] += part["broken"]
+        counts["broken_records"] += part["broken_records"][: MAX_BROKEN_LISTED - len(counts["broken_records"])]
+        counts["skipped"].update(part["skipped"])
+    counts["skipped"] = {why: count for why, count in counts["skipped"].items() if count}
+    (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def group_units(units: list[Path | None]) -> Iterator[list[Path | None]]:
+    """Reading units in their order, PART_BYTES together or one that is larger."""
+    sizes = [unit.stat().st_size if unit else 0 for unit in units]
+    starts = np.cumsum(sizes) - sizes
+    for _, group in itertools.groupby(zip(units, starts // PART_BYTES, strict=True), key=lambda pair: pair[1]):
+        yield [unit for unit, _ in group]
+
+
+def map_on_cluster(
+    documents: datasets.Dataset, lengths: np.ndarray, function: Callable[[pa.Table], pa.Table], path: Path, *,
+    features: datasets.Features, description: str, num_proc: int = 1,
+) -> None:  # fmt: skip
+    """What `map_slices` does; a part is some of its slices."""
+    slices = list(iter_slices(lengths))
+    share = int(len(slices) / (PARTS_PER_CPU * max(1, ray.cluster_resources().get("CPU", 1))))
+    size = min(max(1, share), PART_SLICES)
+    groups = [slices[first : first + size] for first in range(0, len(slices), size)]
+    parts = [(group[0][0], group[-1][1], lengths[group[0][0] : group[-1][1]]) for group in groups]
+
+    def work(start: int, stop: int, lengths: np.ndarray, folder: Path) -> None:
+        datasets.disable_progress_bars()
+        map_slices(
+            documents.select(range(start, stop)), lengths, function, folder / path.name, features=features,
+            description=description,
+        )  # fmt: skip
+
+    for _ in run_parts(work, parts, path, description):
+        pass
+    written = len(load_slices(path))
+    if written != len(documents):
+        raise UserError(f"{description}: {written} of {len(documents)} documents can be seen in {path.parent}; "
+                        "call again, and if it stays so, the disk does not show all machines the same")  # fmt: skip
+
+
+def run_parts(work: Callable[..., Any], parts: list[tuple], path: Path, description: str) -> Iterator[Any]:
+    """The results, in order, of `work(*part, folder)` for each part; what it writes as `folder`/NAME becomes
+    `path` with the part's number."""
+    shared = ray.put(work)  # once for all tasks
+    tasks = [
+        ray.remote(run_part).remote(shared, part, path.with_stem(f"{path.stem}-{number:06}"), path.name, os.getcwd())
+        for number, part in enumerate(parts)
+    ]
+    try:
+        for task in tqdm(tasks, desc=description, unit=" parts", disable=None):
+            yield ray.get(task)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        if isinstance(error.cause, OSError | ImportError):
+            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same packages, "
+                            "and the same paths for these scripts, the sources and the output)") from None  # fmt: skip
+        raise
+    except RayError as error:
+        raise UserError(f"{description}: the cluster has lost a part too often: {error}") from None
+    for left in path.parent.glob(".part-*"):  # of workers that were killed
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def run_part(work: Callable[..., Any], part: tuple, path: Path, name: str, cwd: str) -> Any:
+    """In a worker. The file appears under its number when it is complete, so that a part that is done again after its
+    worker was lost is there once; whoever does it writes the same."""
+    os.chdir(cwd)
+    folder = path.with_name(f".part-{uuid.uuid4().hex}")
+    folder.mkdir()
+    try:
+        result = work(*part, folder)
+        (folder / name).replace(path)
+        return result
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    run_script(main, config)
