@@ -28,6 +28,7 @@ config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else Non
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
@@ -64,7 +65,7 @@ def main(config: PrepareConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A task has one CPU. Relative paths stand in the documents' ids, so `run_part` goes to where this process is.
     environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
-    ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": environment})
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     machines = sum(node["Alive"] for node in ray.nodes())
     print(f"{machines} machine(s), {ray.cluster_resources().get('CPU', 0):.0f} CPUs")
     prepare_data.main(config, prepare_data.Engine(read_on_cluster, map_on_cluster))
