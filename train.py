@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     parse_flag_from_env,
@@ -60,6 +61,7 @@ from utils.training.objectives import build_objective, check_documents_stay_apar
 from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
 from utils.training.run_folder import open_run, record_launch
 from utils.training.sharding import is_sharded, keep_sums_in_fp32, let_it_write, ranks_per_copy, whole
+from utils.training.shards import check_shards
 from utils.training.stopping import StopAsked, StopRequests
 from utils.training.tracking import RunTracker
 from utils.training.watchdog import Watchdog
@@ -78,6 +80,8 @@ def main(config: TrainConfig) -> None:
     plan = plan_batches(config.batch.global_batch_size, config.batch.per_device_batch_size, launch.num_processes)
     accelerator = Accelerator(
         cpu=use_cpu,
+        # DDP's buffers are the gradients, in place of a copy of them.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         gradient_accumulation_plugin=GradientAccumulationPlugin(plan.accumulation, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
         project_config=ProjectConfiguration(config.output, logging_dir=f"{config.output}/tensorboard"),
@@ -172,6 +176,8 @@ def main(config: TrainConfig) -> None:
     if checkpoint:
         load_training_state(checkpoint, accelerator, optimizer, scheduler, average)
 
+    if is_sharded(accelerator):
+        check_shards(run, model)
     bytes_each = checkpoint_bytes(model, config.optimizer)
     if accelerator.is_main_process:
         notes.append(check_disk(run / "checkpoints", config.checkpoint, bytes_each, max_steps - state.optimizer_step))
@@ -241,7 +247,7 @@ def main(config: TrainConfig) -> None:
                 pass
         stop_reason = end_of_run(state, config, max_steps) or stops.reason
 
-        # ---- Once in a while: a checkpoint (all ranks call, the main process writes).
+        # ---- Once in a while: a checkpoint (all ranks call; the main process writes, under FSDP each rank its part).
         if improved or (step > saved_step and (step % config.checkpoint.every_steps == 0 or stop_reason)):
             watchdog.beat(step, "saving")
             if isinstance(train_loader, StreamLoader):

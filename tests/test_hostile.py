@@ -58,12 +58,7 @@ def export(finished_run, tmp_path_factory) -> Path:
 def averaged_run(finished_run, tmp_path_factory) -> Path:
     """The run as one that keeps an average of its weights, which is the weights."""
     folder = tmp_path_factory.mktemp("runs") / "averaged"
-
-    def edit(at: Path) -> None:
-        weights = load_file(at / "model.safetensors")
-        save_file({f"average.{name}": tensor for name, tensor in weights.items()}, at / "average.safetensors")
-
-    forge(finished_run, folder, edit)
+    forge(finished_run, folder, lambda at: shutil.copy(at / "model.safetensors", at / "average.safetensors"))
     config = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(config.replace("ema_decay: null", "ema_decay: 0.9"))
     return folder
@@ -454,7 +449,7 @@ def test_files_of_tensors_that_are_none(content, averaged_run, dataset, tmp_path
     for name, option in {"model": "trained", "average": "average"}.items():
         run = forge(averaged_run, tmp_path / name, lambda at, name=name: (at / f"{name}.safetensors").write_bytes(content))  # fmt: skip
         line = error_line("export.py", "--checkpoint", run, "--output", tmp_path / "export", "--weights", option)
-        assert any(word in line for word in ("header", "lack", "kept no average"))
+        assert any(word in line for word in ("header", "lack", "none"))
     assert not (tmp_path / "export").exists()
 
 

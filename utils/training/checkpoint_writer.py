@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim.lr_scheduler import LambdaLR
@@ -32,14 +33,14 @@ from utils.training.checkpoint_folders import (
 from utils.training.checkpoints import TrainState, take_tensors
 from utils.training.ema import WeightAverage
 from utils.training.sharding import is_sharded
-from utils.training.shards import AVERAGE, Tensors, save_shards, save_weights, shared_checkpoint, take_weights
+from utils.training.shards import Tensors, check_complete, save_shards, save_weights, shared_checkpoint, take_weights
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run: a copy to memory, during which training pauses, then to the disk in a thread.
 
     Every rank has one; only the main process's writes, but under FSDP, where each writes its own part. The copy stays for
-    the next save: it costs as much memory on the host as the process writes to the disk. A save that fails leaves the earlier checkpoints as they are; it is
+    the next save: it costs as much memory on the host as the process writes to the disk (FSDP: more for a while, see `save_shards`). A save that fails leaves the earlier checkpoints as they are; it is
     reported by `warn`, and the next one tries again, unless somebody waits for it.
 
     Attributes:
@@ -60,14 +61,12 @@ class CheckpointWriter:
         self._group: dist.ProcessGroup | None = None
         if is_sharded(accelerator):
             # Of the threads that write, whose messages must not meet those of the training.
-            self._group = dist.new_group(backend="gloo")
+            # They wait for the merging of the weights, which takes as long as the disk does; a rank that dies ends the launch.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
             on_gpu = accelerator.device.type != "cpu"
             self._stager = DefaultStager(StagingOptions(
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
             ))  # fmt: skip
-            if not all(gather_object([folder.parent.is_dir()])):
-                raise UserError(f"{folder.parent} is not on a disk that all machines share: under FSDP each rank writes "
-                                "its part of a checkpoint there; choose another --output")  # fmt: skip
         self._tokenizer_files: dict[Path, bytes] = {}
         if accelerator.is_main_process:
             # Read once: a run's tokenizer stays as it is, and may be in use while a checkpoint is written.
@@ -167,14 +166,14 @@ class CheckpointWriter:
         shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
         owned = {name: weights[name].detach() for name in owners.values()}
         optimizer_record, tensors = take_tensors(optimizer.state_dict())
-        averages = {f"{AVERAGE}.{name}": tensor for name, tensor in (average.state_dict() if average else {}).items()}
+        averages = average.state_dict() if average else {}
         if (group := self._group) is not None:
             staged: Any = self._stager.stage({"owned": owned, "tensors": tensors, "averages": averages})
             owned, tensors, averages = staged["owned"], staged["tensors"], staged["averages"]
         elif snapshot:
             owned = {name: self._copy(tensor, f"model.{name}") for name, tensor in owned.items()}
-            tensors, averages = ({name: self._copy(tensor, name) for name, tensor in part.items()}
-                                 for part in (tensors, averages))  # fmt: skip
+            tensors = {name: self._copy(tensor, name) for name, tensor in tensors.items()}
+            averages = {name: self._copy(tensor, f"average.{name}") for name, tensor in averages.items()}
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
         record = {"state": asdict(state), "scheduler": scheduler.state_dict(), "optimizer": optimizer_record}
@@ -204,9 +203,13 @@ class CheckpointWriter:
         def write_together() -> None:
             with shared_checkpoint(self.folder, step, group) as temporary:
                 save_weights(owned, temporary, group)
-                save_shards(tensors | averages, temporary, group)
+                save_shards(tensors, temporary / "optimizer", group)
+                if averages:
+                    save_shards(averages, temporary / "average", group)
                 # No rank waits for another from here on: what raises here ends the save of the main process alone.
                 if self.accelerator.is_main_process:
+                    for part, expected in (("weights", owned), ("optimizer", tensors), ("average", averages)):
+                        check_complete(temporary / part, expected)
                     model.save_pretrained(temporary, state_dict={}, save_original_format=False)
                     take_weights(temporary)
                     write_rest(temporary)

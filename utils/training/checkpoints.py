@@ -5,7 +5,7 @@
                                                             adapters: they alone, and base.json
         optimizer.safetensors                               the tensors of the optimizer's state
         average.safetensors                                 the average of the weights, where the run keeps one
-        shards/                                             under FSDP in place of these two: each rank's part of them
+        optimizer/, average/                                under FSDP in place of these two: each rank's part of them
         state.json                                          TrainState, scheduler, the rest of the optimizer's state,
                                                             and the gradient scaler of fp16
         manifest.json                                       size and SHA-256 of every file above
@@ -37,7 +37,7 @@ from utils.optimizer_config import OptimizerConfig
 from utils.training.checkpoint_folders import LINKS, find_problem, list_checkpoints, step_of
 from utils.training.ema import WeightAverage
 from utils.training.hardware import readable
-from utils.training.shards import AVERAGE, OPTIMIZER, Tensors, read_tensors
+from utils.training.shards import Tensors, read_tensors
 
 # What Adafactor and AdamW in 8 bits keep by row, column or block.
 SIZED_OTHERWISE = ("row_var", "col_var", "qmap", "absmax")
@@ -94,7 +94,7 @@ def take_tensors(value: Any) -> tuple[Any, Tensors]:
             return [take(part, f"{name}.{index}") for index, part in enumerate(item)]
         return item
 
-    return take(value, OPTIMIZER), tensors
+    return take(value, "optimizer"), tensors
 
 
 def put_tensors(value: Any, tensors: Tensors) -> Any:
@@ -118,7 +118,7 @@ def load_training_state(
     try:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # Named optimizer.state.NUMBER.…, in the order of the groups.
-        tensors = read_tensors(checkpoint, OPTIMIZER, lambda name: parameters[int(name.split(".")[2])])
+        tensors = read_tensors(checkpoint, "optimizer", lambda name: parameters[int(name.split(".")[2])])
         if odd := [
             name
             for name, tensor in tensors.items()
@@ -165,14 +165,12 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
 
 def read_average(checkpoint: Path, expected: Tensors) -> Tensors:
     """The average of the weights, which must have the names and shapes of `expected`; as shared out as these."""
-    prefix = f"{AVERAGE}."
+    if not any((checkpoint / name).exists() for name in ("average", "average.safetensors")):
+        raise UserError(f"{checkpoint}: the run kept no average of its weights; train with --optimizer.ema_decay")
     try:
-        found = read_tensors(checkpoint, AVERAGE, lambda name: expected.get(name.removeprefix(prefix)))
+        tensors = read_tensors(checkpoint, "average", expected.get)
     except Exception as error:  # torch and safetensors fail in many ways
         raise UserError(f"{checkpoint}: the average of the weights cannot be read: {_short(error)}") from None
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
-    if not tensors:
-        raise UserError(f"{checkpoint}: the run kept no average of its weights; train with --optimizer.ema_decay")
     for name in sorted(tensors.keys() | expected.keys()):
         shapes = [
             tuple(group[name].shape) if name in group and torch.is_floating_point(group[name]) else "none"

@@ -154,7 +154,9 @@ def estimate_memory(
     copies = 4 * sum(parameter.numel() for parameter in trainable)
     parts = {name: live.peak[name] for name in ("weights", "gradients", "activations", "optimizer state")}
     parts["moving average"] = copies if optimizer_config.ema_decay else 0
-    parts["communication"] = copies if num_processes > 1 else 0
+    # The gradients of a step's only micro-batch lie in DDP's buffers; several micro-batches gather theirs beside these.
+    inside = 0 if accumulation > 1 else parts["gradients"]
+    parts["communication"] = copies - inside if num_processes > 1 else 0
     parts["libraries"] = LIBRARY_BYTES if device == "cpu" else 0
     heap = (1 + HEAP_HOLES) * live.heap_peak + live.mapped_peak - live.peak.total()
     parts["heap"] = int(heap) if device == "cpu" else 0

@@ -92,7 +92,9 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         lines += [f"changed since the last launch: {text}" for _, text in changes]
         checkpoint, problems = find_newest_valid(run / "checkpoints")
         if problems and checkpoint is None:
-            raise UserError(f"{run} has no valid checkpoint to go on from: {problems[0]}; choose another --output")
+            raise UserError(
+                f"{run} has no valid checkpoint to go on from: {'; '.join(problems)}; choose another --output"
+            )
         lines += problems
         if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
             raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
