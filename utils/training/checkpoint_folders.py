@@ -138,8 +138,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise UserError(f"{path}: not a checkpoint folder (it has no state.json)")
     problem = find_problem(path)
     if problem:
-        raise UserError(f"{path}: {problem}; `python -m utils.training.checkpoints verify` and the run says which checkpoint "
-                        "is valid, and can be given in its place")  # fmt: skip
+        raise UserError(f"{path}: {problem}; `python -m utils.training.checkpoints verify RUN` shows which checkpoints are "
+                        "valid; give the folder of one")  # fmt: skip
     return path.resolve()
 
 

@@ -40,8 +40,9 @@ class CheckpointWriter:
     """Writes the checkpoints of a run: a copy to memory, during which training pauses, then to the disk in a thread.
 
     Every rank has one; only the main process's writes, but under FSDP, where each writes its own part. The copy stays for
-    the next save: it costs as much memory on the host as the process writes to the disk (FSDP: more for a while, see `save_shards`). A save that fails leaves the earlier checkpoints as they are; it is
-    reported by `warn`, and the next one tries again, unless somebody waits for it.
+    the next save: it costs as much memory on the host as the process writes to the disk (FSDP: more for a while, see
+    `save_shards`). A save that fails leaves the earlier checkpoints as they are; it is reported by `warn`, and the next
+    one tries again, unless somebody waits for it.
 
     Attributes:
         pause_seconds: what the latest save cost the training.
@@ -208,10 +209,10 @@ class CheckpointWriter:
                     save_shards(averages, temporary / "average", group)
                 # No rank waits for another from here on: what raises here ends the save of the main process alone.
                 if self.accelerator.is_main_process:
-                    for part, expected in (("weights", owned), ("optimizer", tensors), ("average", averages)):
-                        check_complete(temporary / part, expected)
+                    check_complete(temporary / "optimizer", tensors)
+                    check_complete(temporary / "average", averages)
                     model.save_pretrained(temporary, state_dict={}, save_original_format=False)
-                    take_weights(temporary)
+                    take_weights(owned, temporary)
                     write_rest(temporary)
 
         return write_together

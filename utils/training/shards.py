@@ -76,8 +76,9 @@ def save_weights(weights: Tensors, folder: Path, group: dist.ProcessGroup) -> No
         shutil.rmtree(folder / MERGING / "sharded", ignore_errors=True)  # they would take the disk twice
 
 
-def take_weights(folder: Path) -> None:
-    """That one file to where transformers looks for it (main process)."""
+def take_weights(expected: Tensors, folder: Path) -> None:
+    """That one file to where transformers looks for it (main process); `OSError` unless it is complete."""
+    check_complete(folder / MERGING, expected)
     (folder / MERGING / "model-00001-of-00001.safetensors").replace(folder / WEIGHTS)
     shutil.rmtree(folder / MERGING)  # with an index of the one file
 
