@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -41,13 +42,14 @@ from utils.batches.token_dataset import load_manifest, open_split
 from utils.pretrained import read_tokenizer
 from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
+from utils.training.context_parallel import collate_columns, context_parallel_size, use_context_parallel
 from utils.training.dry_run import describe_model, describe_work, dry_run_report
 from utils.training.ema import WeightAverage
 from utils.training.evaluation import evaluate, write_sample
 from utils.training.guards import check_limits, find_fault, write_bad_batch
 from utils.training.initialization import describe_initialization
 from utils.training.kernels import describe_kernels, resolve_matmul_precision
-from utils.training.launch_check import check_launch, check_launcher_file, describe_launch
+from utils.training.launch_check import check_launch, check_launcher_file, check_parallelism, describe_launch
 from utils.training.modeling import (
     build_model,
     check_length,
@@ -77,7 +79,11 @@ def main(config: TrainConfig) -> None:
     # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     launch = PartialState(cpu=use_cpu, timeout=timedelta(minutes=max(30, 2 * config.guards.hang_minutes)))
-    plan = plan_batches(config.batch.global_batch_size, config.batch.per_device_batch_size, launch.num_processes)
+    check_parallelism(launch.num_processes)
+    plan = plan_batches(
+        config.batch.global_batch_size, config.batch.per_device_batch_size, launch.num_processes,
+        context_parallel_size(),
+    )  # fmt: skip
     accelerator = Accelerator(
         cpu=use_cpu,
         # DDP's buffers are the gradients, in place of a copy of them.
@@ -93,7 +99,10 @@ def main(config: TrainConfig) -> None:
     # The objective turns them into what the model reads, and may add special tokens to the tokenizer for it.
     tokenizer = read_tokenizer(Path(config.data.dataset) / "tokenizer")
     kind = objective_module(config.objective.name)
-    collate = kind.build_collator(config.objective, tokenizer)
+    collate_rows = collate = kind.build_collator(config.objective, tokenizer)
+    context_group = accelerator.torch_device_mesh["cp"].get_group() if plan.context_parallel_size > 1 else None
+    if context_group is not None:
+        collate = partial(collate_columns, collate_rows, dist.get_rank(context_group), plan.context_parallel_size)
 
     def lay_out(split: str) -> Layout:
         return build_layout(
@@ -108,7 +117,7 @@ def main(config: TrainConfig) -> None:
         config.schedule, num_rows=None if train_rows is None else len(train_rows),
         global_batch_size=plan.global_batch_size, sequence_length=config.data.sequence_length,
     )  # fmt: skip
-    example = to_tensors(CollatedRows(validation_rows, collate, EVALUATION_SEED).__getitems__([0]))
+    example = to_tensors(CollatedRows(validation_rows, collate_rows, EVALUATION_SEED).__getitems__([0]))
     if config.dry_run:
         with torch.device("meta"):
             model = build_model(config.model, tokenizer, kind.AUTO_MODEL, weights=False)
@@ -137,7 +146,8 @@ def main(config: TrainConfig) -> None:
 
         documents = TextStream(manifest["options"], Path(config.data.dataset), config.data.stream_lanes, config.seed)
         train_loader = StreamLoader(
-            documents, collate, plan, rank=accelerator.process_index, sequence_length=config.data.sequence_length,
+            documents, collate, plan, rank=accelerator.process_index // plan.context_parallel_size,
+            sequence_length=config.data.sequence_length,
             num_workers=config.data.num_workers, device=accelerator.device, state=state.stream,
             samples_seen=state.samples_seen, seed=config.seed,
         )  # fmt: skip
@@ -167,6 +177,8 @@ def main(config: TrainConfig) -> None:
         about_model.append(describe_work(objective, example, config, plan))
         if not checkpoint:
             about_model.append(describe_initialization(model))
+    if context_group is not None:
+        use_context_parallel(objective, context_group)
     keep_sums_in_fp32(accelerator)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, train_loader, validation_loader
@@ -270,7 +282,7 @@ def main(config: TrainConfig) -> None:
         # Dropout starts from here. After the fetch: a loader's first batch draws from the same random numbers.
         set_seed(step_seed(config.seed, state.samples_seen, accelerator.process_index))
         # `backward` divides by the accumulation and DDP by the number of ranks: both are multiplied back in.
-        weight = plan.accumulation * plan.data_parallel_size / num_targets
+        weight = plan.accumulation * plan.num_processes / num_targets
 
         loss_sum = torch.zeros((), device=accelerator.device)
         for batch in micro_batches:
@@ -281,7 +293,7 @@ def main(config: TrainConfig) -> None:
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
 
         # ---- The vote: from here on all ranks know the same numbers, and whether one of them is asked to stop.
-        loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.data_parallel_size)
+        loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.num_processes)
         fault = find_fault(state, config.guards, loss, grad_norm, scaled=accelerator.scaler is not None)
         if fault is None:
             optimizer.step()

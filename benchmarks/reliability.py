@@ -26,7 +26,7 @@ MODEL: dict[str, Any] = {
     "tracking.log_every_steps": 1, "evaluation.every_steps": 100000, "evaluation.per_device_batch_size": 8,
 }  # fmt: skip
 GUARDED = "step // 10 % 2 == 0"
-VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, norm / plan.data_parallel_size)\n"
+VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.num_processes)\n"
 BARE = "loss, grad_norm = float(loss_sum / num_targets), float(norm)\n"
 CHANGES = (
     (f"        {VOTE}", f"        if {GUARDED}:\n            {VOTE}        else:\n            {BARE}"),

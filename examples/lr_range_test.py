@@ -110,7 +110,7 @@ def main(config: RangeTestConfig) -> None:
         for batch in micro_batches:
             with accelerator.accumulate(objective):
                 loss = objective(**batch)
-                accelerator.backward(loss * plan.accumulation * plan.data_parallel_size / num_targets)
+                accelerator.backward(loss * plan.accumulation * plan.num_processes / num_targets)
                 loss_sum += loss.detach()
         accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.max_grad_norm or math.inf)
         optimizer.step()

@@ -13,6 +13,8 @@ import yaml
 from conftest import ROOT, SMALL, environment, flags, metrics, run, script, train_losses
 from safetensors.torch import load_file
 
+from utils.training.hardware import fast_bf16
+
 pytestmark = pytest.mark.slow
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 OPTIONS = {
@@ -24,6 +26,12 @@ WAYS = {
     "ddp": ("multi_gpu", 2, {}),
     "fsdp2": ("fsdp2", 2, {}),
     "hsdp": ("hsdp", 4, {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 2}),
+    "context": ("fsdp2_context_parallel", 2, {"parallelism_config_cp_size": 2}),
+    "context_2x2": (
+        "fsdp2_context_parallel",
+        4,
+        {"parallelism_config_dp_shard_size": 2, "parallelism_config_cp_size": 2},
+    ),
 }
 
 
@@ -54,6 +62,7 @@ def launch(way: str, output: Path, dataset: Path, precision: str = "no", **optio
     assert re.search(
         rf"launch: {WAYS[way][1]} process\(es\) on cpu, {kind}", result.stdout
     )  # not silently something else
+    assert ("which share each row" in result.stdout) == way.startswith("context")
     return metrics(output)
 
 
@@ -61,9 +70,9 @@ def evaluations(records: list[dict]) -> list[float]:
     return [record[name] for record in records for name in ("eval/loss", "eval/average_loss") if name in record]
 
 
-def same_weights(one: Path, other: Path) -> bool:
+def same_weights(one: Path, other: Path, tolerance: float) -> bool:
     left, right = (load_file(path / "model.safetensors") for path in (one, other))
-    return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], atol=1e-5) for name in left)
+    return left.keys() == right.keys() and all(torch.allclose(left[name], right[name], atol=tolerance) for name in left)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +86,9 @@ def whole_runs(dataset, tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("adamw", "muon")}
 
 
-@pytest.mark.parametrize(("way", "optimizer"), [("ddp", "adamw"), ("fsdp2", "adamw"), ("hsdp", "muon")])
+@pytest.mark.parametrize(("way", "optimizer"), [
+    ("ddp", "adamw"), ("fsdp2", "adamw"), ("hsdp", "muon"), ("context", "adamw"), ("context_2x2", "muon"),
+])  # fmt: skip
 def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_another(
     way, optimizer, whole_runs, dataset, tmp_path
 ):
@@ -88,7 +99,10 @@ def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_anot
     assert len(evaluations(records)) == 4 and evaluations(records) == pytest.approx(evaluations(expected), abs=1e-4)
     samples = [(folder / "samples.md").read_text() for folder in (tmp_path / "run", one)]
     assert samples[0] == samples[1]
-    assert same_weights(tmp_path / "run/checkpoints/step-00000020", one / "checkpoints/step-00000020")
+    # Where bf16 is fast Muon's iterations are in it, and round the last bit of a sum over ranks up to a thousandth.
+    rough = optimizer == "muon" and fast_bf16(torch.device("cpu"))
+    checkpoints = [folder / "checkpoints/step-00000020" for folder in (tmp_path / "run", one)]
+    assert same_weights(*checkpoints, tolerance=1e-3 if rough else 1e-5)
     parts = len(list((tmp_path / "run/checkpoints/step-00000020/optimizer").glob("*.safetensors")))
     assert parts == (0 if way == "ddp" else WAYS[way][1])  # each rank has written its own
     assert run(sys.executable, "-m", "utils.training.checkpoints", "verify", tmp_path / "run")
@@ -136,6 +150,15 @@ def test_under_bf16_the_loss_and_the_sums_of_gradients_stay_fp32(whole_runs, dat
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
+def test_padded_rows_are_shared_by_two_processes_too(dataset, tmp_path):
+    options = {"data.layout": "padded", "data.pad_to": "max_length", "model.dropout": 0.0, "model.architecture": "gpt2"}
+    script("train.py", *flags(SMALL | OPTIONS | options | {"output": tmp_path / "one", "data.dataset": dataset}))
+    records = launch("context", tmp_path / "run", dataset, **options)
+    expected = metrics(tmp_path / "one")
+    assert train_losses(records) == pytest.approx(train_losses(expected), abs=1e-4)
+    assert evaluations(records) == pytest.approx(evaluations(expected), abs=1e-4)
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_two_machines_are_two_launchers(processes, whole_runs, dataset, tmp_path):
     with socket.socket() as free:
@@ -161,9 +184,18 @@ def test_two_machines_are_two_launchers(processes, whole_runs, dataset, tmp_path
     )
 
 
-def test_what_is_not_shared_out_rightly_is_refused(dataset, tmp_path):
-    settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset, "optimizer.name": "adafactor"}
-    file = launch_file("fsdp2", tmp_path)
-    refused = run(*LAUNCH, "--config_file", file, "tests/unlocked_train.py", *flags(settings), check=False)
-    assert refused.returncode and "optimizer.name adafactor does not share out its state" in refused.stderr
+@pytest.mark.parametrize(("way", "options", "launch_options", "line"), [
+    ("fsdp2", {"optimizer.name": "adafactor"}, [], "optimizer.name adafactor does not share out its state"),
+    ("context", {"data.sequence_length": 62}, [], "data.sequence_length must be a multiple of 4"),
+    ("context", {"data.layout": "padded"}, [], "--data.pad_to max_length"),
+    ("context", {"objective.name": "masked", "model.architecture": "bert"}, [], "objective.name masked does not go with it"),
+    ("context", {"model.architecture": "mistral"}, [], "context parallelism has no sliding_window, which MistralAttention asks for"),
+    ("context", {}, ["--num_processes", "3"], "cp_size 2 must make the number of processes, 3"),
+    ("context", {}, ["--parallelism_config_tp_size", "2"], "parallelism_config_tp_size 2 is not supported"),
+])  # fmt: skip
+def test_what_is_not_shared_out_rightly_is_refused(way, options, launch_options, line, dataset, tmp_path):
+    settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset} | options
+    command = [*LAUNCH, "--config_file", launch_file(way, tmp_path), *launch_options, "tests/unlocked_train.py"]
+    refused = run(*command, *flags(settings), check=False, GLOO_SOCKET_IFNAME="lo")
+    assert refused.returncode and line in refused.stderr, refused.stderr
     assert not (tmp_path / "run").exists()

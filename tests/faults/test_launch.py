@@ -147,6 +147,8 @@ def test_31_values_that_mean_something_else(tmp_path):
     assert "distributed_type is missing" in problems(file, "num_processes: 1\n")
     assert "did you mean MULTI_GPU?" in problems(file, "distributed_type: MULTY_GPU\n")
     assert "not supported yet" in problems(file, "distributed_type: DEEPSPEED\n")
+    tensor = "  parallelism_config_tp_size: 2\n"
+    assert "tp_size 2 is not supported" in problems(file, f"distributed_type: MULTI_GPU\nparallelism_config:\n{tensor}")
 
 
 def test_32_fsdp_of_version_1(dataset, tmp_path):

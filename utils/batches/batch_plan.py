@@ -60,10 +60,19 @@ class BatchPlan:
     micro_batch: int
     data_parallel_size: int
     accumulation: int
+    context_parallel_size: int = 1
+    """Ranks that read the same rows, each its share of their positions."""
+
+    @property
+    def num_processes(self) -> int:
+        return self.data_parallel_size * self.context_parallel_size
 
 
-def plan_batches(global_batch_size: int, per_device_batch_size: int | None, data_parallel_size: int) -> BatchPlan:
+def plan_batches(
+    global_batch_size: int, per_device_batch_size: int | None, num_processes: int, context_parallel_size: int = 1
+) -> BatchPlan:
     """Split the global batch (sequences) over ranks and micro-batches; `UserError` names sizes that would fit."""
+    data_parallel_size = num_processes // context_parallel_size
     share, remainder = divmod(global_batch_size, data_parallel_size)
     if remainder:
         lower, upper = share * data_parallel_size, (share + 1) * data_parallel_size
@@ -79,7 +88,7 @@ def plan_batches(global_batch_size: int, per_device_batch_size: int | None, data
             f"batch.per_device_batch_size {micro_batch} does not divide each process's share of {share} sequences "
             f"(batch.global_batch_size {global_batch_size} over {data_parallel_size}); {fitting} would fit"
         )
-    return BatchPlan(global_batch_size, micro_batch, data_parallel_size, share // micro_batch)
+    return BatchPlan(global_batch_size, micro_batch, data_parallel_size, share // micro_batch, context_parallel_size)
 
 
 class TrainBatchSampler:

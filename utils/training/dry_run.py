@@ -106,20 +106,21 @@ def dry_run_report(
         f"{positions:,} positions{epochs}",
     ]
     micro_batch = resized(example, plan.micro_batch, longest)
+    share = plan.context_parallel_size
     precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
-    processes = plan.data_parallel_size
+    processes = plan.num_processes
     try:
         memory = estimate_memory(
-            objective, micro_batch, config.optimizer, num_processes=processes, accumulation=plan.accumulation,
-            mixed_precision=mixed_precision, device=device.type,
+            objective, resized(example, plan.micro_batch, longest, share), config.optimizer, num_processes=processes,
+            accumulation=plan.accumulation, mixed_precision=mixed_precision, device=device.type,
         )  # fmt: skip
         if ranks_per_copy > 1:
             memory = share_out(memory, objective.model, ranks_per_copy, 4 if mixed_precision == "no" else 2)
         evaluation = estimate_evaluation_activations(
-            objective, resized(example, config.evaluation.per_device_batch_size, longest),
+            objective, resized(example, config.evaluation.per_device_batch_size, longest, share),
             mixed_precision=mixed_precision, device=device.type,
         )  # fmt: skip
-        flops = count_flops(objective, micro_batch) * plan.accumulation * processes
+        flops = count_flops(objective, micro_batch) * plan.accumulation * plan.data_parallel_size
     except RuntimeError as error:  # an operation of this model does not work on tensors without values
         return [*lines, f"memory and time: no estimate for this model: {' '.join(str(error).split())[:150]}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
@@ -156,10 +157,16 @@ def describe_work(objective: Objective, example: BatchShapes, config: TrainConfi
     return f"work: {flops * plan.accumulation * plan.data_parallel_size:.3g} FLOPs a step"
 
 
-def resized(batch: BatchShapes, rows: int, longest: int | None = None) -> dict[str, tuple[int, ...]]:
-    """The shapes of `batch` with `rows` rows; with `longest`, its length in positions, all lengths in proportion."""
+def resized(
+    batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """The shapes of `batch` with `rows` rows; with `longest`, its length in positions, all lengths in proportion.
+
+    `share`: over how many devices the positions are shared out, of which one is meant. (The keys and values that it
+    gathers of the others are not counted.)
+    """
     shapes: dict[str, Sequence[int]] = {
         name: value.shape if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
     length = max(shape[1] for shape in shapes.values())
-    return {name: (rows, -(-shape[1] * (longest or length) // length)) for name, shape in shapes.items()}
+    return {name: (rows, -(-shape[1] * (longest or length) // (length * share))) for name, shape in shapes.items()}

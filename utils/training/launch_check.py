@@ -3,6 +3,7 @@
 python -m utils.training.launch_check FILE     # a configuration file of accelerate, before it is used
 """
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
+from transformers import AutoModelForCausalLM
 
 from utils.batches.batch_plan import BatchPlan
 from utils.cli import PARENT, UserError, run_script
 from utils.config import TrainConfig
 from utils.training.hardware import fast_bf16
 from utils.training.launch_file import SUPPORTED, check_launch_file
+from utils.training.objectives import objective_module
 
 # What the launch asks for by a variable, and what is then active.
 ASKED_BY_VARIABLE = {
@@ -26,6 +29,7 @@ ASKED_BY_VARIABLE = {
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
     "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
 }
+PARALLEL = ("dp_replicate", "dp_shard", "cp", "sp", "tp")  # the sizes in parallelism_config
 # Where Slurm's srun and the MPI launchers say how many tasks they have started.
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -71,18 +75,47 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     if plugin.activation_checkpointing:
         problems.append("fsdp_activation_checkpointing draws other dropout in the backward pass; use "
                         "--model.activation_checkpointing true")  # fmt: skip
-    if (
-        parallelism is not None
-        and accelerator.num_processes != parallelism.dp_replicate_size * parallelism.dp_shard_size
-    ):
-        problems.append("of parallelism_config only dp_replicate_size and dp_shard_size are supported, and their product "
-                        f"must be the number of processes, {accelerator.num_processes}")  # fmt: skip
+    if parallelism is not None and parallelism.cp_enabled:
+        problems += context_problems(config, parallelism.cp_size)
     if config.optimizer.name in ("adafactor", "adamw_8bit"):
         problems.append(f"optimizer.name {config.optimizer.name} does not share out its state; use adamw, muon or sgd")
     if config.model.lora.rank:
         problems.append("model.lora is not supported; its memory is small: use DDP")
     if problems:
         raise UserError(f"with FSDP, {'; '.join(problems)}")
+
+
+def context_problems(config: TrainConfig, size: int) -> list[str]:
+    """What does not go with rows whose positions are shared out over `size` ranks."""
+    found = []
+    if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
+        found.append(f"parallelism_config_cp_size: objective.name {config.objective.name} does not go with it")
+    if config.data.sequence_length % (2 * size):
+        found.append(f"parallelism_config_cp_size {size}: data.sequence_length must be a multiple of {2 * size}")
+    if config.data.layout == "padded" and config.data.pad_to != "max_length":
+        found.append("parallelism_config_cp_size: padded rows must be of one length, --data.pad_to max_length")
+    if config.model.attention not in ("auto", "sdpa"):
+        found.append("parallelism_config_cp_size has its own attention: leave model.attention auto")
+    return found
+
+
+def check_parallelism(num_processes: int) -> None:
+    """`UserError` for sizes of accelerate's parallelism_config that are not supported, or do not fit the processes.
+
+    To be called before the Accelerator is made, which raises whatever they lead to.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") or 1) for name in PARALLEL}
+    for name in ("tp", "sp"):
+        if sizes[name] != 1:
+            raise UserError(f"parallelism_config_{name}_size {sizes[name]} is not supported; leave it out")
+    if math.prod(sizes.values()) != num_processes:
+        product = " × ".join(f"{name}_size {sizes[name]}" for name in PARALLEL if sizes[name] != 1) or "all sizes 1"
+        raise UserError(
+            f"parallelism_config: {product} must make the number of processes, {num_processes}; change the sizes, or "
+            f"launch with --num_processes {math.prod(sizes.values())}"
+        )
 
 
 def check_launcher_file() -> None:
@@ -158,11 +191,13 @@ def _after_accelerate_launch(words: list[str]) -> list[str] | None:
 
 def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
     """Lines that say what is active, and what the machine could do beside it."""
+    context = plan.context_parallel_size
+    each = "process(es)" if context == 1 else f"group(s) of {context} processes, which share each row,"
     lines = [
         f"launch: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
         f"{accelerator.distributed_type.value}, precision {accelerator.mixed_precision}, "
         f"{torch.get_num_threads()} thread(s) each",
-        f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} process(es) × "
+        f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} {each} × "
         f"{plan.accumulation} micro-batch(es) × {plan.micro_batch}",
     ]
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1

@@ -47,6 +47,9 @@ def find_problems(file: dict[str, Any]) -> list[str]:
         for key in values:
             if (key if key.startswith(prefix) else prefix + key) not in options:
                 found.append(_unknown(key, options, f"{section}."))
+        if section == "parallelism_config":
+            found += [f"{key} {value} is not supported; leave it out" for key, value in values.items()
+                      if str(key).endswith(("_tp_size", "_sp_size")) and value != 1]  # fmt: skip
     if not isinstance(file.get("mixed_precision", "no"), str):
         found.append("mixed_precision must be in quotes: 'no', 'bf16' or 'fp16'; YAML reads a bare no as false")
     if "distributed_type" not in file:

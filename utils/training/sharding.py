@@ -20,7 +20,7 @@ def ranks_per_copy(accelerator: Accelerator) -> int:
     if not is_sharded(accelerator):
         return 1
     parallelism = accelerator.parallelism_config
-    return accelerator.num_processes if parallelism is None else parallelism.dp_shard_size
+    return accelerator.num_processes if parallelism is None else parallelism.dp_shard_size * parallelism.cp_size
 
 
 def keep_sums_in_fp32(accelerator: Accelerator) -> None:

@@ -10,7 +10,7 @@ from utils.batches.packing import IGNORED
 
 # Rows of the head's logits that are held at a time, and how many logits at most (fp32: 64 MB). On a CPU more rows leave its
 # caches, fewer make its products slow.
-ROWS_AT_ONCE, LOGITS_AT_ONCE = 1024, 1 << 24
+ROWS_AT_ONCE, LOGITS_AT_ONCE = 512, 1 << 24
 
 
 def head_loss(
@@ -59,33 +59,35 @@ class _HeadLoss(torch.autograd.Function):
             logits = part @ matrix.T
             if bias is not None:
                 logits += bias
-            log_probability = F.log_softmax(logits.float(), dim=-1)
+            probability = F.softmax(logits, dim=-1, dtype=torch.float32)
+            # The likeliest token's probability is never too small for its logarithm, as the target's may be.
+            log_normaliser = logits.amax(-1, keepdim=True).float() - probability.amax(-1, keepdim=True).log()
             has_target = target != IGNORED
             index = target.where(has_target, 0)
-            chosen = log_probability.gather(1, index)
-            each = (label_smoothing - 1) * chosen
+            each = (1 - label_smoothing) * (log_normaliser - logits.gather(1, index).float())
             if label_smoothing:
-                each -= label_smoothing * log_probability.mean(-1, keepdim=True)
-            log_normaliser = logits.gather(1, index).float() - chosen
+                each += label_smoothing * (log_normaliser - logits.mean(-1, keepdim=True, dtype=torch.float32))
             if z_loss:
                 each += z_loss * log_normaliser.square()
             loss += each.masked_fill(~has_target, 0).sum()
             if d_hidden is None:
                 continue
-            d_logits = log_probability.exp_()
+            d_logits = probability
             if z_loss:
                 d_logits *= 1 + 2 * z_loss * log_normaliser
             if label_smoothing:
                 d_logits -= label_smoothing / weight.shape[0]
-            d_logits.scatter_add_(1, index, torch.full_like(chosen, label_smoothing - 1))
-            d_logits = d_logits.mul_(has_target).to(wide)
-            d_hidden[start : start + rows] = d_logits @ matrix_back
+            d_logits.scatter_add_(1, index, torch.full_like(each, label_smoothing - 1))
+            d_logits = d_logits.to(wide)
+            # Rows without a target are left out here, where they are short.
+            d_hidden[start : start + rows] = (d_logits @ matrix_back).mul_(has_target)
+            part = part.to(wide) * has_target
             if d_weight is not None and wide == d_weight.dtype:
-                d_weight.addmm_(d_logits.T, part.to(wide))
+                d_weight.addmm_(d_logits.T, part)
             elif d_weight is not None:
                 d_weight += d_logits.T @ part
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias += (d_logits * has_target).sum(0)
         ctx.gradients = (d_hidden, d_weight, d_bias)
         return loss
 

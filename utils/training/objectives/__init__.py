@@ -22,6 +22,7 @@ from utils.cli import UserError
 from utils.config import KernelConfig
 from utils.objective_config import ObjectiveConfig
 from utils.training.adapters import without_adapters
+from utils.training.context_parallel import ContextGroup
 from utils.training.fake_copy import fake_copy
 from utils.training.kernels import use_kernels
 from utils.training.kernels.head_loss import head_loss
@@ -48,6 +49,7 @@ class Objective(nn.Module):
         super().__init__()
         self.chunked_head = chunked_head
         self.model, self.config = model, config or ObjectiveConfig()
+        self.context: ContextGroup | None = None  # see `use_context_parallel`
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
         self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
@@ -69,7 +71,7 @@ class Objective(nn.Module):
         smoothing = self.config.label_smoothing if self.training else 0.0
         z_loss = self.config.z_loss if self.training else 0.0
         if self.chunked_head:
-            hidden = last_hidden_state(self.model, **inputs).flatten(0, 1)
+            hidden = last_hidden_state(self.model, **self._seen(inputs)).flatten(0, 1)
             head = self.model.get_output_embeddings()  # type: ignore[operator]
             return head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss)
         logits = self.logits(**inputs).flatten(0, 1)
@@ -82,7 +84,14 @@ class Objective(nn.Module):
         """(B, T, V) fp32."""
         if self.is_encoder and "position_ids" in inputs:
             inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
-        return self.model(**inputs, use_cache=False).logits.float()
+        return self.model(**self._seen(inputs), use_cache=False).logits.float()
+
+    def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes, where the ranks of a group share a row's positions."""
+        if self.context is None:
+            return inputs
+        rows = inputs.pop("row_position_ids", None)
+        return {**inputs, "visible_keys": self.context.visible_keys(rows)}
 
     def guess(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The likeliest token at each position, (B, T)."""
