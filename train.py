@@ -42,14 +42,14 @@ from utils.batches.token_dataset import load_manifest, open_split
 from utils.pretrained import read_tokenizer
 from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
-from utils.training.context_parallel import collate_columns, context_parallel_size, use_context_parallel
+from utils.training.context_parallel import collate_columns, use_context_parallel
 from utils.training.dry_run import describe_model, describe_work, dry_run_report
 from utils.training.ema import WeightAverage
 from utils.training.evaluation import evaluate, write_sample
 from utils.training.guards import check_limits, find_fault, write_bad_batch
 from utils.training.initialization import describe_initialization
 from utils.training.kernels import describe_kernels, resolve_matmul_precision
-from utils.training.launch_check import check_launch, check_launcher_file, check_parallelism, describe_launch
+from utils.training.launch_check import check_launch, check_launcher_file, context_parallel_size, describe_launch
 from utils.training.modeling import (
     build_model,
     check_length,
@@ -79,10 +79,9 @@ def main(config: TrainConfig) -> None:
     # ---- The launch: accelerate says how many processes there are, the recipe fixes the global batch.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     launch = PartialState(cpu=use_cpu, timeout=timedelta(minutes=max(30, 2 * config.guards.hang_minutes)))
-    check_parallelism(launch.num_processes)
     plan = plan_batches(
         config.batch.global_batch_size, config.batch.per_device_batch_size, launch.num_processes,
-        context_parallel_size(),
+        context_parallel_size(launch),
     )  # fmt: skip
     accelerator = Accelerator(
         cpu=use_cpu,
@@ -173,12 +172,12 @@ def main(config: TrainConfig) -> None:
     scheduler = build_scheduler(optimizer, config.schedule, max_steps)
     about_model = []  # said before the parameters may be shared out
     if accelerator.is_main_process:
-        about_model += [*describe_model(model), describe_kernels(objective)]
-        about_model.append(describe_work(objective, example, config, plan))
+        about_model += [*describe_model(model), describe_work(objective, example, config, plan)]
         if not checkpoint:
             about_model.append(describe_initialization(model))
     if context_group is not None:
         use_context_parallel(objective, context_group)
+    about_model.append(describe_kernels(objective))
     keep_sums_in_fp32(accelerator)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, train_loader, validation_loader

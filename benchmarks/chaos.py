@@ -2,6 +2,7 @@
 
     python benchmarks/chaos.py              # 50 kills, some 20 minutes
     python benchmarks/chaos.py --kills 5    # some 3 minutes
+    python benchmarks/chaos.py --sharded    # under FSDP2, whose checkpoints both ranks write
 
 Most kills are aimed: at a step, an evaluation, the writing of a checkpoint, or the rotation after it; every fourth comes at
 a random moment. After each, once all processes are gone, every checkpoint is verified, and the same command goes on with
@@ -24,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from utils.training.checkpoint_folders import find_problem, list_checkpoints
@@ -41,7 +43,6 @@ OPTIONS = {
     "tracking.log_every_steps": 1, "tracking.sample_every_steps": 0, "tracking.trackers": "[]",
     "checkpoint.resume": "auto",
 }  # fmt: skip
-WEIGHTS = ("model.safetensors", "optimizer.safetensors")
 VICTIMS = ("rank 0", "rank 1", "launcher")
 # Phase → longest wait in seconds from its beginning to the kill; a short phase would be over after a longer one.
 PHASES = {"step": 0.1, "evaluation": 0.3, "save": 0.1, "rotation": 0.002}
@@ -216,12 +217,18 @@ def main(options: argparse.Namespace, folder: Path) -> int:
         prepare = ["prepare_data.py", "--output", str(dataset), "--validation_fraction", "0.005"]
         subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
+    file, script = ROOT / "accelerate_configs" / "cpu_2_processes.yaml", "train.py"
+    if options.sharded:  # on CPUs, which accelerate does not allow
+        file, script = folder / "fsdp2.yaml", "tests/unlocked_train.py"
+        values = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
+        file.write_text(yaml.safe_dump(values | {"use_cpu": True, "mixed_precision": "no"}))
+
     def command(output: Path) -> list[str]:
         settings = OPTIONS | {"schedule.max_steps": steps, "data.dataset": dataset, "output": output}
         return [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2_processes.yaml",
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
             "--main_process_port", "0",  # a free one: other launches may be running
-            "train.py", *(text for name, value in settings.items() for text in (f"--{name}", str(value))),
+            script, *(text for name, value in settings.items() for text in (f"--{name}", str(value))),
         ]  # fmt: skip
 
     whole, broken = folder / "whole", folder / "broken"
@@ -230,7 +237,8 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     hits, resumes, invalid = train_with_kills(command(broken), broken, options.kills, options.seed)
     losses_equal = losses(broken) == losses(whole)
     last, expected = broken / "checkpoints" / "last", whole / "checkpoints" / "last"
-    bit_equal = all((last / name).read_bytes() == (expected / name).read_bytes() for name in WEIGHTS)
+    names = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
+    bit_equal = all((last / name).read_bytes() == (expected / name).read_bytes() for name in names)
 
     print(f"\n{'died in':12}" + "".join(f"{victim:>10}" for victim in VICTIMS))
     for phase in PHASES:
@@ -252,6 +260,7 @@ def main(options: argparse.Namespace, folder: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="launches to kill before the run may come to its end")
+    parser.add_argument("--sharded", action="store_true", help="parameters shared out over the two processes")
     parser.add_argument("--seed", type=int, default=0, help="of what is aimed at, and when")
     parser.add_argument("--dataset", type=Path, help="folder written by prepare_data.py; the sample, if there is none")
     parser.add_argument("--folder", type=Path, help="new folder to keep runs and logs in; else they go at the end")

@@ -57,6 +57,7 @@ from utils.batches.loaders import build_layout, build_train_loader
 from utils.batches.token_dataset import load_manifest, open_split
 from utils.pretrained import read_tokenizer
 from utils.training.kernels import resolve_matmul_precision
+from utils.training.launch_check import context_parallel_size
 from utils.training.modeling import build_model, pad_token_id
 from utils.training.objectives import build_objective, count_targets, objective_module
 from utils.training.optimization import build_optimizer
@@ -71,6 +72,8 @@ def main(config: RangeTestConfig) -> None:
     if load_manifest(recipe.data.dataset).get("stream"):
         raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if context_parallel_size(PartialState(cpu=use_cpu)) > 1:
+        raise UserError("lr_range_test.py does not share out rows; launch it without parallelism_config_cp_size")
     plan = plan_batches(
         recipe.batch.global_batch_size, recipe.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
     )

@@ -73,12 +73,13 @@ def plan_batches(
 ) -> BatchPlan:
     """Split the global batch (sequences) over ranks and micro-batches; `UserError` names sizes that would fit."""
     data_parallel_size = num_processes // context_parallel_size
+    ranks = "processes" if context_parallel_size == 1 else f"groups of {context_parallel_size} processes"
     share, remainder = divmod(global_batch_size, data_parallel_size)
     if remainder:
         lower, upper = share * data_parallel_size, (share + 1) * data_parallel_size
         fitting = f"{lower} or {upper}" if lower else f"{upper}"
         raise UserError(
-            f"batch.global_batch_size {global_batch_size} cannot be shared by {data_parallel_size} processes; "
+            f"batch.global_batch_size {global_batch_size} cannot be shared by {data_parallel_size} {ranks}; "
             f"{fitting} would fit"
         )
     micro_batch = per_device_batch_size or share

@@ -257,7 +257,7 @@ def main(arguments: list[str]) -> int:
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     found = list_checkpoints(folder)
     if not found:
-        raise UserError(f"{run}: no checkpoints here")
+        raise UserError(f"{run}: {'no checkpoints here' if run.exists() else 'does not exist'}")
     linked = {link: (folder / link).resolve().name for link in LINKS}
     damaged = 0
     for checkpoint in found:

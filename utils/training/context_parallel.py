@@ -7,7 +7,6 @@ ring, it allows any mask, by which packed documents are kept apart. Every other 
 position. The loss is a sum over targets, so a rank's part of a row adds to it like a row of its own.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from utils.batches.collation import Collator
 from utils.batches.packing import Batch
@@ -27,13 +25,8 @@ from utils.cli import UserError
 from utils.training.kernels.head_loss import product_dtype
 
 # What some models hand to their attention, and this one cannot heed.
-UNKNOWN_TO_IT = ("sliding_window", "softcap", "position_bias", "s_aux")
-
-
-def context_parallel_size() -> int:
-    """Over how many ranks the launch shares out each row, as accelerate's ParallelismConfig reads it."""
-    asked = parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG")
-    return int(os.environ.get("PARALLELISM_CONFIG_CP_SIZE", "1")) if asked else 1
+UNKNOWN_TO_IT = ("softcap", "position_bias", "s_aux")
+OTHERWISE = "choose another architecture, or launch without parallelism_config_cp_size"
 
 
 def columns_of(rank: int, size: int, length: int) -> np.ndarray:
@@ -69,10 +62,12 @@ class ContextGroup:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def visible_keys(self, row_position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """For the queries of each of this rank's pieces, (B, 1, L, E): which keys of the row they read.
+    def masks(self, row_position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What is added to the scores of each of this rank's pieces, (B, 1, L, E), made once for all layers.
 
-        E is where the piece ends. None, in the place of both, where a row is one document: then all up to the query's own.
+        E is where the piece ends. 0 where a query reads the key, else the lowest number, in the precision of autocast: a
+        boolean mask torch would turn into another such tensor in every layer, and keep each. None, in the place of both,
+        where a row is one document.
 
         Args:
             row_position_ids: (B, T); they restart at 0 with each document.
@@ -81,11 +76,18 @@ class ContextGroup:
             return None, None
         columns = torch.arange(row_position_ids.shape[1], device=row_position_ids.device)
         documents = columns - row_position_ids  # where each one begins
-        masks = []
-        for start, end in self.pieces(len(columns)):
-            same = documents[:, start:end, None] == documents[:, None, :end]
-            masks.append((same & (columns[start:end, None] >= columns[:end]))[:, None])
-        return masks[0], masks[1]
+        none = torch.zeros((), device=columns.device)
+        none = none.to(product_dtype(none))
+        first, last = (
+            torch.where(
+                (documents[:, start:end, None] == documents[:, None, :end])
+                & (columns[start:end, None] >= columns[:end]),
+                none,
+                torch.finfo(none.dtype).min,
+            )[:, None]
+            for start, end in self.pieces(len(columns))
+        )
+        return first, last
 
     def pieces(self, length: int) -> list[tuple[int, int]]:
         """Begin and end of the two that this rank holds of a row."""
@@ -95,38 +97,34 @@ class ContextGroup:
     def attention(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-        is_causal: bool | None = None, visible_keys: tuple[torch.Tensor | None, ...] = (), **kwargs: Any,
+        is_causal: bool | None = None, context_masks: tuple[torch.Tensor | None, ...] = (), **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Attention as transformers asks for it, over the keys of all ranks (which all call).
 
         Args:
             query, key, value: (B, H, T / size, D), with fewer heads of keys and values perhaps.
-            visible_keys: as this object's method gives them. Without them the row is this rank's alone: a text that is
-                being written.
+            context_masks: what `masks` gives. Without them the row is this rank's alone: a text that is being written.
 
         Returns:
             (B, T / size, H, D), and no weights.
         """
-        if not visible_keys:
+        if not context_masks:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )  # type: ignore[no-any-return]
         if unheeded := [name for name in UNKNOWN_TO_IT if kwargs.get(name) is not None]:
-            raise UserError(
-                f"context parallelism has no {unheeded[0]}, which {type(module).__name__} asks for; choose another "
-                "architecture, or launch without parallelism_config_cp_size"
-            )
+            raise UserError(f"context parallelism: {type(module).__name__} asks for {unheeded[0]}; {OTHERWISE}")
         dtype = product_dtype(query)
         query, pair = query.to(dtype), torch.cat([key.to(dtype), value.to(dtype)], dim=-1)
         keys, values = _GatherColumns.apply(pair, self.group).split([key.shape[-1], value.shape[-1]], dim=-1)
-        outputs = []
-        for part, (_, end), visible in zip(
-            query.chunk(2, dim=2), self.pieces(keys.shape[2]), visible_keys, strict=True
-        ):
+        groups, outputs = query.shape[1] // key.shape[1], []
+        for part, (_, end), mask in zip(query.chunk(2, dim=2), self.pieces(keys.shape[2]), context_masks, strict=True):
+            some_keys, some_values = keys[:, :, :end], values[:, :, :end]
+            if mask is not None:  # GPUs' kernels take either a mask or fewer heads of keys and values
+                some_keys, some_values = repeat_kv(some_keys, groups), repeat_kv(some_values, groups)
             outputs.append(F.scaled_dot_product_attention(
-                part, keys[:, :, :end], values[:, :, :end],
-                attn_mask=causal_lower_right(part.shape[2], end) if visible is None else visible,
-                dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+                part, some_keys, some_values, dropout_p=dropout, scale=scaling, enable_gqa=mask is None and groups > 1,
+                attn_mask=causal_lower_right(part.shape[2], end) if mask is None else mask.to(dtype),
             ))  # fmt: skip
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -138,7 +136,7 @@ class _GatherColumns(torch.autograd.Function):
     def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[override]
         ctx.group, size = group, dist.get_world_size(group)
         parts = torch.empty(size, *part.shape, dtype=part.dtype, device=part.device)
-        dist.all_gather_into_tensor(parts, part.contiguous()[None], group)
+        dist.all_gather_single(parts, part.contiguous()[None], group)
         first, last = parts.chunk(2, dim=3)
         return torch.cat([*first, *last.flip(0)], dim=2)
 
@@ -148,7 +146,7 @@ class _GatherColumns(torch.autograd.Function):
         pieces = gradient.float().chunk(2 * size, dim=2)
         parts = torch.stack([torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=2) for rank in range(size)])
         part = torch.empty_like(parts[:1])
-        dist.reduce_scatter_tensor(part, parts, group=ctx.group)
+        dist.reduce_scatter_single(part, parts, group=ctx.group)
         return part[0].to(gradient.dtype), None
 
 
@@ -157,29 +155,45 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
 
     `UserError` if its model's logits would not be those of a whole row.
     """
-    context = ContextGroup(group)
-    device = next(objective.parameters()).device
-    length = 16 * context.size
-    ids = 5 + torch.arange(length, device=device)[None] % min(90, objective.model.config.vocab_size - 5)
-    positions = torch.arange(length, device=device)[None] % (5 * context.size)  # four documents, some in several pieces
-    columns = torch.from_numpy(columns_of(context.rank, context.size, length)).to(device)
+    model = objective.model
+    _check_architecture(model.config.get_text_config())
+    # The model is still in the host's memory, for which the launch may have no backend.
+    host_group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
+    context = ContextGroup(host_group)
+    length = 8 * context.size
+    ids = 5 + torch.arange(length)[None] % min(90, model.config.vocab_size - 5)
+    several = torch.arange(length)[None] % (3 * context.size)  # documents, some in several pieces
+    rows = [(several, {"row_position_ids": several}), (torch.arange(length)[None], {})]
+    columns = torch.from_numpy(columns_of(context.rank, context.size, length))
     was_training = objective.training
     objective.eval()
     with torch.no_grad():
-        wanted = objective.logits(input_ids=ids, position_ids=positions)[:, columns]
+        wanted = [objective.logits(input_ids=ids, position_ids=positions)[:, columns] for positions, _ in rows]
         # transformers need make no mask: documents are kept apart in the attention, and a text is written by itself.
         AttentionMaskInterface.register("context_parallel", lambda **_: None)
         AttentionInterface.register("context_parallel", context.attention)
-        objective.model.set_attn_implementation("context_parallel")
+        model.set_attn_implementation("context_parallel")
         objective.context = context
-        found = objective.logits(
-            input_ids=ids[:, columns], position_ids=positions[:, columns], row_position_ids=positions
-        )
+        for (positions, extra), logits in zip(rows, wanted, strict=True):
+            found = objective.logits(input_ids=ids[:, columns], position_ids=positions[:, columns], **extra)
+            wrong = torch.tensor(float(not (found - logits).abs().max() <= 1e-3 * logits.std()))
+            dist.all_reduce(wrong, dist.ReduceOp.MAX, host_group)  # all ranks raise, or none
+            if wrong:
+                raise UserError(
+                    f"context parallelism: {type(model).__name__} computes other logits than on whole rows; {OTHERWISE}"
+                )
     objective.train(was_training)
-    difference = (found - wanted).abs().max()
-    dist.all_reduce(difference, dist.ReduceOp.MAX, group)
-    if not float(difference) <= 1e-3 * float(wanted.std()):
-        raise UserError(
-            f"context parallelism does not suit {type(objective.model).__name__}: it computes other logits than on whole "
-            "rows; choose another architecture, or launch without parallelism_config_cp_size"
-        )
+    context.group = group
+
+
+def _check_architecture(config: Any) -> None:
+    """`UserError` for what short rows would not show."""
+    windows = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or [windows])
+    if others := sorted(kinds - {"full_attention"}):
+        raise UserError(f"context parallelism: {config.model_type} has layers of {others[0]}; {OTHERWISE}")
+    rotation = getattr(config, "rope_parameters", None) or {}
+    for part in [rotation, *rotation.values()]:
+        kind = part.get("rope_type", "") if isinstance(part, dict) else ""
+        if kind == "longrope" or "dynamic" in kind:  # each rank would choose by its own positions
+            raise UserError(f"context parallelism: {config.model_type} has rotations of the kind {kind}; {OTHERWISE}")

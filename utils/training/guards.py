@@ -63,7 +63,10 @@ def write_bad_batch(
     accelerator: Accelerator, run: Path, state: TrainState, micro_batches: list[dict[str, torch.Tensor]], tokenizer: Any,
     fault: str, warn: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """The rows of a global batch, as ids and as text, to `bad_batches/` (all ranks call; the main process writes)."""
+    """The rows of a global batch, as ids and as text, to `bad_batches/` (all ranks call; the main process writes).
+
+    Under context parallelism a record is what a rank has of a row: two pieces, one after the other.
+    """
     rows = gather_object([
         {"rank": accelerator.process_index, "micro_batch": number, "input_ids": ids}
         for number, batch in enumerate(micro_batches)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -90,8 +90,8 @@ def context_problems(config: TrainConfig, size: int) -> list[str]:
     found = []
     if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
         found.append(f"parallelism_config_cp_size: objective.name {config.objective.name} does not go with it")
-    if config.data.sequence_length % (2 * size):
-        found.append(f"parallelism_config_cp_size {size}: data.sequence_length must be a multiple of {2 * size}")
+    if config.data.sequence_length % (8 * size):
+        found.append(f"parallelism_config_cp_size {size}: data.sequence_length must be a multiple of {8 * size}")
     if config.data.layout == "padded" and config.data.pad_to != "max_length":
         found.append("parallelism_config_cp_size: padded rows must be of one length, --data.pad_to max_length")
     if config.model.attention not in ("auto", "sdpa"):
@@ -99,23 +99,31 @@ def context_problems(config: TrainConfig, size: int) -> list[str]:
     return found
 
 
-def check_parallelism(num_processes: int) -> None:
-    """`UserError` for sizes of accelerate's parallelism_config that are not supported, or do not fit the processes.
+def context_parallel_size(launch: PartialState) -> int:
+    """Over how many ranks the launch shares out each row, by accelerate's parallelism_config.
 
-    To be called before the Accelerator is made, which raises whatever they lead to.
+    `UserError` for sizes in it that are not supported, or do not fit the launch. To be called before the Accelerator is
+    made, which raises whatever they lead to.
     """
     if not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return
+        return 1
     sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") or 1) for name in PARALLEL}
-    for name in ("tp", "sp"):
-        if sizes[name] != 1:
-            raise UserError(f"parallelism_config_{name}_size {sizes[name]} is not supported; leave it out")
-    if math.prod(sizes.values()) != num_processes:
-        product = " × ".join(f"{name}_size {sizes[name]}" for name in PARALLEL if sizes[name] != 1) or "all sizes 1"
-        raise UserError(
-            f"parallelism_config: {product} must make the number of processes, {num_processes}; change the sizes, or "
-            f"launch with --num_processes {math.prod(sizes.values())}"
-        )
+    product, problem = math.prod(sizes.values()), ""
+    if unsupported := [name for name in ("tp", "sp") if sizes[name] != 1]:
+        problem = f"{unsupported[0]}_size {sizes[unsupported[0]]} is not supported; leave it out"
+    elif product == 1:
+        return 1
+    elif not parse_flag_from_env("ACCELERATE_USE_FSDP") or launch.distributed_type == DistributedType.MULTI_CPU:
+        problem = "its sizes are for FSDP on GPUs; launch without it"
+    elif sizes["dp_shard"] * sizes["cp"] == 1 or (sizes["cp"] > 1 and sizes["dp_replicate"] > sizes["dp_shard"] == 1):
+        problem = "dp_replicate_size needs a dp_shard_size of 2 or more; for plain DDP leave parallelism_config out"
+    elif product != launch.num_processes:
+        named = " × ".join(f"{name}_size {size}" for name, size in sizes.items() if size != 1)
+        problem = (f"{named} must make the number of processes, {launch.num_processes}; change the sizes, or launch with "
+                   f"--num_processes {product}")  # fmt: skip
+    if problem:
+        raise UserError(f"parallelism_config: {problem}")
+    return sizes["cp"]
 
 
 def check_launcher_file() -> None:

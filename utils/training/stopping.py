@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -135,5 +136,6 @@ class StopRequests:
         words = self._launcher or [sys.executable, *sys.argv]
         # A script with a line `#!python` stands behind its interpreter in the list; a person calls it by its name.
         words = words[1:] if os.path.basename(words[1]) in ("accelerate", "accelerate-launch", "torchrun") else words
-        joined = shlex.join([os.path.basename(words[0]), *words[1:]])
+        name = os.path.basename(words[0])
+        joined = shlex.join([name if shutil.which(name) == shutil.which(words[0]) else words[0], *words[1:]])
         return joined if "--checkpoint.resume auto" in joined else f"{joined} --checkpoint.resume auto"

@@ -60,14 +60,17 @@ class _HeadLoss(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             probability = F.softmax(logits, dim=-1, dtype=torch.float32)
-            # The likeliest token's probability is never too small for its logarithm, as the target's may be.
-            log_normaliser = logits.amax(-1, keepdim=True).float() - probability.amax(-1, keepdim=True).log()
+            # The likeliest token's probability is never too small for its logarithm, as the target's may be. Differences
+            # to its logit keep the digits that large logits would lose.
+            largest, log_sum = logits.amax(-1, keepdim=True).float(), -probability.amax(-1, keepdim=True).log()
             has_target = target != IGNORED
             index = target.where(has_target, 0)
-            each = (1 - label_smoothing) * (log_normaliser - logits.gather(1, index).float())
+            each = (1 - label_smoothing) * (log_sum + (largest - logits.gather(1, index).float()))
             if label_smoothing:
-                each += label_smoothing * (log_normaliser - logits.mean(-1, keepdim=True, dtype=torch.float32))
+                mean = logits.mean(-1, keepdim=True, dtype=torch.float32)
+                each += label_smoothing * (log_sum + (largest - mean))
             if z_loss:
+                log_normaliser = largest + log_sum
                 each += z_loss * log_normaliser.square()
             loss += each.masked_fill(~has_target, 0).sum()
             if d_hidden is None:

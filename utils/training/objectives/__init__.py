@@ -91,7 +91,7 @@ class Objective(nn.Module):
         if self.context is None:
             return inputs
         rows = inputs.pop("row_position_ids", None)
-        return {**inputs, "visible_keys": self.context.visible_keys(rows)}
+        return {**inputs, "context_masks": self.context.masks(rows)}
 
     def guess(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The likeliest token at each position, (B, T)."""
