@@ -31,7 +31,7 @@ test: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m pytest -m 'not slow'
 
 test-slow: $(ENV)/.plainloop-installed-test
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow --dist worksteal
 
 $(ENV)/.plainloop-installed: EXTRAS :=
 $(ENV)/.plainloop-installed-test: EXTRAS := [test]

@@ -2,17 +2,20 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, run
+from accelerate.utils import DistributedType
+from conftest import ROOT, flags, run
 from torch import distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from utils.cli import UserError
-from utils.config import KernelConfig
+from utils.cli import UserError, parse_config
+from utils.config import KernelConfig, TrainConfig
 from utils.objective_config import ObjectiveConfig
 from utils.training.context_parallel import collate_columns, columns_of, use_context_parallel
+from utils.training.launch_check import PARALLEL, context_parallel_size, context_problems
 from utils.training.objectives import Objective, build_objective
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
@@ -46,6 +49,35 @@ def test_loss_and_gradients_are_those_of_whole_rows():
 def test_what_short_rows_would_not_show_is_refused(architecture, options, named):
     with pytest.raises(UserError, match=f"context parallelism: {architecture} has .*{named}"):
         use_context_parallel(objective_of(architecture, **options), None)
+
+
+@pytest.mark.parametrize(("sizes", "said"), [
+    ({"cp": 2}, None), ({"cp": 1}, None), ({"dp_shard": 2, "cp": 2}, "dp_shard_size 2 × cp_size 2 must make"),
+    ({"tp": 2}, "tp_size 2 is not supported"), ({"dp_replicate": 2}, "needs a dp_shard_size"),
+])  # fmt: skip
+def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypatch):
+    launch = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_GPU)
+    for name in ("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_FSDP"):
+        monkeypatch.setenv(name, "true")
+    for name in PARALLEL:
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", str(sizes.get(name, 1)))
+    if said is None:
+        assert context_parallel_size(launch) == sizes["cp"]
+        launch.distributed_type = DistributedType.MULTI_CPU
+        said = "for FSDP on GPUs"
+        if sizes["cp"] == 1:
+            return
+    with pytest.raises(UserError, match=said):
+        context_parallel_size(launch)
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    ({}, None), ({"data.sequence_length": 56}, "must be a multiple of 16"), ({"data.layout": "padded"}, "pad_to max_length"),
+    ({"objective.name": "masked"}, "masked does not go with it"), ({"model.attention": "eager"}, "leave model.attention auto"),
+])  # fmt: skip
+def test_recipes_that_do_not_go_with_it_are_refused(options, said):
+    found = context_problems(parse_config(TrainConfig, None, flags({"data.sequence_length": 64} | options)), 2)
+    assert found == [] if said is None else len(found) == 1 and said in found[0]
 
 
 def as_a_rank() -> None:
