@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from utils.training.checkpoint_folders import find_problem, list_checkpoints
@@ -201,6 +202,12 @@ def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tu
     return hits, resumes, invalid
 
 
+def same_tensors(one: Path, other: Path) -> bool:
+    """Bit for bit; their order in the file may differ."""
+    left, right = load_file(one), load_file(other)
+    return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
+
+
 def losses(run: Path) -> list[tuple[int, str, float]]:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(record["step"], name, record[name]) for record in records for name in ("train/loss", "eval/loss")
@@ -238,7 +245,7 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     losses_equal = losses(broken) == losses(whole)
     last, expected = broken / "checkpoints" / "last", whole / "checkpoints" / "last"
     names = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
-    bit_equal = all((last / name).read_bytes() == (expected / name).read_bytes() for name in names)
+    bit_equal = all(same_tensors(last / name, expected / name) for name in names)
 
     print(f"\n{'died in':12}" + "".join(f"{victim:>10}" for victim in VICTIMS))
     for phase in PHASES:
