@@ -105,7 +105,8 @@ class StopRequests:
         self._last_time = now
         device = self.accelerator.device
         votes = torch.tensor(self.flags(), dtype=torch.float32, device=device)
-        values = torch.cat([*(figure.float().reshape(1) for figure in figures), votes])
+        # With parameters offloaded the norm of their gradients is in the host's memory.
+        values = torch.cat([*(figure.to(device).float().reshape(1) for figure in figures), votes])
         sums = self.accelerator.reduce(values, "sum").tolist()
         asked = [reason for reason, votes in zip(REASONS, sums[len(figures) :], strict=True) if votes]
         if asked and self.reason is None:
