@@ -72,7 +72,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             value = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: {error}") from None

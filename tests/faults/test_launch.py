@@ -147,6 +147,15 @@ def test_31_values_that_mean_something_else(tmp_path):
     assert "distributed_type is missing" in problems(file, "num_processes: 1\n")
     assert "did you mean MULTI_GPU?" in problems(file, "distributed_type: MULTY_GPU\n")
     assert "not supported yet" in problems(file, "distributed_type: DEEPSPEED\n")
+    assert "(did you mean bf16?)" in problems(file, "distributed_type: 'NO'\nmixed_precision: bf-16\n")
+    assert "must be a whole number" in problems(file, "distributed_type: 'NO'\nnum_processes: four\n")
+    sizes = "parallelism_config:\n  parallelism_config_dp_shard_size: 2\n  parallelism_config_cp_size: 2\n"
+    assert "dp_shard_size 2 needs distributed_type: FSDP" in problems(file, f"distributed_type: 'NO'\n{sizes}")
+    assert "cp_size two must be" in problems(file, f"{FSDP}{sizes.replace('cp_size: 2', 'cp_size: two')}")
+    file.write_text(f"{FSDP}{sizes}".replace("num_processes: 2", "num_processes: 3"))
+    check_launch_file(file)  # --num_processes may be 4
+    with pytest.raises(UserError, match="must make the number of processes, 3"):
+        check_launch_file(file, alone=True)
     tensor = "  parallelism_config_tp_size: 2\n"
     assert "tp_size 2 is not supported" in problems(file, f"distributed_type: MULTI_GPU\nparallelism_config:\n{tensor}")
 

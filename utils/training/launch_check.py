@@ -3,7 +3,6 @@
 python -m utils.training.launch_check FILE     # a configuration file of accelerate, before it is used
 """
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from utils.batches.batch_plan import BatchPlan
 from utils.cli import PARENT, UserError, run_script
 from utils.config import TrainConfig
 from utils.training.hardware import fast_bf16
-from utils.training.launch_file import SUPPORTED, check_launch_file
+from utils.training.launch_file import PARALLEL, SUPPORTED, check_launch_file, find_size_problem
 from utils.training.objectives import objective_module
 
 # What the launch asks for by a variable, and what is then active.
@@ -29,7 +28,6 @@ ASKED_BY_VARIABLE = {
     "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
     "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
 }
-PARALLEL = ("dp_replicate", "dp_shard", "cp", "sp", "tp")  # the sizes in parallelism_config
 # Where Slurm's srun and the MPI launchers say how many tasks they have started.
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -108,21 +106,12 @@ def context_parallel_size(launch: PartialState) -> int:
     if not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return 1
     sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") or 1) for name in PARALLEL}
-    product, problem = math.prod(sizes.values()), ""
-    if unsupported := [name for name in ("tp", "sp") if sizes[name] != 1]:
-        problem = f"{unsupported[0]}_size {sizes[unsupported[0]]} is not supported; leave it out"
-    elif product == 1:
-        return 1
-    elif not parse_flag_from_env("ACCELERATE_USE_FSDP") or launch.distributed_type == DistributedType.MULTI_CPU:
-        problem = "its sizes are for FSDP on GPUs; launch without it"
-    elif sizes["dp_shard"] * sizes["cp"] == 1 or (sizes["cp"] > 1 and sizes["dp_replicate"] > sizes["dp_shard"] == 1):
-        problem = "dp_replicate_size needs a dp_shard_size of 2 or more; for plain DDP leave parallelism_config out"
-    elif product != launch.num_processes:
-        named = " × ".join(f"{name}_size {size}" for name, size in sizes.items() if size != 1)
-        problem = (f"{named} must make the number of processes, {launch.num_processes}; change the sizes, or launch with "
-                   f"--num_processes {product}")  # fmt: skip
-    if problem:
-        raise UserError(f"parallelism_config: {problem}")
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if problem := find_size_problem(sizes, sharded=sharded, num_processes=launch.num_processes):
+        raise UserError(problem)
+    if sharded and launch.distributed_type == DistributedType.MULTI_CPU:
+        raise UserError("parallelism_config: accelerate shards on GPUs only, and this launch is on CPUs; take "
+                        "accelerate_configs/cpu.yaml or cpu_2_processes.yaml")  # fmt: skip
     return sizes["cp"]
 
 
@@ -224,9 +213,15 @@ def main(files: list[str]) -> None:
         raise UserError(
             "usage: python -m utils.training.launch_check FILE..., files of accelerate_configs/ or your own"
         )
+    found = []
     for file in files:
-        check_launch_file(Path(file))
-        print(f"{file}: nothing is wrong with it")
+        try:
+            check_launch_file(Path(file), alone=True)
+            print(f"{file}: nothing is wrong with it")
+        except UserError as error:
+            found.append(str(error))
+    if found:
+        raise UserError("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, PrecisionType
 
 from utils.cli import UserError
 from utils.files import read_yaml
@@ -25,12 +26,57 @@ SECTIONS = {
     "dynamo_config": ("Resource Selection Arguments", "dynamo_"),
 }
 OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still reads them
+PARALLEL = ("dp_replicate", "dp_shard", "cp", "sp", "tp")  # the sizes in parallelism_config
+PRECISIONS = [each.value for each in PrecisionType]
 
 
-def check_launch_file(path: Path) -> None:
-    """`UserError` naming all that is wrong with the file of `accelerate launch --config_file`."""
-    if problems := find_problems(read_yaml(path)):
+def check_launch_file(path: Path, *, alone: bool = False) -> None:
+    """`UserError` naming all that is wrong with the file of `accelerate launch --config_file`.
+
+    `alone`: it is launched as it is, without options that change the number of processes.
+    """
+    file = read_yaml(path)
+    problems = find_problems(file)
+    if alone and not problems:
+        sizes = sizes_of(file)
+        problems += filter(None, [find_size_problem(sizes, sharded=True, num_processes=file.get("num_processes"))])
+    if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
+
+
+def sizes_of(file: dict[str, Any]) -> dict[str, Any]:
+    """Those of its parallelism_config, by the names in `PARALLEL`."""
+    section = file.get("parallelism_config") or {}
+    return {name: section.get(f"parallelism_config_{name}_size", 1) for name in PARALLEL}
+
+
+def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: int | None) -> str | None:
+    """What is not supported, or does not fit, in the sizes of accelerate's parallelism_config; None: nothing.
+
+    Args:
+        sizes: by the names in `PARALLEL`.
+        sharded: whether the launch asks for FSDP.
+        num_processes: in all; None where that is not known.
+    """
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            return f"parallelism_config_{name}_size {size} must be a whole number, 1 or more"
+    asked = {name: size for name, size in sizes.items() if size != 1}
+    for name in asked:
+        if name in ("tp", "sp"):
+            return f"parallelism_config_{name}_size {sizes[name]} is not supported; leave it out"
+        if not sharded:
+            return (f"parallelism_config_{name}_size {sizes[name]} needs distributed_type: FSDP with fsdp_version: 2, as in "
+                    "accelerate_configs/fsdp2_context_parallel.yaml")  # fmt: skip
+    if sizes["dp_replicate"] > 1 and sizes["dp_shard"] == 1:
+        return ("parallelism_config_dp_replicate_size needs a parallelism_config_dp_shard_size of 2 or more; for plain DDP "
+                "leave parallelism_config out")  # fmt: skip
+    product = math.prod(sizes.values())
+    if asked and num_processes not in (None, product):
+        named = " × ".join(f"{name}_size {size}" for name, size in asked.items())
+        return (f"parallelism_config: {named} must make the number of processes, {num_processes}; change the sizes, or "
+                f"launch with --num_processes {product}")  # fmt: skip
+    return None
 
 
 def find_problems(file: dict[str, Any]) -> list[str]:
@@ -47,14 +93,16 @@ def find_problems(file: dict[str, Any]) -> list[str]:
         for key in values:
             if (key if key.startswith(prefix) else prefix + key) not in options:
                 found.append(_unknown(key, options, f"{section}."))
-        if section == "parallelism_config":
-            found += [f"{key} {value} is not supported; leave it out" for key, value in values.items()
-                      if str(key).endswith(("_tp_size", "_sp_size")) and value != 1]  # fmt: skip
     if not isinstance(file.get("mixed_precision", "no"), str):
         found.append("mixed_precision must be in quotes: 'no', 'bf16' or 'fp16'; YAML reads a bare no as false")
+    elif file.get("mixed_precision", "no") not in PRECISIONS:
+        found.append(_unknown(file["mixed_precision"], PRECISIONS, "mixed_precision "))
+    if type(file.get("num_processes", 1)) is not int:
+        found.append(f"num_processes {file['num_processes']} must be a whole number")
     if "distributed_type" not in file:
         return [*found, "distributed_type is missing; for one process write distributed_type: 'NO'"]
     kind = str(file["distributed_type"])
+    found += filter(None, [find_size_problem(sizes_of(file), sharded=kind == "FSDP", num_processes=None)])
     if kind not in [each.value for each in DistributedType]:
         found.append(_unknown(kind, [each.value for each in DistributedType], "distributed_type "))
     elif kind == "FSDP" and (file.get("fsdp_config") or {}).get("fsdp_version") != 2:
