@@ -186,7 +186,7 @@ def test_27_a_time_limit(dataset, tmp_path):
     """Counted from the start of the processes; saved before it, and ended (a busy machine may take longer to end)."""
     output = tmp_path / "run"
     started = time.time()
-    result = run(*command(output, dataset, **ENDLESS, max_minutes=1))
+    result = run(*command(output, dataset, **{**ENDLESS, "schedule__max_steps": 20_000}, max_minutes=1))
     assert (output / "checkpoints/last").resolve().stat().st_mtime - started < 60
     assert time.time() - started < 75
     assert summary(output)["reason"] == "max_minutes" and summary(output)["optimizer_step"] > 1
