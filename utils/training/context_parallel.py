@@ -111,7 +111,7 @@ class ContextGroup:
         if not context_masks:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-            )  # type: ignore[no-any-return]
+            )
         if unheeded := [name for name in UNKNOWN_TO_IT if kwargs.get(name) is not None]:
             raise UserError(f"context parallelism: {type(module).__name__} asks for {unheeded[0]}; {OTHERWISE}")
         dtype = product_dtype(query)
