@@ -52,7 +52,7 @@ def test_what_short_rows_would_not_show_is_refused(architecture, options, named)
 
 
 @pytest.mark.parametrize(("sizes", "said"), [
-    ({"cp": 2}, None), ({"cp": 1}, None), ({"dp_shard": 2, "cp": 2}, "dp_shard_size 2 × cp_size 2 must make"),
+    ({"cp": 2}, None), ({}, "all its sizes are 1"), ({"dp_shard": 2, "cp": 2}, "dp_shard_size 2 × cp_size 2 must make"),
     ({"tp": 2}, "tp_size 2 is not supported"), ({"dp_replicate": 2}, "dp_shard_size of 2 or more"), ({"cp": 0}, "1 or more"),
 ])  # fmt: skip
 def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypatch):
@@ -62,11 +62,9 @@ def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypa
     for name in PARALLEL:
         monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", str(sizes.get(name, 1)))
     if said is None:
-        assert context_parallel_size(launch) == sizes["cp"]
+        assert context_parallel_size(launch) == 2
         launch.distributed_type = DistributedType.MULTI_CPU
         said = "shards on GPUs only"
-        if sizes["cp"] == 1:
-            return
     with pytest.raises(UserError, match=said):
         context_parallel_size(launch)
 

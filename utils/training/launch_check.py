@@ -109,6 +109,8 @@ def context_parallel_size(launch: PartialState) -> int:
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if problem := find_size_problem(sizes, sharded=sharded, num_processes=launch.num_processes):
         raise UserError(problem)
+    if sharded and max(sizes.values()) == 1:
+        raise UserError("parallelism_config: all its sizes are 1; leave it out, and FSDP shares out over all processes")
     if sharded and launch.distributed_type == DistributedType.MULTI_CPU:
         raise UserError("parallelism_config: accelerate shards on GPUs only, and this launch is on CPUs; take "
                         "accelerate_configs/cpu.yaml or cpu_2_processes.yaml")  # fmt: skip
