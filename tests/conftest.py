@@ -52,7 +52,9 @@ def environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(*command: str | Path, cwd: Path | None = None, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path | None = None, check: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a fresh process; with `check`, its output is shown if it fails."""
     result = subprocess.run(
         [str(part) for part in command],
@@ -67,9 +69,7 @@ def run(*command: str | Path, cwd: Path | None = None, check: bool = True, **ext
 
 def checked(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     if result.returncode:
-        pytest.fail(
-            f"{result.args} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
-        )
+        pytest.fail(f"{result.args} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
     return result
 
 
@@ -138,7 +138,13 @@ def flags(options: dict[str, object]) -> list[str]:
 
 
 # Two processes on CPUs, by the shipped file.
-LAUNCH_TWO = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2_processes.yaml"]
+LAUNCH_TWO = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "accelerate_configs/cpu_2_processes.yaml",
+]
 
 
 def train(output: Path, *, processes: int = 1, name: str = "train.py", **options: object) -> list[dict]:

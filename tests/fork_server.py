@@ -13,6 +13,7 @@ The server only imports. It computes nothing, because a kernel's thread pool doe
 matrix product in the server, the first one in a child would hang. Linux only (pidfd); elsewhere, start fresh processes.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -50,9 +51,7 @@ class Forked:
         stdout, stderr: open files, or their numbers.
     """
 
-    def __init__(
-        self, arguments: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, stderr: Any
-    ) -> None:
+    def __init__(self, arguments: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, stderr: Any) -> None:
         self.args, self.returncode, self.cpu_seconds = arguments, None, 0.0
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(os.environ["PLAINLOOP_FORK_SERVER"])
@@ -154,10 +153,8 @@ def report_end(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> 
     pid, connection = key.data
     _, status, usage = os.wait4(pid, 0)
     seconds = usage.ru_utime + usage.ru_stime
-    try:
+    with contextlib.suppress(BrokenPipeError):  # the test may have ended
         connection.send(json.dumps({"code": os.waitstatus_to_exitcode(status), "cpu_seconds": seconds}).encode())
-    except BrokenPipeError:  # a test that does not want to know
-        pass
     connection.close()
     selector.unregister(key.fileobj)
     os.close(key.fd)

@@ -339,7 +339,10 @@ def test_15_another_number_of_processes(dataset, tmp_path):
     options = {"batch__per_device_batch_size": 2, "schedule__shape": "constant"}
     with changed_copy(SHOW_ROWS, name="rows") as name:
         for processes, until in ((1, per_epoch // 2), (2, per_epoch + 4), (1, steps)):
-            script(*command(output, dataset, name=name, schedule__max_steps=until, **options, **RESUME), processes=processes)
+            script(
+                *command(output, dataset, name=name, schedule__max_steps=until, **options, **RESUME),
+                processes=processes,
+            )
     numbers = {tuple(layout.__getitems__([row])["input_ids"][0].tolist()): row for row in range(len(layout))}
     seen: dict[int, list[int]] = {}
     for file in output.glob("rows-*"):

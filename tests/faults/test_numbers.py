@@ -105,10 +105,14 @@ def test_19_a_spike_is_left_out_and_limited(dataset, tmp_path):
         assert result.stderr.count("the update is left out: a spike: loss") == 2
         # A run that is killed and resumed has the same window: it leaves out the same.
         again = tmp_path / "again"
-        script(*command(again, dataset, name=name, **{**options, "schedule__max_steps": 18}, schedule__shape="constant"))
+        script(
+            *command(again, dataset, name=name, **{**options, "schedule__max_steps": 18}, schedule__shape="constant")
+        )
         script(*command(again, dataset, name=name, **options, schedule__shape="constant", checkpoint__resume="auto"))
         assert state(again)["spikes"] == 2
-        result = script(*command(tmp_path / "limited", dataset, name=name, guards__max_spikes=1, **options), check=False)
+        result = script(
+            *command(tmp_path / "limited", dataset, name=name, guards__max_spikes=1, **options), check=False
+        )
         assert result.returncode == 2 and "guards.max_spikes" in result.stderr
     end = state(output)
     assert (end["optimizer_step"], end["samples_seen"], end["spikes"]) == (24, 208, 2)
