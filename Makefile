@@ -1,5 +1,5 @@
 # make demo   from text to a trained, exported model, on two CPU cores in a few minutes
-# make test   lint, types, layers, tests; make test-slow, the tests that take minutes
+# make test   lint, types, layers, tests; make quick, those of a minute; make test-slow, the tests that take minutes each
 #
 # An active virtual environment is used as it is. Without one, .venv is made; where PYTHON3 already has a torch (a CUDA,
 # ROCm or MPS build, say) .venv sees it. A torch that is found is kept; otherwise it comes from constraints.txt.
@@ -10,7 +10,7 @@ PYTHON := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 PRECISION := $(if $(shell grep -sE -m1 -o 'avx512_bf16|amx_bf16' /proc/cpuinfo),bf16,no)
 
-.PHONY: demo test test-slow
+.PHONY: demo test quick test-slow
 .NOTPARALLEL:
 
 demo: $(ENV)/.plainloop-installed
@@ -29,6 +29,10 @@ test: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m mypy
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as run; run()'
 	$(PYTHON) -m pytest -m 'not slow'
+
+quick: $(ENV)/.plainloop-installed-test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -m 'not slow and not long'
 
 test-slow: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m pytest -m slow --dist worksteal

@@ -49,13 +49,11 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
     try:
         for stamp in stamps:
             stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
-        launched = []
+        launched = [["python"]]
         for command in commands:
-            tool, *words = shlex.split(command)
-            launch = words[: words.index("train.py")] if tool == "accelerate" else None
-            if tool == "python":
-                done = script(*words, cwd=copy)
-            elif launch in launched:
+            words = shlex.split(command)
+            launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]
+            if launch in launched:
                 done = script(*words[len(launch) :], cwd=copy)
             else:
                 done = run("bash", "-c", command, cwd=copy, **extra)
