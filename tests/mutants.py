@@ -137,7 +137,7 @@ MUTANTS = [
            "test_order_is_a_function_of_the_position"),
     Mutant("what is hidden depends on a row's place in its batch",
            "RowGenerators.__getitem__", "[self.seed, self.draws[index] + 1]", "[self.seed, index]",
-           "test_a_row_is_the_same_in_any_batch_and_a_padding_row_has_no_target"),
+           "test_what_is_hidden_depends_on_row_epoch_and_seed_alone"),
     # ---- Optimizer and schedule
     Mutant("the warm-up is a step ahead",
            "learning_rate_factor.factor", "step / warmup", "(step + 1) / warmup",
@@ -213,7 +213,7 @@ MUTANTS = [
            "test_five_percent_of_the_words_edited_are_found"),
     Mutant("whatever meets in a band is a near duplicate",
            "find_near_duplicates", "table.similarity(members[left], members[right]) >= threshold", "table.similarity(members[left], members[right]) > 0",
-           "test_clusters_and_estimates_agree_with_exact_sets"),
+           "test_what_is_less_alike_than_the_threshold_is_kept"),
     Mutant("n-grams have a word too few",
            "hash_ngrams", "range(1, n)", "range(1, n - 1)",
            "test_ngrams_are_those_of_plain_python"),
