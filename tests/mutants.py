@@ -340,7 +340,7 @@ def run_tests(copy: Path, ids: list[str], *options: str) -> tuple[list[str], str
     # Stored bytecode is trusted by the source's size and second: a fault of the same length would not be run.
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run([*command, *options, *ids], cwd=copy, env=environment, capture_output=True, text=True)
-    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+)", result.stdout, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
     if result.returncode not in (0, 1) or bool(failed) != bool(result.returncode):
         raise DoesNotApply(f"pytest ended with {result.returncode}:\n{(result.stdout + result.stderr)[-3000:]}")
     return failed, result.stdout
