@@ -203,6 +203,18 @@ def test_thirty_percent_of_the_words_edited_are_kept():
     assert kept >= 0.99
 
 
+def test_what_is_less_alike_than_the_threshold_is_kept():
+    """Pairs of similarity 0.45, most of which meet in a band: two standard errors below the threshold of 0.55."""
+    rng = random.Random(4)
+    common = [rng.choices(VOCABULARY, k=188) for _ in range(200)]
+    texts = [" ".join(words + rng.choices(VOCABULARY, k=112)) for words in common for _ in range(2)]
+    shingles = [plain_shingles(text, 3) for text in texts]
+    similarity = [jaccard(left, right) for left, right in zip(shingles[::2], shingles[1::2], strict=True)]
+    assert min(similarity) > 0.42 and max(similarity) < 0.48
+    cluster = cluster_texts(texts)
+    assert np.mean(cluster[::2] != cluster[1::2]) >= 0.9
+
+
 def test_unrelated_documents_are_kept():
     texts = [text for text, first in zip(TEXTS, first_of_each(digests_of(TEXTS)), strict=True) if first]
     cluster = cluster_texts(texts)

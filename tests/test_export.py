@@ -8,10 +8,13 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SMALL, error_line, flags, run, script, train
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.training.evaluation import evaluate, write_text
+from utils.training.objectives import Objective
 
 STRANGER = """
 import sys, torch
@@ -96,6 +99,30 @@ def test_evaluate_agrees_with_training_and_with_xz(finished_run, export, dataset
     assert len(text) == documents["bytes"] + documents["documents"] - 1  # the decoded text is the cleaned text
     compressed = len(lzma.compress(text, preset=9))
     assert report["xz_bits_per_byte"] == pytest.approx(8 * compressed / len(text))
+
+
+def test_an_evaluation_is_without_dropout():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, embd_pdrop=0.5))
+    objective, ids = Objective(model).train(), torch.arange(32).reshape(2, 16)
+    found = evaluate(Accelerator(cpu=True), objective, [{"targets": ids.flip(1), "input_ids": ids}] * 2)
+    assert found.num_tokens == 64 and objective.training and model.training
+    with torch.no_grad():
+        logits = model.eval()(ids).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flip(1).flatten())
+    assert found.loss == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_of_a_long_prompt_the_end_counts(finished_run):
+    """Reference: the likeliest token behind as much of the prompt's end as leaves one of the 64 positions free."""
+    folder = finished_run / "checkpoints" / "last"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    prompt = " ".join(f"word {number}" for number in range(100))
+    end = tokenizer(prompt)["input_ids"][-63:]
+    with torch.no_grad():
+        token = int(model(torch.tensor([end])).logits[0, -1].argmax())
+    text = write_text(model, tokenizer, prompt, max_new_tokens=20, temperature=0, seed=0)
+    assert text == tokenizer.decode([*end, token], skip_special_tokens=True)
 
 
 def test_evaluate_scores_a_text_file(export, tmp_path):

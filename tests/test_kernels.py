@@ -313,11 +313,12 @@ def test_the_fused_activation_is_the_same_function():
     assert [module for module in plain.modules() if isinstance(module, NewGELUActivation)]
 
 
-def test_the_objectives_loss_and_gradients_are_those_of_the_plain_one():
+@pytest.mark.parametrize("config", [ObjectiveConfig(), ObjectiveConfig(label_smoothing=0.1, z_loss=1e-2)])
+def test_the_objectives_loss_and_gradients_are_those_of_the_plain_one(config):
     ids, positions, _ = packed_rows()
     found = []
     for attention, options in (("auto", KernelConfig()), ("sdpa", PLAIN)):
-        objective = build_objective(build("gpt2"), ObjectiveConfig(), attention, options, CPU).train()
+        objective = build_objective(build("gpt2"), config, attention, options, CPU).train()
         assert objective.chunked_head == options.chunked_head
         loss = objective(ids.roll(-1, 1), input_ids=ids, position_ids=positions)
         found.append((float(loss.detach()), gradients(loss, objective)))

@@ -8,12 +8,13 @@ import shutil
 import pytest
 import torch
 from conftest import call, error_line, metrics
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from utils.cli import UserError
 from utils.model_config import SIZES, LoraConfig, ModelConfig
 from utils.objective_config import ObjectiveConfig
-from utils.training.adapters import hash_weights
+from utils.training.adapters import add_adapters, hash_weights
 from utils.training.modeling import build_model, count_parameters
 from utils.training.objectives import Objective, check_documents_stay_apart
 
@@ -191,12 +192,25 @@ def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, fi
     hash_weights.cache_clear()
     code, out, _ = call("export.py", "--checkpoint", output, "--output", merged)
     assert code == 0 and "opens with AutoModelForCausalLM" in out
+    # Rounding, and so not nothing: what is merged was compared with what was not.
+    assert 0 < json.loads((merged / "export_report.json").read_text())["max_logit_difference_of_merging"] < 1e-4
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, merged))
     changed = {
         name for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
         if not torch.equal(old, new)
     }  # fmt: skip
     assert changed and all(name.endswith("proj.weight") for name in changed)
+
+
+def test_adapters_have_the_scale_that_is_asked_for(tokenizer):
+    model = build(tokenizer, "llama")
+    model.config.architectures = [type(model).__name__]
+    layer = add_adapters(model, LoraConfig(rank=4, alpha=12.0)).base_model.model.model.layers[0].self_attn.q_proj
+    inner, outer = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(outer)
+    values = torch.randn(5, inner.shape[1])
+    expected = layer.base_layer(values) + 12 / 4 * values @ inner.T @ outer.T
+    torch.testing.assert_close(layer(values), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_are_named(dataset):

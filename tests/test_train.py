@@ -1,5 +1,7 @@
 """The real train.py in real processes, against plain loops and against itself under other launches."""
 
+import importlib
+import itertools
 import json
 import random
 import shutil
@@ -32,8 +34,8 @@ def varied_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def reference_losses(dataset: Path, steps: int, learning_rate: float) -> list[float]:
-    """A plain loop with transformers' model, loss and schedule and torch's AdamW: one document at a time, no padding,
+def reference_curve(dataset: Path, steps: int, learning_rate: float) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a plain loop with transformers' model, loss and schedule and torch's AdamW: one document at a time, no padding,
     no accelerate; only the order of the documents is taken from Plainloop."""
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
     tokens = open_split(dataset, "train")
@@ -52,7 +54,7 @@ def reference_losses(dataset: Path, steps: int, learning_rate: float) -> list[fl
         lr=learning_rate, betas=(0.9, 0.95), eps=1e-8,
     )  # fmt: skip
     scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 2, steps)
-    losses = []
+    losses, norms = [], []
     for step in range(steps):
         documents = [tokens.read(*spans[index])[None] for index in sample_ids(step * 8, 8, len(spans), seed=1234)]
         num_targets = sum(ids.shape[1] - 1 for ids in documents)
@@ -60,16 +62,17 @@ def reference_losses(dataset: Path, steps: int, learning_rate: float) -> list[fl
         for ids in map(torch.from_numpy, documents):
             total += model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
         (total / num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)  # below every norm of these steps
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)  # below every norm of these steps
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         losses.append(float(total.detach()) / num_targets)
-    return losses
+        norms.append(float(norm))
+    return losses, norms
 
 
 def test_every_split_of_the_global_batch_gives_the_reference_losses(varied_dataset, tmp_path):
-    expected = reference_losses(varied_dataset, steps=10, learning_rate=3e-3)
+    expected, expected_norms = reference_curve(varied_dataset, steps=10, learning_rate=3e-3)
     assert expected[0] - expected[-1] > 0.1  # it learns: an optimizer that does nothing would be noticed
     for name, (processes, per_device) in SPLITS.items():
         records = train(
@@ -77,10 +80,19 @@ def test_every_split_of_the_global_batch_gives_the_reference_losses(varied_datas
             data__sequence_length=256, model__max_position_embeddings=256, batch__per_device_batch_size=per_device,
             schedule__shape="linear", optimizer__max_grad_norm=0.2,
         )  # fmt: skip
-        assert min(record["train/grad_norm"] for record in records if "train/grad_norm" in record) > 0.2
+        norms = [record["train/grad_norm"] for record in records if "train/grad_norm" in record]
+        assert min(norms) > 0.2 and norms == pytest.approx(expected_norms, rel=1e-3), name
         losses = train_losses(records)
         assert len(losses) == 10
         assert max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True)) < 1e-5, name
+
+
+def test_each_step_and_rank_has_its_own_random_numbers():
+    step_seed = importlib.import_module("train").step_seed
+    places = list(itertools.product((1, 2), (0, 8, 16, 1 << 40), (0, 1, 2)))  # seed, samples seen, rank
+    seeds = [step_seed(*place) for place in places]
+    assert len(set(seeds)) == len(places) and all(0 <= seed < 1 << 32 for seed in seeds)
+    assert seeds == [step_seed(*place) for place in places]
 
 
 def test_reference_curve_of_the_demo(dataset, tmp_path):

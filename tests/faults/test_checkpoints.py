@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, SMALL, call, error_line, flags, metrics, script, train, train_losses
 from processes import changed_copy, command, invalid_checkpoints, kill_at, state, summary, training, weights
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from utils.batches.batch_plan import sample_ids
 from utils.batches.packing import PackedLayout
 from utils.batches.token_dataset import open_split
+from utils.config import CheckpointConfig
 from utils.optimizer_config import ScheduleConfig
-from utils.training.checkpoint_folders import find_problem, hash_file
+from utils.training.checkpoint_folders import find_problem, hash_file, list_checkpoints, new_checkpoint
+from utils.training.checkpoint_writer import CheckpointWriter
+from utils.training.checkpoints import TrainState
+from utils.training.ema import WeightAverage
 from utils.training.optimization import learning_rate_factor
 
 # Dropout, accumulation, evaluations, an average of the weights, patience: all that a resumed run could get wrong.
@@ -145,6 +151,53 @@ def test_02_kill_9_with_loader_workers_and_bf16(dataset, tmp_path):
         started.kill()
     script(*command(tmp_path / "broken", dataset, **options, **RESUME), **bf16)
     check_equal(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    """What is written becomes visible by one renaming, and only if nothing went wrong before."""
+    with new_checkpoint(tmp_path, 3) as temporary:
+        (temporary / "state.json").write_text("{}")
+        assert list_checkpoints(tmp_path) == []
+        identity = temporary.stat().st_ino
+    (checkpoint,) = tmp_path.iterdir()
+    assert checkpoint.name == "step-00000003" and checkpoint.stat().st_ino == identity
+    assert find_problem(checkpoint) is None
+    with contextlib.suppress(OSError), new_checkpoint(tmp_path, 4) as temporary:
+        (temporary / "state.json").write_text("{")
+        raise OSError("a full disk")
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_a_checkpoint_is_of_its_moment_whatever_is_trained_while_it_is_written(dataset, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    average = WeightAverage(model, 0.9)
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    tensors = [*model.parameters(), *average.averages, *(state["exp_avg"] for state in optimizer.state.values())]
+    before = sorted(float(tensor.detach().double().sum()) for tensor in tensors)
+    trained = threading.Event()
+    writer = CheckpointWriter(
+        Accelerator(cpu=True), tmp_path, CheckpointConfig(), AutoTokenizer.from_pretrained(dataset / "tokenizer"),
+        warn=pytest.fail, note=lambda words: words != "writing" or trained.wait(60),
+    )  # fmt: skip
+    state = TrainState(dataset_key="", optimizer_step=3)
+    writer.save(state, model, optimizer, scheduler, average, wait=False)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.add_(1)
+    state.optimizer_step = 4
+    trained.set()
+    writer.finish()
+    checkpoint = tmp_path / "step-00000003"
+    files = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average", "optimizer")}
+    saved = [tensor for tensors in files.values() for name, tensor in tensors.items()
+             if name.split(".")[-1] not in ("exp_avg_sq", "step")]  # fmt: skip
+    assert sorted(float(tensor.double().sum()) for tensor in saved) == before
+    assert json.loads((checkpoint / "state.json").read_text())["state"]["optimizer_step"] == 3
 
 
 # ---- Damage: (number, what is done to the newest checkpoint, what is said of it)
