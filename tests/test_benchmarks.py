@@ -7,7 +7,13 @@ import re
 import pytest
 from conftest import ROOT, script
 
-BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "common")
+# Three true launches of two processes each, which are killed: the only one that takes more than seconds.
+SLOW = ("chaos",)
+BENCHMARKS = [
+    pytest.param(path.stem, marks=pytest.mark.slow if path.stem in SLOW else ())
+    for path in sorted((ROOT / "benchmarks").glob("*.py"))
+    if path.stem != "common"
+]
 # train.py's options for a small model; {dataset}, {text} and {folder} are filled in.
 TINY = "--model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 2 --model.intermediate_size 64"
 SMALL = f"--data.dataset {{dataset}} --data.sequence_length 64 {TINY}"
@@ -64,6 +70,12 @@ SMOKE = {
         "peak_memory_bytes_no_trainer rounds",
     ),
 }
+
+
+def test_the_readmes_benchmarks_are_among_them():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python benchmarks/(\w+)\.py(.*)$", readme, re.M)
+    assert commands and all(f"{SMOKE[name][0]} ".startswith(f"{options.strip()} ") for name, options in commands)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
