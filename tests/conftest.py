@@ -5,11 +5,19 @@ import importlib
 import io
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
+from filelock import FileLock
+from fork_server import Forked, start_server
 
 from utils.cli import parse_config, run_script
 
@@ -21,6 +29,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
+WRITTEN = ("data", "runs", "exports")  # what the scripts write to unless they are told otherwise
 CONFIGS = {
     "prepare_data": "PrepareConfig",
     "train": "TrainConfig",
@@ -43,8 +52,10 @@ def environment() -> dict[str, str]:
     return kept | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; with `check`, its output is shown if it fails."""
+def run(
+    *command: str | Path, cwd: Path | None = None, check: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a fresh process; with `check`, its output is shown if it fails."""
     result = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -53,13 +64,49 @@ def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **extra: str
         env=environment() | extra,
         timeout=1800,
     )
-    if check and result.returncode:
-        pytest.fail(f"{command} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
+    return checked(result) if check else result
+
+
+def checked(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    if result.returncode:
+        pytest.fail(f"{result.args} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")
     return result
 
 
-def script(name: str, *arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
-    return run(sys.executable, name, *arguments, **options)
+def start(
+    arguments: list[str], processes: int = 1, *, cwd: Path | None = None, stdout: IO[str], stderr: IO[str], **extra: str
+) -> list[Forked]:
+    """Start a script, or "-m" and a module, in a process that has done its imports; or in several ranks of one launch."""
+    env, cwd = environment() | extra, cwd or Path.cwd()
+    if processes == 1:
+        return [Forked(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        Forked(arguments, cwd=cwd, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=stdout, stderr=stderr)
+        for rank in map(str, range(processes))
+    ]
+
+
+def script(
+    *arguments: str | Path, processes: int = 1, cwd: Path | None = None, check: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as `run` does, but by `start`. If a rank fails, the others are told to end, as a launcher does."""
+    words = [str(argument) for argument in arguments]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        ranks = start(words, processes, cwd=cwd, stdout=out, stderr=err, **extra)
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.returncode for rank in ranks):
+                for rank in ranks:
+                    rank.terminate()
+            time.sleep(0.01)
+        for file in (out, err):
+            file.seek(0)
+        code = next((rank.returncode for rank in ranks if rank.returncode), 0)
+        result = subprocess.CompletedProcess(words, code, out.read(), err.read())
+    return checked(result) if check else result
 
 
 def call(name: str, *arguments: str | Path) -> tuple[int, str, str]:
@@ -90,22 +137,24 @@ def flags(options: dict[str, object]) -> list[str]:
     return [text for name, value in options.items() for text in (f"--{name}", str(value))]
 
 
-def launcher(processes: int) -> list[str]:
-    """`accelerate launch` for CPU processes; one alone needs no launcher."""
-    if processes == 1:
-        return [sys.executable]
-    config_file = "accelerate_configs/cpu_2_processes.yaml"
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config_file]
+# Two processes on CPUs, by the shipped file.
+LAUNCH_TWO = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--config_file",
+    "accelerate_configs/cpu_2_processes.yaml",
+]
 
 
 def train(output: Path, *, processes: int = 1, name: str = "train.py", **options: object) -> list[dict]:
     """Train the small model and return metrics.jsonl; option names have `__` for the dot."""
     settings = SMALL | {"output": output} | {key.replace("__", "."): value for key, value in options.items()}
-    if processes == 1 and name == "train.py":  # in this process: importing takes longer than ten steps
+    if processes == 1 and name == "train.py":
         code, _, err = call(name, *flags(settings))
         assert code == 0, err
     else:
-        run(*launcher(processes), name, *flags(settings))
+        script(name, *flags(settings), processes=processes)
     return metrics(output)
 
 
@@ -117,17 +166,64 @@ def train_losses(records: list[dict]) -> list[float]:
     return [record["train/loss"] for record in records if "train/loss" in record]
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample, prepared by prepare_data.py with its defaults."""
-    folder = tmp_path_factory.mktemp("data") / "demo"
-    script("prepare_data.py", "--output", folder)
+def pytest_configure(config: pytest.Config) -> None:
+    """One fork server for all workers: the process that starts them starts it too."""
+    if hasattr(config, "workerinput") or sys.platform != "linux":
+        return
+    folder = tempfile.mkdtemp()
+    os.environ["PLAINLOOP_FORK_SERVER"] = f"{folder}/socket"
+    server = start_server(Path(os.environ["PLAINLOOP_FORK_SERVER"]), environment())
+
+    def end() -> None:
+        server.communicate()  # closes its standard input
+        shutil.rmtree(folder)
+
+    config.add_cleanup(end)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where tests run: a folder like the clone, without what a user has made there (data/, runs/, exports/)."""
+    folder, before = tmp_path_factory.mktemp("place"), Path.cwd()
+    for path in ROOT.iterdir():
+        if path.name not in WRITTEN and not path.name.startswith("."):
+            (folder / path.name).symlink_to(path)
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_in_its_place(place: Path) -> Iterator[None]:
+    yield
+    left = [name for name in WRITTEN if (place / name).exists()]
+    for name in left:
+        shutil.rmtree(place / name)
+    assert not left, f"a test wrote where its user would look for results: {left}"
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker to ask makes, by `make(folder)`; all workers read it, and none may write to it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    made = folder.with_name(f"{name}.made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            make(folder)
+            made.touch()
     return folder
 
 
 @pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sample, prepared by prepare_data.py with its defaults."""
+    return made_once(tmp_path_factory, "demo", lambda folder: script("prepare_data.py", "--output", folder))
+
+
+@pytest.fixture(scope="session")
 def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that has come to its end."""
+    """A small run that has come to its end; a worker's own, as a test may resume it."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     train(output, data__dataset=dataset, evaluation__every_steps=5, tracking__sample_every_steps=5)
     return output
@@ -136,11 +232,14 @@ def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def small_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some hundred short documents: an epoch is soon over."""
-    folder = tmp_path_factory.mktemp("small")
-    lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()[:150]
-    texts = [" ".join(json.loads(line)["text"].split()[:30]) for line in lines]
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = {"output": folder / "data", "sources": f"[{folder / 'texts.jsonl'}]", "tokenizer.vocab_size": 400,
-               "validation_fraction": 0.1}  # fmt: skip
-    assert call("prepare_data.py", *flags(options))[0] == 0
-    return folder / "data"
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()[:150]
+        texts = [" ".join(json.loads(line)["text"].split()[:30]) for line in lines]
+        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        options = {"output": folder / "data", "sources": f"[{folder / 'texts.jsonl'}]", "tokenizer.vocab_size": 400,
+                   "validation_fraction": 0.1}  # fmt: skip
+        assert call("prepare_data.py", *flags(options))[0] == 0
+
+    return made_once(tmp_path_factory, "small", make) / "data"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import yaml
-from conftest import ROOT, SMALL, environment, flags, metrics, run, train_losses
+from conftest import SMALL, environment, flags, metrics, run, train_losses
 
 from utils.cli import UserError
 from utils.training.launch_file import check_launch_file
@@ -23,7 +23,7 @@ def configure(path: Path, answers: dict[str, str]) -> dict:
     """The file that `accelerate config` writes for these answers."""
     child = pexpect.spawn(
         sys.executable, ["-m", "accelerate.commands.accelerate_cli", "config", "--config_file", str(path)],
-        cwd=ROOT, env=environment() | {"TERM": "xterm"}, encoding="utf-8", timeout=30, dimensions=(60, 300),
+        env=environment() | {"TERM": "xterm"}, encoding="utf-8", timeout=30, dimensions=(60, 300),
     )  # fmt: skip
     try:
         while child.isalive():

@@ -97,8 +97,7 @@ def test_the_manifest_is_what_kubeflow_trainer_takes():
     assert int(wait) < pod["terminationGracePeriodSeconds"]
 
 
-def test_the_manifests_command_is_one_that_train_py_takes(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_the_manifests_command_is_one_that_train_py_takes():
     trainer = JOB["spec"]["trainer"]
     config = parse_config(TrainConfig, None, trainer["args"])
     assert trainer["command"] == ["torchrun", "train.py"] and config.checkpoint.resume == "auto"
@@ -145,9 +144,7 @@ def two_pods(settings: dict[str, object], log: Path) -> Iterator[list[subprocess
     for rank in range(2):
         extra = told | {"PET_NODE_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
         with log.with_name(f"{log.name}-{rank}").open("w") as file:
-            pods.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment() | extra, stdout=file, stderr=subprocess.STDOUT)
-            )
+            pods.append(subprocess.Popen(command, env=environment() | extra, stdout=file, stderr=subprocess.STDOUT))
     try:
         yield pods
     finally:

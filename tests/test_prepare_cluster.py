@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, call, environment, script
+from conftest import call, environment, script
 
 ray = pytest.importorskip("ray", reason="the extra [cluster] is not installed")
 
@@ -89,7 +89,7 @@ def test_parts_of_killed_workers_and_nodes_are_done_again_and_are_there_once(clu
     command = [sys.executable, SCRIPT, "--output", str(output), *recipe(texts)]
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(
-            command, cwd=ROOT, env=environment() | {"RAY_ADDRESS": cluster.address}, stdout=log, stderr=log
+            command, env=environment() | {"RAY_ADDRESS": cluster.address}, stdout=log, stderr=log
         )
     try:
         begun = wait_for_part(started, output, "clean")

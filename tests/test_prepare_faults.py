@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, error_line, script
+from conftest import environment, error_line, script
 from test_prepare_data import TEXTS, prepare
 
 from utils.batches.token_dataset import load_manifest, open_split
@@ -22,9 +22,7 @@ STAGES = ["read", "clean", "sketch", "select", "tokenizer"]
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "prepare_data.py", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -198,7 +196,7 @@ def test_standard_input_is_a_source(tmp_path):
                  "--sources", "[{path: '-', kind: json, name: pipe}]"]  # fmt: skip
     data = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:100])
     for expected in ("wrote", "nothing to do"):
-        done = subprocess.run(arguments, cwd=ROOT, env=environment(), input=data, capture_output=True, text=True)
+        done = subprocess.run(arguments, env=environment(), input=data, capture_output=True, text=True)
         assert done.returncode == 0 and expected in done.stdout, done.stderr
     assert load_manifest(tmp_path / "out")["splits"]["train"]["sources"].keys() == {"pipe"}
 

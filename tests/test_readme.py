@@ -3,12 +3,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -22,7 +23,7 @@ TESTED_ELSEWHERE = (
 
 def make_copy(folder: Path, max_steps: int) -> Path:
     """The tracked files, the demo's 800 steps turned into `max_steps`, and somebody's texts beside them."""
-    for name in run("git", "ls-files").stdout.splitlines():
+    for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -41,19 +42,28 @@ def make_copy(folder: Path, max_steps: int) -> Path:
 
 
 def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
-    """command → its stdout."""
+    """command → its stdout. A shell runs `make` and the first launch of each kind; all else is forked."""
     outputs: dict[str, str] = {}
     # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
     prefix = Path(sys.prefix)
     extra = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    extra["OMP_NUM_THREADS"] = "1"  # another test runs beside this one
     stamps = [prefix / ".plainloop-installed", prefix / ".plainloop-installed-test"]
     new_stamps = [stamp for stamp in stamps if not stamp.exists()]
     try:
         for stamp in stamps:
             stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
+        launched = []
         for command in commands:
-            outputs[command] = run("bash", "-c", command, cwd=copy, **extra).stdout
+            tool, *words = shlex.split(command)
+            launch = words[: words.index("train.py")] if tool == "accelerate" else None
+            if tool == "python":
+                done = script(*words, cwd=copy)
+            elif launch in launched:
+                done = script(*words[len(launch) :], cwd=copy)
+            else:
+                done = run("bash", "-c", command, cwd=copy, **extra)
+                launched.append(launch)
+            outputs[command] = done.stdout
     finally:
         for stamp in new_stamps:
             stamp.unlink(missing_ok=True)

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import SMALL, error_line, flags, launcher, metrics, run, train
+from conftest import SMALL, error_line, flags, metrics, script, train
 from processes import weights
 
 from utils.optimizer_config import ScheduleConfig
@@ -25,7 +25,7 @@ def test_another_run_is_refused_and_untouched(finished_run, dataset):
 def test_resuming_a_finished_run_does_nothing(finished_run, dataset):
     before = weights(finished_run), metrics(finished_run), (finished_run / "summary.json").read_text()
     settings = SMALL | {"output": finished_run, "data.dataset": dataset, "checkpoint.resume": "auto"}
-    assert "nothing to do" in run(*launcher(1), "train.py", *flags(settings)).stdout
+    assert "nothing to do" in script("train.py", *flags(settings)).stdout
     assert before == (weights(finished_run), metrics(finished_run), (finished_run / "summary.json").read_text())
 
 
@@ -71,5 +71,5 @@ def test_a_final_checkpoint_without_a_summary_gets_one(finished_run, dataset, tm
     expected = (output / "summary.json").read_text()
     (output / "summary.json").unlink()
     settings = SMALL | {"output": output, "data.dataset": dataset, "checkpoint.resume": "auto"}
-    run(*launcher(1), "train.py", *flags(settings))
+    script("train.py", *flags(settings))
     assert (output / "summary.json").read_text() == expected

@@ -105,7 +105,7 @@ def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_anot
     assert same_weights(*checkpoints, tolerance=1e-3 if rough else 1e-5)
     parts = len(list((tmp_path / "run/checkpoints/step-00000020/optimizer").glob("*.safetensors")))
     assert parts == (0 if way == "ddp" else WAYS[way][1])  # each rank has written its own
-    assert run(sys.executable, "-m", "utils.training.checkpoints", "verify", tmp_path / "run")
+    script("-m", "utils.training.checkpoints", "verify", tmp_path / "run")
 
     # Its step 10 goes on on one process, and one process's here.
     for source, goes_on in ((tmp_path / "run", None), (one, way)):
@@ -172,7 +172,7 @@ def test_two_machines_are_two_launchers(processes, whole_runs, dataset, tmp_path
     launchers = [
         subprocess.Popen(
             [*LAUNCH, "--config_file", tmp_path / "machines.yaml", "--machine_rank", str(rank), "train.py", *flags(settings)],
-            cwd=ROOT, env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment() | {"GLOO_SOCKET_IFNAME": "lo"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )
         for rank in range(2)

@@ -66,7 +66,7 @@ def two_nodes(cluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
 
 def start(cluster: dict[str, str], *arguments: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        ["bash", SCRIPT, *arguments], cwd=ROOT, env=cluster, text=True, start_new_session=True,
+        ["bash", SCRIPT, *arguments], env=cluster, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, error_line, flags, launcher, metrics, run, script, train, train_losses
+from conftest import SMALL, error_line, flags, metrics, script, train, train_losses
 from processes import kill_at, weights
 from transformers import AutoTokenizer
 
@@ -286,16 +286,15 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def command(output: Path, dataset: Path, processes: int, **more: object) -> list[str]:
-    options = SMALL | OPTIONS | {"output": output, "data.dataset": dataset} | more
-    return [*launcher(processes), "train.py", *flags(options)]
+def command(output: Path, dataset: Path, **more: object) -> list[str]:
+    return ["train.py", *flags(SMALL | OPTIONS | {"output": output, "data.dataset": dataset} | more)]
 
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def whole_run(request, streamed, tmp_path_factory) -> tuple[int, Path]:
     """Never stopped; without loader workers, which the resumed run has."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    run(*command(output, streamed, request.param))
+    script(*command(output, streamed), processes=request.param)
     return request.param, output
 
 
@@ -303,8 +302,8 @@ def test_kill_9_and_resume_is_bit_equal(whole_run, streamed, tmp_path):
     processes, whole = whole_run
     broken = tmp_path / "broken"
     options = {"data.num_workers": 2}
-    kill_at(10, command(broken, streamed, processes, **options), broken)
-    result = run(*command(broken, streamed, processes, **options, **{"checkpoint.resume": "auto"}))
+    kill_at(10, command(broken, streamed, **options), broken, processes)
+    result = script(*command(broken, streamed, **options, **{"checkpoint.resume": "auto"}), processes=processes)
     assert "resumed from" in result.stdout and "stream: the lanes are in epoch 1" in result.stdout
     assert weights(broken) == weights(whole)
     assert train_losses(metrics(broken)) == train_losses(metrics(whole))

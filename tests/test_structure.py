@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, run
 
-TRACKED = [ROOT / name for name in run("git", "ls-files").stdout.splitlines() if (ROOT / name).is_file()]
+TRACKED = [ROOT / name for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines() if (ROOT / name).is_file()]
 PYTHON = [path for path in TRACKED if path.suffix == ".py"]
 LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 

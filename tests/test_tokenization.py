@@ -219,7 +219,7 @@ def test_training_is_the_same_in_every_process():
     settings = [{"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true"}]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps(texts)], cwd=ROOT, env=environment() | setting,
+            [sys.executable, "-c", program, json.dumps(texts)], env=environment() | setting,
             stdout=subprocess.PIPE, text=True,
         )
         for setting in settings

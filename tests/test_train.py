@@ -3,15 +3,14 @@
 import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, script, train, train_losses
+from conftest import LAUNCH_TWO, ROOT, SMALL, error_line, flags, metrics, run, script, train, train_losses
+from processes import changed_copy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.batches.batch_plan import sample_ids
@@ -84,36 +83,20 @@ def test_every_split_of_the_global_batch_gives_the_reference_losses(varied_datas
         assert max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True)) < 1e-5, name
 
 
-def test_one_and_two_processes_follow_the_same_curve_on_the_demo(dataset, tmp_path):
-    """The recipe as shipped, by the launch files as shipped: fp32, matmul precision highest, dropout 0."""
-    curves = {}
-    for name, processes in {"cpu": 1, "cpu_2_processes": 2}.items():
-        run(
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{name}.yaml",
-            "train.py", "--config", "configs/demo.yaml", "--output", tmp_path / name, "--data.dataset", dataset,
-            "--schedule.max_steps", "20", "--evaluation.every_steps", "10", "--tracking.log_every_steps", "1",
-        )  # fmt: skip
-        losses = [record.get("train/loss", record.get("eval/loss")) for record in metrics(tmp_path / name)]
-        curves[processes] = [loss for loss in losses if loss is not None]
-        assert json.loads((tmp_path / name / "environment.json").read_text())[0]["num_processes"] == processes
-    assert len(curves[1]) == 22
-    assert max(abs(one - two) for one, two in zip(curves[1], curves[2], strict=True)) < 1e-4
-
-
 def test_reference_curve_of_the_demo(dataset, tmp_path):
-    """The first 50 losses of the demo in fp32, stored: a change of the loop must not change them.
+    """The first 25 losses of the demo in fp32, stored: a change of the loop must not change them.
 
     On one machine the curve repeats bit for bit; the file says how far other kernels are from it, and the tolerance
     leaves room for other processors.
     """
     stored = json.loads((ROOT / "tests" / "reference_curve.json").read_text())
-    run(
-        sys.executable, "train.py", "--config", "configs/demo.yaml", "--output", tmp_path / "run", "--data.dataset", dataset,
+    script(
+        "train.py", "--config", "configs/demo.yaml", "--output", tmp_path / "run", "--data.dataset", dataset,
         "--tracking.log_every_steps", "1", "--tracking.trackers", "[]", "--tracking.sample_every_steps", "0",
-        "--schedule.max_steps", "50",
+        "--schedule.max_steps", "25",
     )  # fmt: skip
     losses = train_losses(metrics(tmp_path / "run"))
-    assert len(losses) == len(stored["train_loss"]) == 50
+    assert len(losses) == len(stored["train_loss"]) == 25
     assert (
         max(abs(ours - theirs) for ours, theirs in zip(losses, stored["train_loss"], strict=True)) < stored["tolerance"]
     )
@@ -143,17 +126,11 @@ def test_the_resolved_configuration_runs_again_with_the_same_losses(finished_run
 
 def test_a_copy_with_one_line_changed_trains(finished_run, dataset, tmp_path):
     """What a user does: copy the script, change a line, launch it."""
-    copy = ROOT / "my_train_copy.py"
-    text = (ROOT / "train.py").read_text()
-    changed = text.replace(
-        "                loss_sum += micro_loss.detach()\n", "                loss_sum += 2 * micro_loss.detach()\n"
-    )
-    assert changed != text
-    copy.write_text(changed)
-    try:
-        doubled = train_losses(train(tmp_path / "copy", name=copy.name, processes=2, data__dataset=dataset))
-    finally:
-        copy.unlink()
+    line = "                loss_sum += micro_loss.detach()\n"
+    with changed_copy((line, line.replace("+=", "+= 2 *")), name="copy") as name:
+        settings = SMALL | {"output": tmp_path / "copy", "data.dataset": dataset}
+        run(*LAUNCH_TWO, name, *flags(settings))
+    doubled = train_losses(metrics(tmp_path / "copy"))
     plain = train_losses(metrics(finished_run))
     assert doubled[0] == pytest.approx(2 * plain[0], rel=1e-5)
     assert doubled[-1] < doubled[0]
@@ -191,7 +168,7 @@ def test_trackers_get_what_the_file_gets(dataset, tmp_path):
 def test_bf16_trains_close_to_fp32(finished_run, dataset, tmp_path):
     fp32 = train_losses(metrics(finished_run))
     settings = SMALL | {"output": tmp_path / "bf16", "data.dataset": dataset}
-    run(sys.executable, "train.py", *flags(settings), ACCELERATE_MIXED_PRECISION="bf16")
+    script("train.py", *flags(settings), ACCELERATE_MIXED_PRECISION="bf16")
     bf16 = train_losses(metrics(tmp_path / "bf16"))
     assert json.loads((tmp_path / "bf16" / "environment.json").read_text())[0]["mixed_precision"] == "bf16"
     assert bf16 != fp32 and max(abs(a - b) for a, b in zip(bf16, fp32, strict=True)) < 0.02
@@ -209,15 +186,15 @@ def test_loader_workers_change_nothing(finished_run, dataset, tmp_path):
 
 
 @pytest.mark.slow
-def test_ten_launches_of_two_processes_end_in_order(dataset, tmp_path):
-    """Without an orderly end about one in nine gloo launches aborts when all work is done."""
+def test_thirty_launches_of_two_processes_end_in_order(dataset, tmp_path):
+    """Without an orderly end about one in nine gloo launches aborts when all work is done: thirty would all end well
+    once in 34 times."""
     codes = []
-    for number in range(10):
+    for number in range(30):
         settings = SMALL | {"output": tmp_path / str(number), "data.dataset": dataset, "schedule.max_steps": 2}
-        command = [*launcher(2), "train.py", *flags(settings)]
-        codes.append(subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True).returncode)
+        codes.append(run(*LAUNCH_TWO, "train.py", *flags(settings), check=False).returncode)
         shutil.rmtree(tmp_path / str(number))
-    assert codes == [0] * 10
+    assert codes == [0] * 30
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(dataset, tmp_path):

@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, call, error_line, flags, metrics, run, train, train_losses
+from conftest import ROOT, SMALL, call, error_line, flags, metrics, script, train, train_losses
 from processes import changed_copy, command, invalid_checkpoints, kill_at, state, summary, training, weights
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -49,14 +48,14 @@ def dataset(small_dataset) -> Path:
 @pytest.fixture(scope="module")
 def whole_run(dataset, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "run"
-    run(*command(output, dataset, **FULL))
+    script(*command(output, dataset, **FULL))
     return output
 
 
 @pytest.fixture(scope="module")
 def large_run(dataset, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("large") / "run"
-    run(*command(output, dataset, **LARGE))
+    script(*command(output, dataset, **LARGE))
     return output
 
 
@@ -99,7 +98,7 @@ def test_kill_9(phase, large_run, dataset, tmp_path):
             (old / str(number)).touch()
         kill_in("rotating", output, arguments)
     assert [problem for problem in invalid_checkpoints(output) if "step-00000001" not in problem] == []
-    run(*arguments)
+    script(*arguments)
     assert invalid_checkpoints(output) == []
     assert weights(output) == weights(large_run)
     assert not list((output / "checkpoints").glob(".tmp-step-*"))
@@ -110,9 +109,9 @@ def test_02_kill_9_while_training(processes, whole_run, dataset, tmp_path):
     """The resumed run's weights, optimizer, average, schedule, state and every logged number are the uninterrupted one's."""
     whole, broken = whole_run if processes == 1 else tmp_path / "whole", tmp_path / "broken"
     if processes == 2:
-        run(*command(whole, dataset, 2, **FULL))
-    kill_at(18, command(broken, dataset, processes, **FULL), broken)
-    run(*command(broken, dataset, processes, **FULL, **RESUME))
+        script(*command(whole, dataset, **FULL), processes=2)
+    kill_at(18, command(broken, dataset, **FULL), broken, processes)
+    script(*command(broken, dataset, **FULL, **RESUME), processes=processes)
     check_equal(broken, whole)
 
 
@@ -140,11 +139,11 @@ def test_02_kill_9_with_loader_workers_and_bf16(dataset, tmp_path):
     options = {**FULL, "data__num_workers": 2, "optimizer__name": "muon", "schedule__max_steps": 12}
     options |= {"optimizer__ema_decay": "null", "evaluation__every_steps": 100}  # bf16 is slow on many CPUs
     bf16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
-    run(*command(tmp_path / "whole", dataset, **options), **bf16)
+    script(*command(tmp_path / "whole", dataset, **options), **bf16)
     with training(command(tmp_path / "broken", dataset, **options), tmp_path / "broken", **bf16) as started:
         started.wait_for_step(7)
         started.kill()
-    run(*command(tmp_path / "broken", dataset, **options, **RESUME), **bf16)
+    script(*command(tmp_path / "broken", dataset, **options, **RESUME), **bf16)
     check_equal(tmp_path / "broken", tmp_path / "whole")
 
 
@@ -283,12 +282,12 @@ def test_13_two_runs_on_one_folder(dataset, tmp_path):
     arguments = command(output, dataset, schedule__max_steps=2000, data__num_workers=2)
     with training(arguments, output) as first:
         first.wait_for_step(1)
-        line = error_line("train.py", *arguments[2:], "--checkpoint.resume", "auto")
+        line = error_line("train.py", *arguments[1:], "--checkpoint.resume", "auto")
         assert f"{output} is in use by process {first.process.pid} on " in line
         os.kill(first.process.pid, 9)  # its loader workers live on for a while
         first.process.wait()
         code, _, err = call(
-            "train.py", *arguments[2:-2], *flags({"schedule.max_steps": 3, "checkpoint.resume": "auto"})
+            "train.py", *arguments[1:-2], *flags({"schedule.max_steps": 3, "checkpoint.resume": "auto"})
         )
         assert code == 0, err
 
@@ -340,7 +339,10 @@ def test_15_another_number_of_processes(dataset, tmp_path):
     options = {"batch__per_device_batch_size": 2, "schedule__shape": "constant"}
     with changed_copy(SHOW_ROWS, name="rows") as name:
         for processes, until in ((1, per_epoch // 2), (2, per_epoch + 4), (1, steps)):
-            run(*command(output, dataset, processes, name=name, schedule__max_steps=until, **options, **RESUME))
+            script(
+                *command(output, dataset, name=name, schedule__max_steps=until, **options, **RESUME),
+                processes=processes,
+            )
     numbers = {tuple(layout.__getitems__([row])["input_ids"][0].tolist()): row for row in range(len(layout))}
     seen: dict[int, list[int]] = {}
     for file in output.glob("rows-*"):
@@ -402,14 +404,14 @@ def test_archived_checkpoints_stay_and_the_command_lists_them(dataset, tmp_path)
     )
     names = ["step-00000004", "step-00000008", "step-00000010"]
     assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == names
-    listing = [sys.executable, "-m", "utils.training.checkpoints", "list", output]
-    assert [line.split()[0] for line in run(*listing).stdout.splitlines()] == names
+    listing = ["-m", "utils.training.checkpoints", "list", output]
+    assert [line.split()[0] for line in script(*listing).stdout.splitlines()] == names
     flip_bit(output / "checkpoints" / names[1])
-    result = run(*[*listing[:3], "verify", output], check=False)
+    result = script(*listing[:2], "verify", output, check=False)
     assert result.returncode == 1
     verdicts = [line.split("  ")[-1].strip() for line in result.stdout.splitlines()]
     assert verdicts == ["valid", "NOT VALID: model.safetensors has changed since it was saved", "valid"]
-    assert run(*listing[:3], "list", ROOT / "docs", check=False).returncode == 2
+    assert script(*listing[:2], "list", ROOT / "docs", check=False).returncode == 2
 
 
 def test_too_little_disk_for_the_checkpoints_to_come_is_said_before_training(dataset, tmp_path):

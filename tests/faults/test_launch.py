@@ -69,7 +69,7 @@ def test_29_two_processes_that_are_each_rank_0(dataset, tmp_path):
     arguments = [sys.executable, "train.py", *flags(SMALL | {"output": tmp_path / "run", "data.dataset": dataset})]
     slurm = {"SLURM_STEP_NUM_TASKS": "2"}
     tasks = [
-        subprocess.Popen(arguments, cwd=ROOT, env=environment() | slurm | {"SLURM_PROCID": str(number)},
+        subprocess.Popen(arguments, env=environment() | slurm | {"SLURM_PROCID": str(number)},
                          stderr=subprocess.PIPE, text=True)
         for number in range(2)
     ]  # fmt: skip
@@ -79,9 +79,7 @@ def test_29_two_processes_that_are_each_rank_0(dataset, tmp_path):
             task.returncode == 2
             and "2 tasks were started (SLURM_STEP_NUM_TASKS), and each would train by itself" in errors
         )
-    both = [
-        subprocess.Popen(arguments, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    both = [subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ended = [(task.communicate(timeout=100)[1], task.returncode) for task in both]
     assert sorted(code for _, code in ended) == [0, 2], ended
     assert any("is in use by process" in errors or "already holds a run" in errors for errors, _ in ended)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags, metrics, run, train, train_losses
+from conftest import flags, metrics, script, train, train_losses
 from processes import changed_copy, command, state, summary
 from safetensors.torch import load_file
 
@@ -39,8 +39,8 @@ def test_17_a_loss_that_is_not_finite(value, processes, dataset, tmp_path):
     output = tmp_path / "run"
     change = multiplied(value, f"state.samples_seen == 40 and accelerator.process_index == {processes - 1}")
     with changed_copy(change, name=f"nan{processes}") as name:
-        arguments = command(output, dataset, processes, name=name, checkpoint__every_steps=2)
-        result = run(*arguments, check=False)
+        arguments = command(output, dataset, name=name, checkpoint__every_steps=2)
+        result = script(*arguments, processes=processes, check=False)
         assert result.returncode != 0
         (line,) = [line for line in result.stderr.splitlines() if line.startswith(f"{name}: error:")]
         assert "step 6 is not finite: loss" in line and "guards.max_nonfinite" in line
@@ -50,7 +50,7 @@ def test_17_a_loss_that_is_not_finite(value, processes, dataset, tmp_path):
         rows = [json.loads(row) for row in (output / "bad_batches/samples-0000000040.jsonl").read_text().splitlines()]
         assert len(rows) == 8 and {row["rank"] for row in rows} == set(range(processes))
         assert all(row["text"] and row["step"] == 6 for row in rows)
-        run(*arguments, *flags({"checkpoint.resume": "auto", "guards.max_nonfinite": 1}))
+        script(*arguments, *flags({"checkpoint.resume": "auto", "guards.max_nonfinite": 1}), processes=processes)
     end = state(output)
     assert (end["optimizer_step"], end["samples_seen"], end["skipped"], end["nonfinite"]) == (10, 88, 1, 1)
     assert is_finite(output) and summary(output)["finished"] is True
@@ -67,7 +67,7 @@ def test_17_a_loss_that_is_infinite_with_gradients_that_are_not(dataset, tmp_pat
         "                loss_sum += micro_loss.detach() + (math.inf if state.samples_seen == 40 else 0.0)\n",
     )
     with changed_copy(change, name="inf") as name:
-        result = run(*command(output, dataset, name=name), check=False)
+        result = script(*command(output, dataset, name=name), check=False)
     assert result.returncode == 2 and "step 6 is not finite: loss inf, gradient norm 0." in result.stderr
 
 
@@ -83,9 +83,9 @@ def test_18_infinite_gradients_under_a_scaler(dataset, tmp_path):
         (after, "    accelerator.native_amp, accelerator.state._mixed_precision = True, 'fp16'\n" + after),
     )
     with changed_copy(*changes, name="scaler") as name:
-        run(*command(output, dataset, name=name, schedule__max_steps=4))
+        script(*command(output, dataset, name=name, schedule__max_steps=4))
         end = state(output)
-        run(*command(output, dataset, name=name, schedule__max_steps=6, checkpoint__resume="auto"))
+        script(*command(output, dataset, name=name, schedule__max_steps=6, checkpoint__resume="auto"))
     assert end["skipped"] > 2 and end["optimizer_step"] == 4
     assert end["samples_seen"] == 8 * (4 + end["skipped"])
     rates = [record["train/learning_rate"] for record in metrics(output) if "train/loss" in record]
@@ -101,14 +101,18 @@ def test_19_a_spike_is_left_out_and_limited(dataset, tmp_path):
     assert state(tmp_path / "whole")["spikes"] == 0
     with changed_copy(multiplied("30.0", "state.samples_seen in (120, 160)"), name="spike") as name:
         output = tmp_path / "run"
-        result = run(*command(output, dataset, name=name, **options))
+        result = script(*command(output, dataset, name=name, **options))
         assert result.stderr.count("the update is left out: a spike: loss") == 2
         # A run that is killed and resumed has the same window: it leaves out the same.
         again = tmp_path / "again"
-        run(*command(again, dataset, name=name, **{**options, "schedule__max_steps": 18}, schedule__shape="constant"))
-        run(*command(again, dataset, name=name, **options, schedule__shape="constant", checkpoint__resume="auto"))
+        script(
+            *command(again, dataset, name=name, **{**options, "schedule__max_steps": 18}, schedule__shape="constant")
+        )
+        script(*command(again, dataset, name=name, **options, schedule__shape="constant", checkpoint__resume="auto"))
         assert state(again)["spikes"] == 2
-        result = run(*command(tmp_path / "limited", dataset, name=name, guards__max_spikes=1, **options), check=False)
+        result = script(
+            *command(tmp_path / "limited", dataset, name=name, guards__max_spikes=1, **options), check=False
+        )
         assert result.returncode == 2 and "guards.max_spikes" in result.stderr
     end = state(output)
     assert (end["optimizer_step"], end["samples_seen"], end["spikes"]) == (24, 208, 2)

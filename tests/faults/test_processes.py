@@ -3,11 +3,12 @@
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, environment, metrics, run, train, train_losses
+from conftest import LAUNCH_TWO, environment, metrics, run, script, train, train_losses
 from processes import changed_copy, command, heartbeat, invalid_checkpoints, send, state, summary, training, weights
 
 ENDLESS: dict[str, object] = {"schedule__max_steps": 4000, "schedule__shape": "constant", "checkpoint__every_steps": 50}
@@ -21,7 +22,7 @@ def dataset(small_dataset) -> Path:
 
 def test_21_a_rank_is_killed(dataset, tmp_path):
     output = tmp_path / "run"
-    with training(command(output, dataset, 2, **ENDLESS), output) as started:
+    with training([*LAUNCH_TWO, *command(output, dataset, **ENDLESS)], output) as started:
         started.wait_for_step(5)
         send(started.ranks[1], signal.SIGKILL)
         killed = time.monotonic()
@@ -39,8 +40,8 @@ def test_22_a_rank_hangs(dataset, tmp_path):
         "        if step == 4 and accelerator.process_index == 1:\n            time.sleep(1000)\n" + MICRO_BATCHES,
     )
     with changed_copy(change, name="hang") as name:
-        arguments = command(output, dataset, 2, name=name, **ENDLESS, guards__hang_minutes=0.05)
-        with training(arguments, output) as started:
+        arguments = command(output, dataset, name=name, **ENDLESS, guards__hang_minutes=0.05)
+        with training([*LAUNCH_TWO, *arguments], output) as started:
             started.wait_for(lambda: "has come no further than step 5" in started.text())
             assert started.end(40) != 0
             told = started.text()
@@ -65,7 +66,7 @@ def test_23_a_rank_raises_or_leaves(how, dataset, tmp_path):
         + MICRO_BATCHES,
     )
     with changed_copy(change, name="raise") as name:
-        result = run(*command(output, dataset, 2, name=name, **ENDLESS), check=False)
+        result = run(*LAUNCH_TWO, *command(output, dataset, name=name, **ENDLESS), check=False)
     assert result.returncode != 0
     if "raise" in how:
         others = [result.stderr.find(words) for words in ("another rank has gone", "SIGTERM", "ChildFailedError")]
@@ -76,7 +77,7 @@ def test_23_a_rank_raises_or_leaves(how, dataset, tmp_path):
 def stopped_equals_whole(output: Path, dataset: Path, processes: int, step: int) -> None:
     """Resume for a few steps: the losses are those of a run that was not stopped, each step once."""
     more = {**ENDLESS, "schedule__max_steps": step + 3}
-    run(*command(output, dataset, processes, **more, checkpoint__resume="auto"))
+    script(*command(output, dataset, **more, checkpoint__resume="auto"), processes=processes)
     losses = train_losses(metrics(output))
     whole = train(output.with_name("whole"), data__dataset=dataset, **more)
     assert len(losses) == step + 3
@@ -101,7 +102,7 @@ def test_signals(case, dataset, tmp_path):
     """24 and 26: all ranks save the same step and end in order; each loader has workers, which get the signal too."""
     signum, target = SIGNALS[case]
     output = tmp_path / "run"
-    with training(command(output, dataset, 2, **ENDLESS, data__num_workers=1), output) as started:
+    with training([*LAUNCH_TWO, *command(output, dataset, **ENDLESS, data__num_workers=1)], output) as started:
         started.wait_for_step(5)
         send(started.seen[0] if target == "launcher" else started.ranks[int(target)], signum)
         code = started.end(60)
@@ -121,16 +122,8 @@ def test_signals(case, dataset, tmp_path):
 def test_24_a_launcher_that_dies_leaves_no_orphans(dataset, tmp_path):
     """One process: SIGTERM ends `accelerate launch` alone. Its script notices, saves, and ends."""
     output = tmp_path / "run"
-    arguments = command(output, dataset, 1, **ENDLESS)
-    launch = [
-        arguments[0],
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/cpu.yaml",
-        *arguments[1:],
-    ]
-    with training(launch, output) as started:
+    one = [word.replace("cpu_2_processes", "cpu") for word in LAUNCH_TWO]
+    with training([*one, *command(output, dataset, **ENDLESS)], output) as started:
         started.wait_for_step(5)
         send(started.seen[0], signal.SIGTERM)
         started.end(60)
@@ -166,7 +159,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp
         assert started.end() == 0
     assert summary(output)["reason"] == "SIGINT" and state(output)["looked_step"] < state(output)["optimizer_step"] == 6
     assert not any("eval/loss" in record for record in metrics(output))
-    run(*arguments, "--checkpoint.resume", "auto")
+    script(*arguments, "--checkpoint.resume", "auto")
     train(whole, data__dataset=dataset, **options)
     assert weights(output) == weights(whole)
     kept = [
@@ -186,7 +179,7 @@ def test_27_a_time_limit(dataset, tmp_path):
     """Counted from the start of the processes; saved before it, and ended (a busy machine may take longer to end)."""
     output = tmp_path / "run"
     started = time.time()
-    result = run(*command(output, dataset, **{**ENDLESS, "schedule__max_steps": 20_000}, max_minutes=1))
+    result = script(*command(output, dataset, **{**ENDLESS, "schedule__max_steps": 20_000}, max_minutes=1))
     assert (output / "checkpoints/last").resolve().stat().st_mtime - started < 60
     assert time.time() - started < 75
     assert summary(output)["reason"] == "max_minutes" and summary(output)["optimizer_step"] > 1
@@ -207,8 +200,8 @@ def test_a_stop_file(dataset, tmp_path):
 def test_a_console_that_has_gone_costs_nothing(dataset, tmp_path):
     """As with `| tee`, which Ctrl-C ends first, or a connection that is lost: saved, and ended in order."""
     output = tmp_path / "run"
-    arguments = command(output, dataset, **ENDLESS)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    arguments = [sys.executable, *command(output, dataset, **ENDLESS)]
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while b"step    1/" not in (line := process.stdout.readline()):
         assert line
     process.stdout.close()

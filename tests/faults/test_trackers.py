@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import metrics, run, train, train_losses
+from conftest import LAUNCH_TWO, metrics, script, train, train_losses
 from processes import command, summary, training
 
 WANDB = {"tracking__trackers": "[tensorboard,wandb]"}
@@ -20,12 +20,12 @@ def dataset(small_dataset) -> Path:
 
 def test_33_wandb_without_a_key_and_with_a_dead_network(dataset, tmp_path):
     """A warning, and JSON lines and TensorBoard go on. Without a key the run is kept offline."""
-    result = run(*command(tmp_path / "keyless", dataset, **WANDB))
+    result = script(*command(tmp_path / "keyless", dataset, **WANDB))
     assert "warning: W&B has no API key" in result.stderr
     assert list((tmp_path / "keyless").glob("wandb/offline-run-*/*.wandb"))
     dead = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3",
             "WANDB_HTTP_TIMEOUT": "1"}  # fmt: skip
-    result = run(*command(tmp_path / "dead", dataset, **WANDB), **dead)
+    result = script(*command(tmp_path / "dead", dataset, **WANDB), **dead)
     assert "warning: tracker wandb is off from here" in result.stderr
     for name in ("keyless", "dead"):
         assert len(train_losses(metrics(tmp_path / name))) == 10 and summary(tmp_path / name)["finished"] is True
@@ -42,7 +42,7 @@ def test_34_a_resumed_run_goes_on_in_its_trackers(dataset, tmp_path):
         started.process.kill()
         started.end()
     logged = max(record["step"] for record in metrics(output))
-    result = run(*command(output, dataset, **options, checkpoint__resume="auto"))
+    result = script(*command(output, dataset, **options, checkpoint__resume="auto"))
     assert "at step 40" in result.stdout and logged >= 70
     assert [record["step"] for record in metrics(output) if "train/loss" in record] == list(range(1, 101))
     assert tensorboard_steps(output) == list(range(1, 101))
@@ -121,7 +121,7 @@ def test_35_a_nested_configuration_reaches_tensorboard_flat(dataset, tmp_path):
 def test_a_signal_ends_a_run_with_its_tracker_in_order(dataset, tmp_path):
     """torch's launcher signals the whole session of a rank, W&B's helper process in it."""
     output = tmp_path / "run"
-    with training(command(output, dataset, 2, **WANDB, schedule__max_steps=4000), output) as started:
+    with training([*LAUNCH_TWO, *command(output, dataset, **WANDB, schedule__max_steps=4000)], output) as started:
         started.wait_for_step(5)
         started.process.terminate()
         started.end(60)
