@@ -250,8 +250,8 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     print(f"\n{'died in':12}" + "".join(f"{victim:>10}" for victim in VICTIMS))
     for phase in PHASES:
         print(f"{phase:12}" + "".join(f"{hits[phase, victim]:10}" for victim in VICTIMS))
-    # With few kills only every phase can be asked for; with more, every victim in every phase.
-    missed = [phase for phase in PHASES if not any(hits[phase, victim] for victim in VICTIMS)]
+    # With a few kills only every phase can be asked for; with more, every victim in every phase; with fewer, neither.
+    missed = [phase for phase in PHASES if options.kills > len(PHASES) and not any(hits[phase, one] for one in VICTIMS)]
     if options.kills >= 3 * len(PHASES) * len(VICTIMS):
         missed = [f"{phase} ({victim})" for phase in PHASES for victim in VICTIMS if not hits[phase, victim]]
     if missed:

@@ -1,6 +1,6 @@
 """Time and memory to lay out many documents, each layout in a process of its own (Linux).
 
-    python benchmarks/layout.py --documents 1e8
+    python benchmarks/layout.py            # 100 million documents, some 3 GB of memory
 
 The lengths are log-normal with a mean of 250 tokens. A time runs from the lengths to rows that can be asked for; a peak
 is the process's largest resident size (VmHWM): the lengths themselves and the libraries' some 150 MB are in it.

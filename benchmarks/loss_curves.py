@@ -1,27 +1,34 @@
 """Whether the fast way trains as the plain one does: the loss of each step, on real text.
 
     python benchmarks/loss_curves.py       # needs data/demo: python prepare_data.py; some 15 minutes
+    python benchmarks/loss_curves.py --fp32
 
 The same GPT-2, order of data and seed, on the plain path (full logits, eager attention, transformers' own activation) and on
-the default one, in fp32 and in bf16. How far bf16 itself leads away is seen on the plain path. Writes
-runs/loss_curves.png and ends with one JSON object.
+the default one, in fp32 and in bf16. How far bf16 itself leads away is seen on the plain path. Further options are train.py's. Writes runs/loss_curves.png and ends with
+one JSON object.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = {
-    "model.architecture": "gpt2", "tracking.log_every_steps": 1, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
-    "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
-}  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import (
+    ON_CPU,
+    ONE_PROCESS,
+    ROOT,
+    STEPS_ONLY,
+    TRAIN,
+    build_parser,
+    flags,
+    read_metrics,
+    run,
+    save_plot,
+)
+
 PLAIN = {
     "model.attention": "eager", "matmul_precision": "highest", "kernels.chunked_head": "false",
     "kernels.fused_activation": "false", "kernels.fast_dropout": "false",
@@ -34,38 +41,26 @@ KINDS = {
 }
 
 
-def losses(kind: str, steps: int, folder: Path) -> list[float]:
+def losses(kind: str, steps: int, further: list[str], folder: Path) -> list[float]:
     """The loss of each step, in nats per token."""
     own, precision = KINDS[kind]
     output = folder / kind.replace(", ", "_")
-    options = OPTIONS | own | {
-        "data.dataset": ROOT / "data" / "demo", "output": output, "schedule.max_steps": steps
-    }  # fmt: skip
-    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    child = subprocess.run(
-        [sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-        env=kept | {"ACCELERATE_MIXED_PRECISION": precision, "ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    if child.returncode:
-        raise SystemExit(f"{kind} failed:\n{child.stderr[-3000:]}")
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [record["train/loss"] for record in records if "train/loss" in record]
+    options = STEPS_ONLY | own | {"model.architecture": "gpt2", "output": output, "schedule.max_steps": steps}
+    run(*ONE_PROCESS, TRAIN, *flags(options), *further, ACCELERATE_MIXED_PRECISION=precision, **ON_CPU)
+    return [record["train/loss"] for record in read_metrics(output) if "train/loss" in record]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
         "--fp32", action="store_true", help="only: a CPU without such instructions emulates bf16, slowly"
     )
-    arguments = parser.parse_args()
-    if not (ROOT / "data" / "demo" / "manifest.json").is_file():
-        raise SystemExit("benchmarks/loss_curves.py needs data/demo; make it with: python prepare_data.py")
+    parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "loss_curves.png")
+    arguments, further = parser.parse_known_args()
+    kinds = [kind for kind in KINDS if "fp32" in kind or not arguments.fp32]
     with tempfile.TemporaryDirectory() as folder:
-        curves = {
-            kind: losses(kind, arguments.steps, Path(folder)) for kind in KINDS if "fp32" in kind or not arguments.fp32
-        }
+        curves = {kind: losses(kind, arguments.steps, further, Path(folder)) for kind in kinds}
     figure = Figure(figsize=(8, 6), layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     table = {}
@@ -82,12 +77,7 @@ def main() -> None:
             lower.semilogy(range(1, len(apart) + 1), [max(each, 1e-7) for each in apart], label=kind, linewidth=1)
     upper.set(ylabel="loss, nats per token")
     lower.set(ylabel="difference from plain, fp32", xlabel="step")
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    path = ROOT / "runs" / "loss_curves.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    save_plot(figure, arguments.plot)
     print(json.dumps({"steps": arguments.steps, "against_plain_fp32": table}))
 
 

@@ -3,26 +3,27 @@
     python benchmarks/memory.py            # some minutes, at most 6 GB
     python benchmarks/memory.py --only bert t5
 
-train.py makes three steps of each configuration in a process of its own, on the sample's text. Measured is the largest
+train.py makes three steps of each configuration in a process of its own, on the demo's dataset (python prepare_data.py).
+Measured is the largest
 resident size (VmHWM) up to the first evaluation, less that before the model was built. A second process does so with
 MALLOC_MMAP_THRESHOLD_=1048576, which takes blocks of 1 MiB and more straight from the system: it has no heap full of
 holes, so it shows the tensors alone, at a cost in time.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `utils` is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
+from benchmarks import common
+from benchmarks.common import ON_CPU, ONE_PROCESS, add_dataset, build_parser, flags
 
 STEPS = 3
 GPT2 = {"model.architecture": "gpt2", "model.size": "124m", "model.vocabulary_multiple": 50257,
@@ -32,6 +33,7 @@ LLAMA = {"model.vocabulary_multiple": 8192, "model.hidden_size": 512, "model.num
          "batch.global_batch_size": 8}  # fmt: skip
 # Name → accelerate's precision and options of train.py.
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "demo": ("no", {}),
     "gpt2": ("no", GPT2),
     "gpt2 dropout": ("no", GPT2 | {"model.dropout": 0.1}),
     "gpt2 accumulation": ("bf16", GPT2 | {"batch.per_device_batch_size": 1}),
@@ -53,23 +55,23 @@ class Measured(Exception):
     """The training has made its steps."""
 
 
-def train(name: str, folder: Path, **changes: Any) -> None:
+def train(name: str, dataset: Path, folder: Path, **changes: Any) -> None:
     """Run train.py's main in this process with a configuration."""
     import train as script
     from utils.cli import parse_config
     from utils.config import TrainConfig
 
     options = CONFIGURATIONS[name][1] | {
-        "data.dataset": folder / "dataset", "output": folder / "run", "schedule.max_steps": STEPS,
+        "data.dataset": dataset, "output": folder / "run", "schedule.max_steps": STEPS,
         "schedule.warmup_steps": 1, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
         "evaluation.every_steps": STEPS,
     } | changes  # fmt: skip
-    sys.argv = ["train.py", *(text for option, value in options.items() for text in (f"--{option}", str(value)))]
+    sys.argv = ["train.py", *flags(options)]
     with contextlib.redirect_stdout(sys.stderr):
         script.main(parse_config(TrainConfig, ""))
 
 
-def estimate(name: str, folder: Path) -> dict[str, int]:
+def estimate(name: str, dataset: Path, folder: Path) -> dict[str, int]:
     """Bytes by part, from what train.py hands to its dry run."""
     import train as script
     from utils.training.dry_run import resized
@@ -85,7 +87,7 @@ def estimate(name: str, folder: Path) -> dict[str, int]:
         return []
 
     script.dry_run_report = capture
-    train(name, folder, dry_run=True)
+    train(name, dataset, folder, dry_run=True)
     return found
 
 
@@ -95,7 +97,7 @@ def status(field: str) -> int:
     return int(lines[field].split()[0]) * 1024
 
 
-def measure(name: str, folder: Path) -> dict[str, float]:
+def measure(name: str, dataset: Path, folder: Path) -> dict[str, float]:
     """Train in this process up to the first evaluation; bytes at the peak, and seconds of all steps."""
     import train as script
 
@@ -111,48 +113,47 @@ def measure(name: str, folder: Path) -> dict[str, float]:
 
     script.build_model, script.evaluate = build, stop
     try:
-        train(name, folder)
+        train(name, dataset, folder)
     except Measured:
         return {"peak": status("VmHWM") - before[0], "seconds": time.perf_counter() - before[1]}
     raise SystemExit(f"{name}: train.py ended without an evaluation")
 
 
-def run(name: str, what: str, folder: Path, **environment: str) -> dict[str, Any]:
+def run(name: str, what: str, dataset: Path, folder: Path, **environment: str) -> dict[str, Any]:
     """`estimate` or `measure` in a process of its own."""
-    command = [sys.executable, __file__, "--only", name, "--child", what, "--folder", str(folder)]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "MALLOC_"))}
-    kept |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": CONFIGURATIONS[name][0]}
     shutil.rmtree(folder / "run", ignore_errors=True)
-    result = subprocess.run(command, capture_output=True, text=True, env=kept | environment, cwd=ROOT)
-    if result.returncode:
-        raise SystemExit(f"{name} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    printed = common.run(
+        *ONE_PROCESS, __file__, "--only", name, "--child", what, "--dataset", dataset, "--folder", folder,
+        ACCELERATE_MIXED_PRECISION=CONFIGURATIONS[name][0], **ON_CPU, **environment,
+    )  # fmt: skip
+    return json.loads(printed.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--child", choices=["estimate", "measure"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    add_dataset(parser)
+    parser.add_argument("--child", choices=["estimate", "measure"], help=SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child = {"estimate": estimate, "measure": measure}[arguments.child]
-        print(json.dumps(child(arguments.only[0], arguments.folder)))
+        print(json.dumps(child(arguments.only[0], arguments.dataset, arguments.folder)))
         return
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        del os.environ[name]
     with tempfile.TemporaryDirectory() as folder:
-        dataset = ["--output", f"{folder}/dataset"]
-        subprocess.run([sys.executable, "prepare_data.py", *dataset], cwd=ROOT, check=True, capture_output=True)
-        print(json.dumps(compare(arguments.only, Path(folder))))
+        print(json.dumps(compare(arguments.only, arguments.dataset, Path(folder))))
 
 
-def compare(names: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+def compare(names: list[str], dataset: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """A line of the table for each name; all figures."""
     print(f"{'MB':<20} {'no heap':>8} {'measured':>9} {'ratio':>6}   {'estimate':>8} {'measured':>9} {'ratio':>6}")
     results = {}
     for name in names:
-        parts = run(name, "estimate", folder)
-        usual = run(name, "measure", folder)
-        mapped = run(name, "measure", folder, MALLOC_MMAP_THRESHOLD_=str(2**20))
+        parts = run(name, "estimate", dataset, folder)
+        usual = run(name, "measure", dataset, folder)
+        mapped = run(name, "measure", dataset, folder, MALLOC_MMAP_THRESHOLD_=str(2**20))
         total = sum(parts.values())
         tensors = total - parts["heap"]
         results[name] = {

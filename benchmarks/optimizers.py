@@ -2,34 +2,40 @@
 
     python benchmarks/optimizers.py                  # needs data/demo: python prepare_data.py
 
-Each optimizer first runs one seed with each of three learning rates; its best one then runs all seeds. Prints a table
-of evaluation losses over the steps, writes the curves to runs/optimizers.png, and ends with one JSON object.
+Each optimizer first runs one seed with each of three learning rates; its best one then runs all seeds. Further options are
+train.py's. Prints a table of evaluation losses over the steps, writes the curves to runs/optimizers.png, and ends with one
+JSON object.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import DEMO, ONE_PROCESS, ROOT, TRAIN, build_parser, flags, read_metrics, run, save_plot
+
 LEARNING_RATES = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (3e-3, 1e-2, 3e-2)}
 Curve = dict[int, float]  # optimizer step → evaluation loss
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace, further: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results: dict[str, dict[str, object]] = {}
         curves: dict[str, list[Curve]] = {}
         for name, rates in LEARNING_RATES.items():
-            first = {rate: train(options, Path(folder), name, rate, options.seeds[0]) for rate in rates}
+
+            def runs_with(rate: float, seed: int, name: str = name) -> tuple[Curve, float]:
+                return train(options, further, Path(folder), name, rate, seed)
+
+            first = {rate: runs_with(rate, options.seeds[0]) for rate in rates}
             last = {rate: curve[options.steps] for rate, (curve, _) in first.items()}
             best = min(last, key=lambda rate: last[rate])
-            runs = [first[best], *(train(options, Path(folder), name, best, seed) for seed in options.seeds[1:])]
+            runs = [first[best], *(runs_with(best, seed) for seed in options.seeds[1:])]
             curves[name] = [curve for curve, _ in runs]
             results[name] = {
                 "learning_rate": best,
@@ -41,22 +47,23 @@ def main(options: argparse.Namespace) -> None:
     for step in curves["adamw"][0]:
         cells = (" ".join(f"{curve[step]:.4f}" for curve in found) for found in curves.values())
         print(f"{step:>6}  " + "  ".join(f"{cell:>24}" for cell in cells))
-    plot(curves, results, Path(options.plot))
+    plot(curves, results, options.plot)
     print(json.dumps({"steps": options.steps, "seeds": options.seeds, **results}))
 
 
-def train(options: argparse.Namespace, folder: Path, name: str, rate: float, seed: int) -> tuple[Curve, float]:
+def train(
+    options: argparse.Namespace, further: list[str], folder: Path, name: str, rate: float, seed: int
+) -> tuple[Curve, float]:
     """The evaluation losses of one run, and its seconds of training."""
     output = folder / f"{name}-{rate:g}-{seed}"
-    command = [
-        sys.executable, "train.py", "--config", options.recipe, "--output", str(output), "--optimizer.name", name,
-        "--optimizer.learning_rate", str(rate), "--seed", str(seed), "--schedule.max_steps", str(options.steps),
-        "--evaluation.every_steps", str(options.steps // 6), "--checkpoint.every_steps", str(options.steps),
-        "--tracking.trackers", "[]", "--tracking.sample_every_steps", "0",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = {record["step"]: record["eval/loss"] for record in records if "eval/loss" in record}
+    settings = {
+        "config": options.recipe, "data.dataset": DEMO, "output": output, "optimizer.name": name,
+        "optimizer.learning_rate": rate, "seed": seed, "schedule.max_steps": options.steps,
+        "evaluation.every_steps": options.steps // 6, "checkpoint.every_steps": options.steps,
+        "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
+    }  # fmt: skip
+    run(*ONE_PROCESS, TRAIN, *flags(settings), *further)
+    curve = {int(record["step"]): record["eval/loss"] for record in read_metrics(output) if "eval/loss" in record}
     seconds = json.loads((output / "summary.json").read_text(encoding="utf-8"))["train_seconds"]
     print(f"{name:<6} learning rate {rate:g}, seed {seed}: {curve[options.steps]:.4f}", flush=True)
     return curve, seconds
@@ -69,16 +76,13 @@ def plot(curves: dict[str, list[Curve]], results: dict[str, dict[str, object]], 
             label = f"{name}, {results[name]['learning_rate']:g}" if curve is found[0] else None
             axes.plot(list(curve), list(curve.values()), "o-", color=f"C{number}", label=label, markersize=3)
     axes.set(xlabel="optimizer step", ylabel="evaluation loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="configs/small/llama_tiny.yaml")
+    parser = build_parser(__doc__)
+    parser.add_argument("--recipe", default=ROOT / "configs" / "small" / "llama_tiny.yaml")
     parser.add_argument("--steps", type=int, default=180, help="a multiple of 6")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--plot", default="runs/optimizers.png")
-    main(parser.parse_args())
+    parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "optimizers.png")
+    main(*parser.parse_known_args())

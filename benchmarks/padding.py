@@ -4,26 +4,21 @@
     python benchmarks/padding.py --entries all      # the Jargon File's longer ones too
 
 The entries of The Devil's Dictionary in the sample, rows of up to --length positions, one model and one batch of positions for
-all: padded to the maximal length, padded to the longest of the batch, and packed; in processes that take turns. Prints a
-table and one JSON object.
+all: padded to the maximal length, padded to the longest of the batch, and packed; in processes that take turns. Further
+options are train.py's. Prints a table and one JSON object.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `utils` is not installed
-OPTIONS = {
-    "batch.global_batch_size": 8, "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
-    "evaluation.per_device_batch_size": 8, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
-    "tracking.log_every_steps": 1,
-}  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import ONE_PROCESS, ROOT, STEPS_ONLY, TRAIN, build_parser, flags, median_speed, run
+
+OPTIONS = STEPS_ONLY | {"batch.global_batch_size": 8, "evaluation.per_device_batch_size": 8}
 KINDS = {
     "max_length": {"data.layout": "padded", "data.pad_to": "max_length"},
     "longest": {"data.layout": "padded", "data.pad_to": "longest"},
@@ -38,51 +33,41 @@ def prepare(beginning: str, folder: Path) -> tuple[Path, float]:
     (folder / "entries.jsonl").write_text(
         "\n".join(line for line in lines if json.loads(line)["id"].startswith(beginning))
     )
-    command = [
-        sys.executable, "prepare_data.py", "--sources", f"[{folder}/entries.jsonl]", "--output", folder / "entries"
-    ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    run(
+        *ONE_PROCESS, ROOT / "prepare_data.py", "--sources", f"[{folder}/entries.jsonl]", "--output", folder / "entries"
+    )
     train = json.loads((folder / "entries" / "manifest.json").read_text())["splits"]["train"]
     return folder / "entries", train["tokens"] / train["documents"]
 
 
-def tokens_per_second(kind: str, steps: int, length: int, dataset: Path, folder: Path) -> float:
+def tokens_per_second(kind: str, steps: int, length: int, dataset: Path, further: list[str], folder: Path) -> float:
     """Targets per second of train.py, the median of its steps but for the first two."""
     output = folder / f"{kind}-{time.monotonic_ns()}"
     lengths = {"data.sequence_length": length, "model.max_position_embeddings": length}
     options = OPTIONS | KINDS[kind] | lengths | {"data.dataset": dataset, "output": output, "schedule.max_steps": steps}
-    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True, capture_output=True)
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([item["perf/tokens_per_second"] for item in records if "train/loss" in item][2:])
+    run(*ONE_PROCESS, TRAIN, *flags(options), *further)
+    return median_speed(output)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--entries", choices=["short", "all"], default="short")
     parser.add_argument("--length", type=int, default=512, help="positions of a row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
-    arguments = parser.parse_args()
+    arguments, further = parser.parse_known_args()
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         dataset, mean = prepare("devil/" if arguments.entries == "short" else "", Path(folder))
         for _ in range(arguments.rounds):
             for kind, found in speeds.items():
-                found.append(tokens_per_second(kind, arguments.steps, arguments.length, dataset, Path(folder)))
+                found.append(tokens_per_second(kind, arguments.steps, arguments.length, dataset, further, Path(folder)))
     medians = {kind: statistics.median(found) for kind, found in speeds.items()}
     print(f"entries of {mean:.0f} tokens on average")
     for kind, value in medians.items():
         print(f"{kind:<12}{value:>10,.0f} tokens/s{value / medians['max_length']:>8.2f}")
-    print(
-        json.dumps(
-            {
-                "tokens_per_second": medians,
-                "mean_tokens": mean,
-                "ratio_packed": medians["packed"] / medians["max_length"],
-            }
-        )
-    )
+    ratios = {f"ratio_{kind}": value / medians["max_length"] for kind, value in medians.items()}
+    print(json.dumps({"tokens_per_second": medians, "mean_tokens": mean, **ratios}))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@
 
 The peer tokenizes with one `datasets.map`, and with a second one joins the tokens of each batch and cuts them into blocks
 of 1,024, dropping the rest: what run_clm describes. Both sides start from the same table of cleaned documents on disk, use
-the same tokenizer, one process and all cores, and end with tokens on disk; text under 20 MB is repeated. Each measurement is its own process; the sides
-take turns, and the medians count. Whole runs of prepare_data.py are measured beside, for time and memory: cleaning and
-deduplication have no counterpart in the peer.
+the same tokenizer, one process and all cores, and end with tokens on disk; text under 20 MB is repeated. Each measurement is
+its own process; the sides take turns, and the medians count. A whole run of prepare_data.py is measured beside, for time and
+memory: cleaning and deduplication have no counterpart in the peer. Prints a table and one JSON object.
 """
 
 import argparse
 import json
-import os
+import math
 import statistics
 import subprocess
 import sys
@@ -24,26 +24,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
+from benchmarks import common
+from benchmarks.common import ONE_PROCESS, ROOT, build_parser
 
 BLOCK = 1024
 BATCH = 64
-LEAST_BYTES = 20_000_000  # less text is repeated: what a run costs once would hide what a token costs
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = build_parser(__doc__)
     parser.add_argument("--input", nargs="+", default=[str(SAMPLE)], help="files or folders (default: the sample)")
     parser.add_argument("--vocab_size", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=3)
+    # What a run costs once would hide what a token costs.
+    parser.add_argument("--megabytes", type=float, default=20, help="less text is repeated")
+    parser.add_argument("--loader_seconds", type=float, default=5, help="how long each loader is read")
     parser.add_argument("--quick", action="store_true", help="one round, a small vocabulary")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=MEASUREMENTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        side, folder = arguments.measure
-        print(json.dumps(MEASUREMENTS[side](Path(folder))))
+    if arguments.side:
+        print(json.dumps(MEASUREMENTS[arguments.side](arguments)))
         return
     if arguments.quick:
         arguments.rounds, arguments.vocab_size = 1, 8192
@@ -53,7 +56,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     command = [
-        sys.executable, str(ROOT / "prepare_data.py"), "--sources", json.dumps([str(Path(p).resolve()) for p in arguments.input]),
+        *ONE_PROCESS, str(ROOT / "prepare_data.py"), "--sources", json.dumps([str(Path(p).resolve()) for p in arguments.input]),
         "--output", str(folder / "dataset"), "--tokenizer.vocab_size", str(arguments.vocab_size),
     ]  # fmt: skip
     started = time.perf_counter()
@@ -63,13 +66,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in MEASUREMENTS}
     for _ in range(arguments.rounds):
         for side in MEASUREMENTS:
-            process = subprocess.run(
-                [sys.executable, __file__, "--measure", side, str(folder)], capture_output=True, text=True, check=False,
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1"},
+            printed = common.run(
+                *ONE_PROCESS, __file__, "--side", side, "--folder", folder, "--megabytes", str(arguments.megabytes),
+                "--loader_seconds", str(arguments.loader_seconds), TOKENIZERS_PARALLELISM="true", HF_HUB_OFFLINE="1",
             )  # fmt: skip
-            if process.returncode:
-                sys.exit(f"{side} failed:\n{process.stderr[-3000:]}")
-            results[side].append(json.loads(process.stdout.splitlines()[-1]))
+            results[side].append(json.loads(printed.splitlines()[-1]))
     manifest = json.loads((folder / "dataset" / "manifest.json").read_text(encoding="utf-8"))
     tokens = sum(split["tokens"] for split in manifest["splits"].values())
     stored = sum(path.stat().st_size for split in manifest["splits"] for path in (folder / "dataset" / split).iterdir())
@@ -110,7 +111,7 @@ def anonymous_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
-def cleaned_documents(folder: Path) -> Any:
+def cleaned_documents(arguments: argparse.Namespace) -> Any:
     """The documents of both splits as prepare_data.py cleaned them, in one table on disk; few of them several times."""
     import datasets
     import numpy as np
@@ -118,27 +119,24 @@ def cleaned_documents(folder: Path) -> Any:
     from utils.text.selection import Selection
     from utils.text.stages import load_slices
 
-    stages = folder / ".dataset.stages"
+    stages = arguments.folder / ".dataset.stages"
     (cleaned,), (selected,) = stages.glob("clean-*"), stages.glob("select-*")
     kept = np.flatnonzero(Selection.load(selected).code == 0)
     documents = load_slices(cleaned / "clean.arrow").select(kept).select_columns(["text"])
     total = sum(len(text.encode()) for batch in documents.iter(1000) for text in batch["text"])
-    return datasets.concatenate_datasets([documents] * -(-LEAST_BYTES // total)).flatten_indices()
+    times = math.ceil(1e6 * arguments.megabytes / total)
+    return datasets.concatenate_datasets([documents] * times).flatten_indices()
 
 
-def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder / "dataset" / "tokenizer")
-
-
-def measure_peer(folder: Path) -> dict[str, Any]:
+def measure_peer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two maps, as in run_clm; the result stays on disk for `measure_peer_loader`."""
     import datasets
+    from transformers import AutoTokenizer
 
-    documents, tokenizer = cleaned_documents(folder), tokenizer_of(folder)
+    documents = cleaned_documents(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder / "dataset" / "tokenizer")
     datasets.disable_progress_bars()
-    out = folder / "peer"
+    out = arguments.folder / "peer"
     out.mkdir(exist_ok=True)
 
     def tokenize(batch: dict[str, list]) -> Any:
@@ -166,44 +164,45 @@ def measure_peer(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_encoding(folder: Path, *, fast: bool) -> dict[str, Any]:
+def measure_encoding(arguments: argparse.Namespace, *, fast: bool) -> dict[str, Any]:
     """Plainloop's encoding of the same documents."""
     import datasets
 
-    from prepare_data import encode_split
+    from prepare_data import THIS_MACHINE, encode_split
     from utils.text.encoding import build_encoder
     from utils.text.stages import text_bytes
     from utils.text.tokenization import load_tokenizer
 
     datasets.disable_progress_bars()
-    documents, tokenizer = cleaned_documents(folder), load_tokenizer(str(folder / "dataset" / "tokenizer"))
+    documents = cleaned_documents(arguments)
+    tokenizer = load_tokenizer(str(arguments.folder / "dataset" / "tokenizer"))
     lengths = text_bytes(documents)
-    out = folder / ("ours_fast" if fast else "ours")
+    out = arguments.folder / ("ours_fast" if fast else "ours")
     started = time.perf_counter()
     encoder = build_encoder(tokenizer, documents[:100]["text"], use_gigatoken=fast)
-    tokens = encode_split(documents, lengths, encoder, out / f"run-{time.time_ns()}" / "train")
+    tokens = encode_split(documents, lengths, encoder, out / f"run-{time.time_ns()}" / "train", THIS_MACHINE)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "tokens": int(tokens.sum()), "note": encoder.note}
 
 
-def measure_peer_loader(folder: Path) -> dict[str, Any]:
+def measure_peer_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     import datasets
     import torch
     from transformers import default_data_collator
 
-    grouped = datasets.Dataset.from_file(str(folder / "peer" / "grouped.arrow"))
+    grouped = datasets.Dataset.from_file(str(arguments.folder / "peer" / "grouped.arrow"))
     loader = torch.utils.data.DataLoader(grouped, batch_size=BATCH, shuffle=True, collate_fn=default_data_collator)  # type: ignore[arg-type]
-    return time_blocks(loader)
+    return time_blocks(loader, arguments.loader_seconds)
 
 
-def measure_loader(folder: Path) -> dict[str, Any]:
+def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     from utils.batches.batch_plan import plan_batches
     from utils.batches.loaders import build_layout, build_train_loader
     from utils.batches.token_dataset import open_split
     from utils.training.objectives.causal import collate
 
     layout = build_layout(
-        open_split(sorted((folder / "ours").iterdir())[-1], "train"),
+        open_split(sorted((arguments.folder / "ours").iterdir())[-1], "train"),
         "packed",
         BLOCK,
         pad_token_id=0,
@@ -211,10 +210,10 @@ def measure_loader(folder: Path) -> dict[str, Any]:
     )
     plan = plan_batches(BATCH, None, 1)
     loader = build_train_loader(layout, collate, plan, samples_seen=0, seed=0, num_workers=0)
-    return time_blocks(loader)
+    return time_blocks(loader, arguments.loader_seconds)
 
 
-def time_blocks(loader: Any, seconds: float = 5.0) -> dict[str, Any]:
+def time_blocks(loader: Any, seconds: float) -> dict[str, Any]:
     """Blocks per second of a loader, in which each batch is looked at; starts again when it comes to its end."""
     for batch in loader:
         batch["input_ids"].sum()
@@ -228,7 +227,7 @@ def time_blocks(loader: Any, seconds: float = 5.0) -> dict[str, Any]:
                 return {"blocks_per_second": blocks / elapsed}
 
 
-MEASUREMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "peer": measure_peer,
     "tokenizers": partial(measure_encoding, fast=False),
     "fast": partial(measure_encoding, fast=True),

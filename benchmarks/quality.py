@@ -1,10 +1,10 @@
 """Time to quality: seconds of training until the sample's held-out text costs 2.4 bits per byte.
 
-    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; some 20 minutes
+    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; some 12 minutes
 
 One tokenizer and one size of model, the demo's. train.py runs Muon with a short warm-up, transformers' Trainer AdamW with its
 own defaults, and a loop like nanoGPT's AdamW with betas 0.9 and 0.95 on random rows of one long stream; so what is compared is
-the optimizer too. Learning rates and numbers of steps are LEARNING_RATES and STEPS below: try others with
+the optimizer too. Each has the best of the learning rates and numbers of steps that were tried (TUNED); try others with
 --contestants NAME --learning_rates ... --steps N. All are scored by one function on the same rows. Seconds are those of the
 steps; `with start` counts all that is neither a step nor an evaluation too: imports, building, saves. Writes
 runs/quality.png and ends with one JSON object.
@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,30 +23,26 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `utils` is not installed
-DATASET = ROOT / "data" / "demo"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
+from benchmarks import common
+from benchmarks.common import ONE_PROCESS, ROOT, add_dataset, build_parser, flags, read_metrics, save_plot
+
 LENGTH = 256
-# Not yet tuned: a first guess for each, and the steps that its schedule is laid out for.
-LEARNING_RATES = {
-    "plainloop": 2e-2,
-    "trainer": 3e-3,
-    "nanogpt": 3e-3,
-}
-STEPS = {"plainloop": 200, "trainer": 600, "nanogpt": 600}
+# The learning rate and the steps that the schedule is laid out for; what else was tried is in README.md.
+TUNED = {"plainloop": (1e-2, 150), "trainer": (1e-3, 600), "nanogpt": (1e-3, 600)}
 PLAINLOOP: dict[str, Any] = {
     "data.sequence_length": LENGTH, "batch.global_batch_size": 8, "optimizer.name": "muon", "schedule.warmup_steps": 10,
     "evaluation.every_steps": 10, "checkpoint.every_steps": 100_000, "tracking.log_every_steps": 10,
     "tracking.sample_every_steps": 0, "tracking.trackers": "[]",
 }  # fmt: skip
-EVERY = 20  # the peers' steps between evaluations
+EVERY = 20  # the peers' steps between evaluations; their last step is followed by one too
 Curve = list[tuple[float, float]]  # (seconds, bits per byte)
 evaluating: list[float] = []  # seconds of each evaluation of this process
 
 
-def plainloop(rate: float, steps: int, folder: Path) -> Curve:
+def plainloop(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
     options = PLAINLOOP | {
-        "data.dataset": DATASET, "output": folder / "run", "optimizer.learning_rate": rate, "schedule.max_steps": steps
+        "data.dataset": dataset, "output": folder / "run", "optimizer.learning_rate": rate, "schedule.max_steps": steps
     }  # fmt: skip
     import train as script
     from utils.cli import parse_config
@@ -62,12 +57,11 @@ def plainloop(rate: float, steps: int, folder: Path) -> Curve:
         return found
 
     script.evaluate = evaluate_and_count
-    sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options.items())]
+    sys.argv = ["train.py", *flags(options)]
     with contextlib.redirect_stdout(sys.stderr):
         script.main(parse_config(TrainConfig, ""))
     seconds, curve = 0.0, []
-    for line in (folder / "run" / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in read_metrics(folder / "run"):
         seconds = record.get("perf/train_seconds", seconds)
         if "eval/bits_per_byte" in record:
             curve.append((seconds, record["eval/bits_per_byte"]))
@@ -77,7 +71,7 @@ def plainloop(rate: float, steps: int, folder: Path) -> Curve:
 class Scorer:
     """Bits per byte of the validation text by evaluate() of train.py, and the seconds that were spent elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: Path, steps: int) -> None:
         from accelerate import Accelerator
 
         from utils.batches.loaders import build_evaluation_loader, build_layout
@@ -85,19 +79,21 @@ class Scorer:
         from utils.pretrained import read_tokenizer
         from utils.training.objectives.causal import build_collator
 
-        self.tokenizer = read_tokenizer(DATASET / "tokenizer")
+        self.tokenizer, self.steps = read_tokenizer(dataset / "tokenizer"), steps
         rows = build_layout(
-            open_split(DATASET, "validation"), "packed", LENGTH, pad_token_id=0, vocab_size=len(self.tokenizer)
+            open_split(dataset, "validation"), "packed", LENGTH, pad_token_id=0, vocab_size=len(self.tokenizer)
         )
         from utils.objective_config import ObjectiveConfig
 
         self.accelerator = Accelerator(cpu=True)
         self.loader = build_evaluation_loader(rows, build_collator(ObjectiveConfig(), self.tokenizer), 32)
-        self.bytes = load_manifest(DATASET)["splits"]["validation"]["bytes"]
+        self.bytes = load_manifest(dataset)["splits"]["validation"]["bytes"]
         self.curve: Curve = []
         self.started = time.perf_counter()
 
-    def score(self, model: Any) -> None:
+    def score(self, model: Any, step: int) -> None:
+        if step % EVERY and step != self.steps:
+            return
         from utils.training.evaluation import evaluate
         from utils.training.objectives import Objective
 
@@ -120,29 +116,28 @@ def build(scorer: Scorer) -> Any:
     ))  # fmt: skip
 
 
-def stream() -> Any:
+def stream(dataset: Path) -> Any:
     from utils.batches.token_dataset import open_split
 
-    tokens = open_split(DATASET, "train")
+    tokens = open_split(dataset, "train")
     return tokens.read(0, tokens.num_tokens)
 
 
-def trainer(rate: float, steps: int, folder: Path) -> Curve:
+def trainer(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
     """Trainer on blocks of the stream, as run_clm makes them; linear decay and no warm-up are its defaults."""
     import datasets
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    scorer = Scorer()
+    scorer = Scorer(dataset, steps)
 
     class Score(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             scorer.started = time.perf_counter()
 
         def on_step_end(self, arguments: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            if state.global_step % EVERY == 0:
-                scorer.score(model)
+            scorer.score(model, state.global_step)
 
-    tokens = stream()
+    tokens = stream(dataset)
     rows = tokens[: len(tokens) // LENGTH * LENGTH].reshape(-1, LENGTH).tolist()
     options = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=8, max_steps=steps, learning_rate=rate, logging_steps=20,
@@ -153,13 +148,13 @@ def trainer(rate: float, steps: int, folder: Path) -> Curve:
     return scorer.curve
 
 
-def nanogpt(rate: float, steps: int, folder: Path) -> Curve:
+def nanogpt(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
     """Random rows; warm-up of 100 steps or a tenth of all, cosine to a tenth; decay 0.1 on matrices, gradients clipped at 1."""
     import torch
 
-    scorer = Scorer()
+    scorer = Scorer(dataset, steps)
     model = build(scorer).train()
-    tokens = torch.from_numpy(stream())
+    tokens = torch.from_numpy(stream(dataset))
     groups = [
         {"params": [value for value in model.parameters() if value.dim() >= 2], "weight_decay": 0.1},
         {"params": [value for value in model.parameters() if value.dim() < 2], "weight_decay": 0.0},
@@ -178,12 +173,11 @@ def nanogpt(rate: float, steps: int, folder: Path) -> Curve:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % EVERY == 0:
-            scorer.score(model)
+        scorer.score(model, step + 1)
     return scorer.curve
 
 
-CONTESTANTS: dict[str, Callable[[float, int, Path], Curve]] = {
+CONTESTANTS: dict[str, Callable[[float, int, Path, Path], Curve]] = {
     "plainloop": plainloop, "trainer": trainer, "nanogpt": nanogpt
 }  # fmt: skip
 
@@ -200,14 +194,12 @@ def reached(curve: Curve, bits: float) -> float | None:
     return None
 
 
-def run(name: str, rate: float, steps: int) -> tuple[Curve, float]:
+def run(name: str, rate: float, steps: int, dataset: Path) -> tuple[Curve, float]:
     """The curve, and the seconds beside steps and evaluations, from a process of its own."""
-    command = [sys.executable, __file__, "--child", name, "--learning_rates", str(rate), "--steps", str(steps)]
+    options = {"child": name, "learning_rates": rate, "steps": steps, "dataset": dataset}
     started = time.perf_counter()
-    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if child.returncode:
-        raise SystemExit(f"{name} failed:\n{child.stderr[-3000:]}")
-    result = json.loads(child.stdout.splitlines()[-1])
+    printed = common.run(*ONE_PROCESS, __file__, *flags(options))
+    result = json.loads(printed.splitlines()[-1])
     curve = [(float(seconds), float(bits)) for seconds, bits in result["curve"]]
     return curve, time.perf_counter() - started - result["evaluating"] - curve[-1][0]
 
@@ -218,42 +210,46 @@ def plot(curves: dict[str, Curve], bits: float, path: Path) -> None:
         axes.plot([point[0] for point in curve], [point[1] for point in curve], "o-", markersize=3, label=name)
     axes.axhline(bits, color="grey", linewidth=1)
     axes.set(xlabel="seconds of training", ylabel="held-out text, bits per byte")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_plot(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--learning_rates", type=float, nargs="+", help="each is tried; default: the best known")
-    parser.add_argument("--steps", type=int, help="of each contestant; default: what it needs")
+    parser.add_argument("--steps", type=int, help="of each contestant; default: the best known")
     parser.add_argument("--bits", type=float, default=2.4)
+    add_dataset(parser)
+    parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "quality.png")
     parser.add_argument("--child", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not (DATASET / "manifest.json").is_file():
-        raise SystemExit("benchmarks/quality.py needs data/demo; make it with: python prepare_data.py")
     if arguments.child:
         with tempfile.TemporaryDirectory() as folder:
-            curve = CONTESTANTS[arguments.child](arguments.learning_rates[0], arguments.steps, Path(folder))
+            contestant, rate = CONTESTANTS[arguments.child], arguments.learning_rates[0]
+            curve = contestant(rate, arguments.steps, arguments.dataset, Path(folder))
         return print(json.dumps({"curve": curve, "evaluating": sum(evaluating)}))
     curves: dict[str, Curve] = {}
     results: dict[str, Any] = {}
     for name in arguments.contestants:
-        steps = arguments.steps or STEPS[name]
+        best_rate, best_steps = TUNED[name]
+        steps = arguments.steps or best_steps
         tried = {}
-        for rate in arguments.learning_rates or [LEARNING_RATES[name]]:
-            curve, outside = run(name, rate, steps)
+        for rate in arguments.learning_rates or [best_rate]:
+            curve, outside = run(name, rate, steps, arguments.dataset)
             tried[rate] = reached(curve, arguments.bits)
             print(
                 f"{name:<10} learning rate {rate:g}: {tried[rate]} s, best {min(curve, key=lambda p: p[1])}", flush=True
             )
             if tried[rate] is not None and tried[rate] == min(value for value in tried.values() if value is not None):
                 curves[name] = curve
-                results[name] = {"learning_rate": rate, "seconds": tried[rate], "with_start": tried[rate] + outside}
+                results[name] = {
+                    "learning_rate": rate,
+                    "steps": steps,
+                    "seconds": tried[rate],
+                    "with_start": tried[rate] + outside,
+                }
     if curves:
-        plot(curves, arguments.bits, ROOT / "runs" / "quality.png")
+        plot(curves, arguments.bits, arguments.plot)
     for name in results:
         results[name]["ratio"] = results[name]["seconds"] / min(each["seconds"] for each in results.values())
         print(f"{name:<10}{results[name]['seconds']:>10.1f} s, with start {results[name]['with_start']:.1f} s"

@@ -1,29 +1,27 @@
 """What guards and checkpoints cost, on a Llama of 10 million parameters that trains on the sample.
 
-    python benchmarks/reliability.py
+    python benchmarks/reliability.py       # needs data/demo: python prepare_data.py
 
 A copy of train.py leaves out the vote, the heartbeats and the look at the numbers in every other ten steps, so that both
 kinds of steps meet the same machine; their medians are compared. It saves every 50 steps beside the training: what a save
 costs is its pause, and by how much the steps that follow it are slower than those around them. Then train.py itself saves
-with and without waiting for the disk.
+with and without waiting for the disk. Further options are train.py's. Prints a table and one JSON object.
 """
 
-import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import ON_CPU, ONE_PROCESS, ROOT, STEPS_ONLY, build_parser, flags, read_metrics, run
+
 SAVE_EVERY, AFTER_SAVE, WARM_UP = 50, 4, 10
-MODEL: dict[str, Any] = {
+MODEL: dict[str, Any] = STEPS_ONLY | {
     "model.hidden_size": 256, "model.intermediate_size": 1024, "model.num_hidden_layers": 9, "model.num_attention_heads": 4,
-    "batch.global_batch_size": 4, "data.sequence_length": 256, "tracking.trackers": "[]", "tracking.sample_every_steps": 0,
-    "tracking.log_every_steps": 1, "evaluation.every_steps": 100000, "evaluation.per_device_batch_size": 8,
+    "batch.global_batch_size": 4, "data.sequence_length": 256, "evaluation.per_device_batch_size": 8,
 }  # fmt: skip
 GUARDED = "step // 10 % 2 == 0"
 VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.num_processes)\n"
@@ -42,13 +40,11 @@ CHANGES = (
 )
 
 
-def train(script: Path, output: Path, dataset: Path, **options: object) -> list[dict[str, float]]:
+def train(script: Path, output: Path, further: list[str], **options: object) -> list[dict[str, float]]:
     """Run to the end; metrics.jsonl."""
-    settings = MODEL | {"output": output, "data.dataset": dataset}
-    settings |= {name.replace("__", "."): value for name, value in options.items()}
-    arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
-    subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=True, capture_output=True)
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    settings = MODEL | {"output": output} | {name.replace("__", "."): value for name, value in options.items()}
+    run(*ONE_PROCESS, script, *flags(settings), *further, PYTHONPATH=str(ROOT), **ON_CPU)
+    return read_metrics(output)
 
 
 def pauses(records: list[dict[str, float]]) -> list[float]:
@@ -57,31 +53,24 @@ def pauses(records: list[dict[str, float]]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="of the run that is measured")
-    steps = parser.parse_args().steps
-    os.environ |= {"ACCELERATE_USE_CPU": "true"}
+    parser = build_parser(__doc__)
+    parser.add_argument(
+        "--steps", type=int, default=400, help=f"of the run that is measured; more than {SAVE_EVERY + AFTER_SAVE}"
+    )
+    arguments, further = parser.parse_known_args()
+    steps = arguments.steps
     text = (ROOT / "train.py").read_text()
     for old, new in CHANGES:
         assert text.count(old) == 1, f"train.py no longer has {old!r}"
         text = text.replace(old, new)
-    copy = ROOT / "train_every_other_ten.py"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        dataset = folder / "data"
-        subprocess.run(
-            [sys.executable, "prepare_data.py", "--output", dataset], cwd=ROOT, check=True, capture_output=True
-        )
+        copy = folder / "train_every_other_ten.py"
         copy.write_text(text)
-        try:
-            records = train(
-                copy, folder / "run", dataset, schedule__max_steps=steps, checkpoint__every_steps=SAVE_EVERY
-            )
-        finally:
-            copy.unlink()
+        records = train(copy, folder / "run", further, schedule__max_steps=steps, checkpoint__every_steps=SAVE_EVERY)
         saves = {
             kind: statistics.median(pauses(train(
-                ROOT / "train.py", folder / kind, dataset, schedule__max_steps=42, checkpoint__every_steps=5,
+                ROOT / "train.py", folder / kind, further, schedule__max_steps=42, checkpoint__every_steps=5,
                 checkpoint__asynchronous=kind == "asynchronous",
             )))
             for kind in ("asynchronous", "synchronous")

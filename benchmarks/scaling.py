@@ -4,68 +4,62 @@
 
 train.py on the demo's model: one process; two that know nothing of each other, at the same time; two that train one model
 (DDP over gloo, the global batch twice as large). What two lose against one without any exchange is the machine's (memory,
-caches); what they lose beyond that is the exchange. Takes turns; prints a table and one JSON object.
+caches); what they lose beyond that is the exchange. Takes turns. Further options are train.py's. Prints a table and one JSON object.
 """
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-OPTIONS: dict[str, Any] = {
-    "data.dataset": ROOT / "data" / "demo", "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
-    "tracking.trackers": "[]", "tracking.sample_every_steps": 0, "tracking.log_every_steps": 1,
-}  # fmt: skip
-ALONE = [sys.executable]
-TOGETHER = [
-    sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2_processes.yaml"
-]  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import (
+    ON_CPU,
+    ONE_PROCESS,
+    STEPS_ONLY,
+    TRAIN,
+    TWO_PROCESSES,
+    build_parser,
+    environment,
+    flags,
+    median_speed,
+)
+
+KINDS = {"one": (ONE_PROCESS, 1), "two, no exchange": (ONE_PROCESS, 2), "two, one model": (TWO_PROCESSES, 1)}
 
 
-def start(command: list[str], output: Path, rows: int, steps: int) -> subprocess.Popen[str]:
-    options = OPTIONS | {"output": output, "batch.global_batch_size": rows, "schedule.max_steps": steps}
-    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+def start(command: list[str], output: Path, rows: int, steps: int, further: list[str]) -> subprocess.Popen[str]:
+    options = STEPS_ONLY | {"output": output, "batch.global_batch_size": rows, "schedule.max_steps": steps}
     return subprocess.Popen(
-        [*command, "train.py", *arguments], cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        [*command, TRAIN, *flags(options), *further], text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env=environment(OMP_NUM_THREADS="1", **ON_CPU),
     )  # fmt: skip
 
 
 def speed(process: subprocess.Popen[str], output: Path) -> float:
-    """Tokens per second, the median of all steps but the first two."""
+    """Tokens per second, once it has ended."""
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(errors[-3000:])
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median([item["perf/tokens_per_second"] for item in records if "train/loss" in item][2:])
+    return median_speed(output)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=20)
+    parser = build_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rows", type=int, default=8, help="of 256 positions, for each process")
-    arguments = parser.parse_args()
-    speeds: dict[str, list[float]] = {"one": [], "two, no exchange": [], "two, one model": []}
+    arguments, further = parser.parse_known_args()
+    speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(arguments.rounds):
             for kind, found in speeds.items():
-                folder = Path(temporary) / f"{number}-{kind}"
-                each, ways = (
-                    arguments.rows,
-                    {"one": (ALONE, 1), "two, no exchange": (ALONE, 2), "two, one model": (TOGETHER, 1)},
-                )
-                command, calls = ways[kind]
-                rows = 2 * each if command is TOGETHER else each
-                outputs = [folder / str(index) for index in range(calls)]
-                started = [start(command, output, rows, arguments.steps) for output in outputs]
+                command, calls = KINDS[kind]
+                rows = arguments.rows * (2 if command is TWO_PROCESSES else 1)
+                outputs = [Path(temporary) / f"{number}-{kind}" / str(index) for index in range(calls)]
+                started = [start(command, output, rows, arguments.steps, further) for output in outputs]
                 found.append(sum(speed(process, output) for process, output in zip(started, outputs, strict=True)))
     medians = {kind: statistics.median(found) for kind, found in speeds.items()}
     print(f"{'processes of one thread':<26}{'tokens/s':>10}{'ratio':>8}")

@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                                      # needs data/demo: python prepare_data.py
     python benchmarks/train.py --shape lesson --precision bf16 --compile
-    python benchmarks/train.py --quick                              # under two minutes
+    python benchmarks/train.py --quick                              # a first look: half a minute
 
 A GPT-2 of one shape, on the same rows of the sample's tokens. Every contestant is a process of its own that makes steps
 when it is its turn, and sleeps otherwise; each round asks all of them in another order. The peers run as their examples
@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # `utils` is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
+from benchmarks.common import ONE_PROCESS, add_dataset, build_parser, environment
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Shape:
 
 SHAPES = {"small": Shape(256, 6, 4, 8192, 8), "lesson": Shape(768, 12, 12, 30522, 4)}
 WARM_UP = 3
-QUICK = ("plainloop", "no_trainer", "trainer", "bare", "limit")
+QUICK = ("plainloop", "no_trainer", "limit")
 PEERS = ("no_trainer", "trainer", "bare")
 
 
@@ -345,16 +345,15 @@ class Contestant:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name = name
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
         precision = arguments.precision if name.partition("-")[0] not in PEERS else name.partition("-")[2] or "no"
-        kept["ACCELERATE_MIXED_PRECISION"] = precision
+        launch = {"ACCELERATE_MIXED_PRECISION": precision}
         if arguments.compile and CONTESTANTS.get(name) is plainloop:
-            kept["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
+            launch["ACCELERATE_DYNAMO_BACKEND"] = "INDUCTOR"
         self.log = (arguments.folder / f"{name}.log").open("w+")
         started = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", name, "--folder", str(arguments.folder), *sys.argv[1:]],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=ROOT, env=kept,
+            [*ONE_PROCESS, __file__, "--child", name, "--folder", str(arguments.folder), *sys.argv[1:]],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment(**launch),
         )  # fmt: skip
         self.peak = self.receive()["peak"]
         self.first_step_seconds = time.perf_counter() - started
@@ -380,13 +379,10 @@ class Contestant:
         return {"wall": report["wall"] / steps, "cpu": report["cpu"] / steps}
 
 
-def write_datasets(folder: Path) -> None:
+def write_datasets(source: Path, folder: Path) -> None:
     """The sample's tokens as they are, and as one long document."""
     import datasets
 
-    source = ROOT / "data" / "demo"
-    if not (source / "manifest.json").is_file():
-        raise SystemExit("benchmarks/train.py needs data/demo; make it with: python prepare_data.py")
     shutil.copytree(source, folder / "documents")
     shutil.copytree(source, folder / "one_text")
     from utils.batches.token_dataset import open_split
@@ -449,7 +445,7 @@ def race(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = build_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rows", type=int, help="of a batch, in place of the shape's 8 or 4")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of Plainloop; as for accelerate")
@@ -458,7 +454,10 @@ def main() -> None:
     parser.add_argument("--activation_checkpointing", action="store_true", help="in Plainloop's model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
-    parser.add_argument("--quick", action="store_true", help="half a batch, two rounds of one step, fewer contestants")
+    parser.add_argument(
+        "--quick", action="store_true", help="a quarter of a batch, two rounds of one step, fewer contestants"
+    )
+    add_dataset(parser)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all")
     parser.add_argument(
         "--profile", action="store_true", help="no race: where the time of Plainloop's step goes, on a CPU"
@@ -468,7 +467,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.steps = 2, 1
-        arguments.rows = arguments.rows or SHAPES[arguments.shape].rows // 2
+        arguments.rows = arguments.rows or SHAPES[arguments.shape].rows // 4
     if arguments.rows:
         SHAPES[arguments.shape].rows = arguments.rows
     arguments.contestants = arguments.contestants or (QUICK if arguments.quick else list(CONTESTANTS))
@@ -476,7 +475,7 @@ def main() -> None:
         CONTESTANTS[arguments.child.partition("-")[0]](arguments.child, Pace(), arguments)
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)
-        write_datasets(arguments.folder)
+        write_datasets(arguments.dataset, arguments.folder)
         if arguments.profile:
             step("step", Profile(SHAPES[arguments.shape].vocabulary), arguments)
         race(arguments)

@@ -4,10 +4,20 @@ import itertools
 import json
 import re
 
+import gguf
 import numpy as np
-from conftest import script
+import pytest
+import torch
+from conftest import ROOT, script
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from utils.batches.token_dataset import open_split
+
+
+def test_every_example_is_run_by_a_test():
+    runners = [*(ROOT / "tests").glob("*.py"), ROOT / "Makefile"]  # the README's test runs `make demo`
+    text = "".join(path.read_text(encoding="utf-8") for path in runners)
+    assert [path.name for path in (ROOT / "examples").glob("*.py") if f"examples/{path.name}" not in text] == []
 
 
 def test_the_range_test_finds_a_learning_rate_between_too_low_and_too_high(finished_run, tmp_path):
@@ -55,3 +65,70 @@ def test_the_bigram_baseline_is_the_one_counted_by_hand(finished_run, dataset):
     assert f"unigram      {-np.mean([np.log(unigram[right]) for _, right in pairs['validation']]):.4f}" in output
     best = json.loads((finished_run / "summary.json").read_text())["best_loss"]
     assert f"this run     {best:.4f}" in output
+
+
+def write_gguf(model, tokenizer, path, quantization):
+    """A Llama as llama.cpp lays it out: its names, q and k permuted for its rotary embedding; matrices quantised."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    description = json.loads(tokenizer.backend_tokenizer.to_str())
+    entries = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    special = set(tokenizer.all_special_ids)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(entries)
+    writer.add_token_types([3 if number in special else 1 for number in range(len(entries))])
+    writer.add_token_merges([" ".join(pair) for pair in description["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(True)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue  # tied
+        values = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        kind = quantization if values.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            names.get_name(name, (".weight",)), gguf.quants.quantize(np.ascontiguousarray(values), kind), raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("quantization", "error"), [("F32", 1e-5), ("Q8_0", 0.1)])
+def test_a_model_in_gguf_keeps_its_logits_and_token_ids(dataset, quantization, error, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=None,
+    )).eval()  # fmt: skip
+    write_gguf(model, tokenizer, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType[quantization])
+    output = script("examples/import_gguf.py", tmp_path / "tiny.gguf", tmp_path / "models" / "tiny").stdout
+    assert f"LlamaForCausalLM, {model.num_parameters():,} parameters" in output
+
+    text = "A hacker is someone who enjoys 1,024 bits — or so it's said.\n\n  Really?"
+    imported = AutoTokenizer.from_pretrained(tmp_path / "models" / "tiny")
+    assert imported(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert imported.eos_token == tokenizer.eos_token
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / "tiny")
+    with torch.no_grad():
+        expected, found = model(ids).logits, again(ids).logits
+    assert (found - expected).abs().max() < error * expected.abs().max(), (found - expected).abs().max()

@@ -1,0 +1,80 @@
+"""What the benchmarks share: train.py in processes of its own, and what it wrote about its steps."""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "data" / "demo"
+# train.py's options for a run of which only the steps count, each with a line in metrics.jsonl.
+STEPS_ONLY: dict[str, Any] = {
+    "data.dataset": DEMO, "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
+    "tracking.trackers": "[]", "tracking.sample_every_steps": 0, "tracking.log_every_steps": 1,
+}  # fmt: skip
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+TRAIN = str(ROOT / "train.py")
+ONE_PROCESS = [sys.executable]
+TWO_PROCESSES = [
+    sys.executable, "-m", "accelerate.commands.launch",
+    "--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml"),
+    "--main_process_port", "0",  # a free one: other launches may be running
+]  # fmt: skip
+
+
+def build_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Without abbreviations: what a benchmark does not know may be train.py's."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
+
+
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dataset", type=dataset_folder, default=str(DEMO), help="folder written by prepare_data.py")
+
+
+def dataset_folder(name: str) -> Path:
+    if not (folder := Path(name).resolve() / "manifest.json").is_file():
+        raise argparse.ArgumentTypeError(f"{name} is no dataset; make the demo's with: python prepare_data.py")
+    return folder.parent
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Nothing of a launcher's but `extra`, and the CPU where ACCELERATE_USE_CPU asks for it."""
+    kept = {name for name in os.environ if not name.startswith("ACCELERATE_") or name == "ACCELERATE_USE_CPU"}
+    return {name: os.environ[name] for name in kept} | extra
+
+
+def run(*command: str | Path, **extra: str) -> str:
+    """What a command prints; its failure ends the benchmark."""
+    arguments = [str(part) for part in command]
+    child = subprocess.run(arguments, capture_output=True, text=True, env=environment(**extra))
+    if child.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with {child.returncode}:\n{child.stderr[-3000:]}")
+    return child.stdout
+
+
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def median_speed(output: Path) -> float:
+    """Tokens per second of a run, the median of all steps but the first two."""
+    return statistics.median(
+        [item["perf/tokens_per_second"] for item in read_metrics(output) if "train/loss" in item][2:]
+    )
+
+
+def save_plot(figure: Any, path: Path) -> None:
+    for each in figure.axes:
+        each.grid(alpha=0.3)
+        each.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
