@@ -181,12 +181,13 @@ def test_with_a_gpu_torch_comes_from_the_package_index(tmp_path, indexes, active
 
 
 def test_an_index_that_does_not_answer_is_passed_over(tmp_path, indexes, active):
-    """It takes the connection and says nothing."""
+    """It takes the connection and says nothing; pip alone would wait for longer than the test may take."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         index = f"TORCH_INDEX=http://127.0.0.1:{silent.getsockname()[1]}"
         said = make(
-            tmp_path, f"{active}/.plainloop-installed", index, "TORCH_INDEX_SECONDS=3", active=active, indexes=indexes
-        )
+            tmp_path, f"{active}/.plainloop-installed", index, "TORCH_INDEX_SECONDS=3", active=active, indexes=indexes,
+            PIP_DEFAULT_TIMEOUT="1000",
+        )  # fmt: skip
     assert installed_torch(active) == ["torch-2.13.0"] and "from the package index" in said
 
 
