@@ -12,12 +12,12 @@ PYTHON := $(ENV)/bin/python
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 # NVIDIA's driver answers, or AMD's is there.
 HAS_GPU := nvidia-smi --list-gpus || test -e /dev/kfd
-# PyTorch's own index has builds without CUDA, a tenth of the download. pip gets some seconds to find ours there.
+# PyTorch's own index has builds without CUDA, a tenth of the download. It has some seconds to name the one that we want.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-TORCH_VERSION := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_INDEX_SECONDS := 5
-TORCH_INDEX_HAS_IT = timeout $(TORCH_INDEX_SECONDS) $(PYTHON) -m pip index versions --index-url $(TORCH_INDEX) torch \
-	| grep -F '$(TORCH_VERSION)'
+TORCH := torch-$(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX_HAS_IT = timeout $(TORCH_INDEX_SECONDS) $(PYTHON) -c 'from urllib.request import urlopen; \
+	assert b"$(TORCH)" in urlopen("$(TORCH_INDEX)/torch/").read()'
 
 # Make asks torch for a GPU when the demo begins: torch is installed by then.
 GPU = $(shell $(PYTHON) -c 'import torch; print("GPU" if torch.cuda.is_available() else "")')

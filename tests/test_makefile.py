@@ -90,32 +90,46 @@ class Indexes:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
-@pytest.fixture
-def indexes(tmp_path: Path) -> Iterator[Indexes]:
-    (tmp_path / "wheels").mkdir()
-    found = Indexes(tmp_path / "wheels")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Indexes]:
+    found = Indexes(tmp_path_factory.mktemp("wheels"))
     yield found
     found.server.shutdown()
     found.server.server_close()
 
 
+@pytest.fixture
+def indexes(server: Indexes) -> Indexes:
+    """The same, not asked for anything yet."""
+    server.asked.clear()
+    return server
+
+
 @pytest.fixture(scope="module")
-def empty_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with pip alone."""
-    folder = tmp_path_factory.mktemp("environment") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    return folder
+def new_environment(tmp_path_factory: pytest.TempPathFactory, server: Indexes) -> tuple[Path, str]:
+    """The folder of a first `make`, without a torch and without a GPU, and what it said."""
+    folder = tmp_path_factory.mktemp("new")
+    return folder, make(folder, ".venv/.plainloop-installed", f"PYTHON3={bare_python(folder)}", indexes=server)
 
 
 @pytest.fixture
-def active(empty_environment: Path) -> Iterator[Path]:
-    """The same, as it was made."""
-    before = set(site_packages(empty_environment).iterdir())
-    yield empty_environment
-    for path in set(site_packages(empty_environment).iterdir()) - before:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def active(new_environment: tuple[Path, str]) -> Path:
+    """An active virtual environment with pip alone: that of the first `make`, as it was when it was new."""
+    folder = new_environment[0] / ".venv"
+    for path in site_packages(folder).iterdir():
+        if not path.name.startswith("pip"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (".plainloop-installed", "plainloop-constraints.txt"):
-        (empty_environment / name).unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def bare_python(folder: Path) -> Path:
+    """Our Python without what is installed beside it, which may be a torch."""
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    return python
 
 
 def site_packages(folder: Path) -> Path:
@@ -168,11 +182,13 @@ def pinned(environment: Path) -> str:
     return (environment / "plainloop-constraints.txt").read_text()
 
 
-def test_without_a_gpu_torch_comes_from_pytorchs_index(tmp_path, indexes, active):
-    said = make(tmp_path, f"{active}/.plainloop-installed", active=active, indexes=indexes)
-    assert installed_torch(active) == ["torch-2.13.0+cpu"]
-    assert pinned(active) == "numpy==2.4.6\ntorch==2.13.0+cpu\n"
-    assert f"{indexes.url}/cpu" in said and (site_packages(active) / "stand_in-1.dist-info").is_dir()
+def test_a_new_environment_without_a_gpu_gets_torch_from_pytorchs_index(new_environment, server):
+    """First in this file: later tests use the environment."""
+    folder, said = new_environment
+    assert installed_torch(folder / ".venv") == ["torch-2.13.0+cpu"] and f"from {server.url}/cpu" in said
+    assert pinned(folder / ".venv") == "numpy==2.4.6\ntorch==2.13.0+cpu\n"
+    assert (site_packages(folder / ".venv") / "stand_in-1.dist-info").is_dir()
+    assert "include-system-site-packages = false" in (folder / ".venv" / "pyvenv.cfg").read_text()
 
 
 def test_with_a_gpu_torch_comes_from_the_package_index(tmp_path, indexes, active):
@@ -192,7 +208,7 @@ def test_an_index_that_does_not_answer_is_passed_over(tmp_path, indexes, active)
 
 
 def test_an_index_without_our_version_is_passed_over(tmp_path, indexes, active):
-    arguments = [f"{active}/.plainloop-installed", "TORCH_VERSION=2.99"]
+    arguments = [f"{active}/.plainloop-installed", "TORCH=torch-2.99.0"]
     make(tmp_path, *arguments, active=active, indexes=indexes)
     assert "cpu" in indexes.asked and installed_torch(active) == ["torch-2.13.0"]
 
@@ -205,21 +221,14 @@ def test_a_torch_in_the_active_environment_stays(tmp_path, indexes, active):
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("there", [True, False], ids=["torch", "no torch"])
-def test_a_new_environment_sees_the_torch_of_the_python_it_is_made_with(there, tmp_path, indexes):
+def test_a_new_environment_sees_the_torch_of_the_python_it_is_made_with(tmp_path, indexes):
     """PYTHONPATH stands for the packages of the system, which a test cannot change."""
     add_torch(tmp_path / "system", "2.10.0")
-    # `sys.executable` may have a torch itself; isolated from what is installed, it has the one of PYTHONPATH or none.
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
-    python.chmod(0o755)
-    make(
-        tmp_path, ".venv/.plainloop-installed", f"PYTHON3={python}", indexes=indexes,
-        **({"PYTHONPATH": str(tmp_path / "system")} if there else {}),
-    )  # fmt: skip
-    settings = (tmp_path / ".venv" / "pyvenv.cfg").read_text()
-    assert f"include-system-site-packages = {str(there).lower()}" in settings
-    assert pinned(tmp_path / ".venv").endswith("torch==2.10.0\n" if there else "torch==2.13.0+cpu\n")
+    arguments = [".venv/.plainloop-installed", f"PYTHON3={bare_python(tmp_path)}"]
+    make(tmp_path, *arguments, indexes=indexes, PYTHONPATH=str(tmp_path / "system"))
+    assert "include-system-site-packages = true" in (tmp_path / ".venv" / "pyvenv.cfg").read_text()
+    assert installed_torch(tmp_path / ".venv") == [] and indexes.asked == []
+    assert pinned(tmp_path / ".venv").endswith("\ntorch==2.10.0\n")
 
 
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "cpu"])

@@ -72,7 +72,9 @@ def test_every_command_runs(tmp_path):
         "largest logit difference",
     ):
         assert words in last_lines
-    assert json.loads((copy / "runs/demo/evaluation.json").read_text())["text"].strip() in last_lines.replace("\n  ", "\n")
+    assert json.loads((copy / "runs/demo/evaluation.json").read_text())["text"].strip() in last_lines.replace(
+        "\n  ", "\n"
+    )
     resumed = next(text for command, text in outputs.items() if "--checkpoint.resume auto" in command)
     assert "nothing to do" in resumed
     two = json.loads((copy / "runs/two/environment.json").read_text())[0]
