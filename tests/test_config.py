@@ -120,8 +120,12 @@ def test_flags_win_over_files_over_defaults(tmp_path):
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay, config.seed) == (1e-4, 0.5, 1234)
 
 
-def test_the_demo_recipe_is_the_default():
-    assert parse("--config", str(ROOT / "configs/demo.yaml")) == TrainConfig()
+def test_the_demo_recipe_has_the_defaults_data_and_model():
+    """So that `train.py` without options trains the demo's model on the demo's rows, with AdamW."""
+    demo, default = parse("--config", str(ROOT / "configs/demo.yaml")), TrainConfig()
+    assert demo.output == default.output and demo.seed == default.seed
+    assert demo.data == default.data and demo.batch == default.batch
+    assert demo.model.architecture == default.model.architecture and demo.model.sizes() == default.model.sizes()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
