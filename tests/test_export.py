@@ -23,12 +23,13 @@ STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 assert not any("utils" == name.split(".")[0] for name in sys.modules)
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-ids = tokenizer("A hacker is", return_tensors="pt")
-torch.save(model(**ids).logits, sys.argv[2])
-print(pipeline("text-generation", model=folder)("A hacker is", max_new_tokens=8, do_sample=False)[0]["generated_text"])
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("A hacker is", return_tensors="pt")
+    torch.save(model(**ids).logits, f"{folder}.pt")
+    write = pipeline("text-generation", model=folder)
+    print(write("A hacker is", max_new_tokens=8, do_sample=False)[0]["generated_text"])
 """
 
 
@@ -39,24 +40,26 @@ def export(finished_run, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_a_stranger_loads_the_export(architecture, finished_run, export, dataset, tmp_path):
-    if architecture == "gpt2":
-        train(tmp_path / "run", data__dataset=dataset, model__architecture="gpt2", model__initialization="normal")
-        finished_run, export = tmp_path / "run", tmp_path / "export"
-        script("export.py", "--checkpoint", finished_run, "--output", export)
+def test_a_stranger_loads_the_export(finished_run, export, dataset, tmp_path):
+    """A Llama's and a GPT-2's, by transformers alone, in another place."""
+    train(tmp_path / "run", data__dataset=dataset, model__architecture="gpt2", model__initialization="normal")
+    script("export.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "export")
+    runs = {"llama": (finished_run, export), "gpt2": (tmp_path / "run", tmp_path / "export")}
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(export, elsewhere / "model")
-    result = run(sys.executable, "-I", "-c", STRANGER, elsewhere / "model", elsewhere / "logits.pt", cwd=elsewhere)
-    assert "A hacker is" in result.stdout
-    model = AutoModelForCausalLM.from_pretrained(finished_run / "checkpoints" / "best").eval()
-    tokenizer = AutoTokenizer.from_pretrained(finished_run / "checkpoints" / "best")
-    with torch.no_grad():
-        logits = model(**tokenizer("A hacker is", return_tensors="pt")).logits
-    assert torch.equal(logits, torch.load(elsewhere / "logits.pt").detach())
-    report = json.loads((export / "export_report.json").read_text())
-    assert report["max_logit_difference"] == 0.0 and report["optimizer_step"] == 10
-    assert not list(export.parent.glob(".*"))
+    for name, (_, exported) in runs.items():
+        shutil.copytree(exported, elsewhere / name)
+    result = run(sys.executable, "-I", "-c", STRANGER, *(elsewhere / name for name in runs), cwd=elsewhere)
+    assert result.stdout.count("A hacker is") == 2
+    for name, (trained, exported) in runs.items():
+        model = AutoModelForCausalLM.from_pretrained(trained / "checkpoints" / "best").eval()
+        assert model.config.model_type == name
+        tokenizer = AutoTokenizer.from_pretrained(trained / "checkpoints" / "best")
+        with torch.no_grad():
+            logits = model(**tokenizer("A hacker is", return_tensors="pt")).logits
+        assert torch.equal(logits, torch.load(elsewhere / f"{name}.pt").detach())
+        report = json.loads((exported / "export_report.json").read_text())
+        assert report["max_logit_difference"] == 0.0 and report["optimizer_step"] == 10
+        assert not list(exported.parent.glob(".*"))
 
 
 def test_an_export_that_differs_is_not_written(finished_run, tmp_path, monkeypatch):
