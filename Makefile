@@ -37,8 +37,8 @@ demo: $(ENV)/.plainloop-installed
 	rm -rf exports/demo
 	$(PYTHON) export.py --checkpoint runs/demo --output exports/demo
 	@echo "== 4 of 4: score the export on the held-out text and let it write (seconds)"
-	$(PYTHON) evaluate.py --model exports/demo --dataset data/demo --compare_with_xz true \
-		--prompt "COMPUTER, n." --temperature 0.6 --max_new_tokens 240 --report runs/demo/evaluation.json
+	$(PYTHON) evaluate.py --model exports/demo --dataset data/demo --compare_with_xz true --report runs/demo/evaluation.json \
+		--prompt "$$(printf 'laptop\n n.\n\n    A')" --temperature 0.6 --seed 1 --max_new_tokens 240
 	@$(PYTHON) examples/demo_summary.py
 
 test: $(ENV)/.plainloop-installed-test

@@ -7,6 +7,7 @@ from pathlib import Path
 run = json.loads(Path("runs/demo/summary.json").read_text(encoding="utf-8"))
 scored = json.loads(Path("runs/demo/evaluation.json").read_text(encoding="utf-8"))
 exported = json.loads(Path("exports/demo/export_report.json").read_text(encoding="utf-8"))
+options = scored["options"]
 
 print(f"""
 What came out
@@ -19,7 +20,7 @@ Where to look
   data/demo/README.md       what the data went through
   runs/demo/loss.png        the curve; runs/demo/samples.md, what the model wrote on the way
   exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained
-What it writes after "{scored["options"]["prompt"]}" (seed {scored["options"]["seed"]}, \
-temperature {scored["options"]["temperature"]})
+What it writes after {options["prompt"]!r} (seed {options["seed"]}, temperature {options["temperature"]})
 {textwrap.indent(scored["text"].strip(), "  ")}
-Expect the form of an entry and some grammar, but no sense: that is what two million parameters learn of half a million tokens.""")
+Expect the form of an entry and some grammar, but no sense: that is what two million parameters learn of half a million
+tokens.""")
