@@ -380,9 +380,9 @@ AVX2 = {"avx2": True, "avx512_bw": False, "amx_bf16": False}
 def test_the_precision_of_products_is_chosen_by_the_processor(has, expected, monkeypatch):
     """None: torch 2.9, which does not say."""
     if has is None:
-        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert resolve_matmul_precision("auto", CPU) == expected
     assert resolve_matmul_precision("auto", torch.device("cuda")) == "highest"
     for name in ("highest", "high", "medium"):
