@@ -381,17 +381,17 @@ AVX2 = {"avx2": True, "avx512_bw": False, "amx_bf16": False}
 def test_the_precision_of_products_is_chosen_by_the_processor(has, expected, monkeypatch):
     """None: torch 2.9, which does not say."""
     if has is None:
-        monkeypatch.delattr(torch.cpu, "get_capabilities")
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert resolve_matmul_precision("auto", CPU) == expected
     assert resolve_matmul_precision("auto", torch.device("cuda")) == "highest"
     for name in ("highest", "high", "medium"):
         assert resolve_matmul_precision(name, CPU) == name
 
 
-def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run):
-    """On this machine, whichever it is: bf16 factors would be off by 2e-3."""
+def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run, dataset, tmp_path):
+    """On this machine, whichever it is: bf16 factors would be off by 2e-3. One that is given is used."""
     before, chosen = torch.get_float32_matmul_precision(), resolve_matmul_precision("auto", CPU)
     assert f"fp32 products {chosen}" in (finished_run / "training.log").read_text()
     torch.manual_seed(0)
@@ -400,6 +400,8 @@ def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run):
     try:
         torch.set_float32_matmul_precision(chosen)
         error = (left @ right - exact).norm() / exact.norm()
+        train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=1, matmul_precision="medium")
     finally:
         torch.set_float32_matmul_precision(before)
     assert float(error) < 1e-6
+    assert "fp32 products medium" in (tmp_path / "run" / "training.log").read_text()

@@ -325,7 +325,7 @@ def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(datase
     prompt = "HACKER, n."
     train(
         tmp_path / "run", data__dataset=dataset, tracking__sample_prompt=prompt, tracking__sample_every_steps=5,
-        tracking__sample_max_new_tokens=12, checkpoint__every_steps=5,
+        tracking__sample_max_new_tokens=40, checkpoint__every_steps=5, optimizer__learning_rate=0.03,
     )  # fmt: skip
     texts = re.findall(r"## Step (\d+)\n\n```\n(.*?)\n```\n", (tmp_path / "run" / "samples.md").read_text(), re.S)
     assert [int(step) for step, _ in texts] == [5, 10]
@@ -334,7 +334,7 @@ def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(datase
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         torch.manual_seed(1234)
-        output = model.generate(ids, max_new_tokens=12, do_sample=True, temperature=0.8)
+        output = model.generate(ids, max_new_tokens=40, do_sample=True, temperature=0.8)
         assert text == tokenizer.decode(output[0], skip_special_tokens=True) and text.startswith(prompt)
         assert len(text) > len(prompt)
 
