@@ -4,8 +4,9 @@
     python tests/mutants.py --only "epoch"     those whose description holds this text
     python tests/mutants.py --check            only whether each still applies, and its tests exist
 
-Exit code 1: a fault survived, or no longer applies. mutmut and cosmic-ray change every operator and number, some 6,000
-here, which at ten seconds for the cheapest training test takes most of a day; these are the ones that a person would make.
+Exit code 1: a fault survived, or no longer applies. mutmut and cosmic-ray change every operator and number,
+some 6,000 here, which at ten seconds for the cheapest test of a training takes most of a day; these are faults that a
+person would make.
 """
 
 import argparse
@@ -33,7 +34,7 @@ class Mutant(NamedTuple):
     fault: str
     """What a user would suffer."""
     function: str
-    """Its qualified name, in whichever file it is; with "file.py:" where several files have one of that name."""
+    """Its qualified name, in whichever file it is; "file.py:name" where several have one, "file.py:" for outside of any."""
     old: str
     new: str
     tests: str
@@ -282,7 +283,8 @@ def product_files() -> list[Path]:
 
 @functools.cache
 def functions(in_tests: bool) -> list[tuple[str, Path, ast.AST]]:
-    """(qualified name, file, node) of every function of the product, or of the tests, nested ones too."""
+    """(qualified name, file, node) of every function and class of the product, or of the tests, nested ones too; and
+    of every file as a whole, whose name is empty."""
     found: list[tuple[str, Path, ast.AST]] = []
 
     def visit(node: ast.AST, prefix: str, path: Path) -> None:
@@ -295,7 +297,9 @@ def functions(in_tests: bool) -> list[tuple[str, Path, ast.AST]]:
 
     for path in product_files():
         if path.suffix == ".py" and (path.parts[0] == "tests" if in_tests else path.parts[0] not in NOT_PRODUCT):
-            visit(ast.parse((ROOT / path).read_text(encoding="utf-8")), "", path)
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            found.append(("", path, tree))
+            visit(tree, "", path)
     return found
 
 
