@@ -4,8 +4,9 @@
     python tests/mutants.py --only "epoch"     those whose description holds this text
     python tests/mutants.py --check            only whether each still applies, and its tests exist
 
-Exit code 1: a fault survived, or no longer applies. mutmut and cosmic-ray change every operator and number, some 6,000
-here, which at ten seconds for the cheapest training test takes most of a day; these are the ones that a person would make.
+Exit code 1: a fault survived, or no longer applies. mutmut and cosmic-ray change every operator and number,
+some 6,000 here, which at ten seconds for the cheapest test of a training takes most of a day; these are faults that a
+person would make.
 """
 
 import argparse
@@ -33,19 +34,19 @@ class Mutant(NamedTuple):
     fault: str
     """What a user would suffer."""
     function: str
-    """Its qualified name, in whichever file it is; with "file.py:" where several files have one of that name."""
+    """Its qualified name, in whichever file it is; "file.py:name" where several have one, "file.py:" for outside of any."""
     old: str
     new: str
     tests: str
     """Names of the tests that should notice, in whichever files they are; [id] chooses of a parametrized one."""
 
 
-# The longest names are of tests; breaking them up would hide them from a search.
 # fmt: off
 MUTANTS = [
     # ---- The loop
     Mutant("the loss is divided by the targets of one micro-batch",
-           "train.py:main", "sum(count_targets(batch) for batch in micro_batches)", "count_targets(micro_batches[0]) * plan.accumulation",
+           "train.py:main", "sum(count_targets(batch) for batch in micro_batches)",
+           "count_targets(micro_batches[0]) * plan.accumulation",
            "test_every_split_of_the_global_batch_gives_the_reference_losses"),
     Mutant("gradients shrink with accumulation",
            "train.py:main", "plan.accumulation * plan.num_processes / num_targets", "plan.num_processes / num_targets",
@@ -63,10 +64,12 @@ MUTANTS = [
            "train.py:main", "optimizer.zero_grad()", "optimizer.zero_grad() if fault is None else None",
            "test_17_a_loss_that_is_not_finite[math.nan-2]"),
     Mutant("a skipped update consumes the schedule",
-           "train.py:main", "check_limits(state, config.guards, fault)", "(check_limits(state, config.guards, fault), scheduler.step())",
+           "train.py:main", "check_limits(state, config.guards, fault)",
+           "(check_limits(state, config.guards, fault), scheduler.step())",
            "test_17_a_loss_that_is_not_finite[math.nan-2]"),
     Mutant("a skipped update does not consume its data",
-           "train.py:main", "state.samples_seen += plan.global_batch_size", "state.samples_seen += plan.global_batch_size if fault is None else 0",
+           "train.py:main", "state.samples_seen += plan.global_batch_size",
+           "state.samples_seen += plan.global_batch_size if fault is None else 0",
            "test_17_a_loss_that_is_not_finite[math.nan-2]"),
     Mutant("dropout hides the same in every step",
            "step_seed", "[seed, samples_seen, rank]", "[seed, 0, rank]",
@@ -92,10 +95,12 @@ MUTANTS = [
            "evaluation.py:evaluate", "objective.eval()", "objective.train()",
            "test_an_evaluation_is_without_dropout"),
     Mutant("an evaluation counts the rows that fill up its last batch",
-           "EvaluationBatchSampler.__iter__", "[PADDING_SAMPLE] * (self.batch_size - len(batch))", "batch[-1:] * (self.batch_size - len(batch))",
+           "EvaluationBatchSampler.__iter__", "[PADDING_SAMPLE] * (self.batch_size - len(batch))",
+           "batch[-1:] * (self.batch_size - len(batch))",
            "test_evaluation_covers_every_sample_once"),
     Mutant("bits per byte are nats per byte",
-           "Evaluation.bits_per_byte", "self.loss * self.num_tokens / math.log(2) / num_bytes", "self.loss * self.num_tokens / num_bytes",
+           "Evaluation.bits_per_byte", "self.loss * self.num_tokens / math.log(2) / num_bytes",
+           "self.loss * self.num_tokens / num_bytes",
            "test_20_an_uneven_last_evaluation_batch"),
     Mutant("of a long prompt the beginning is read",
            "write_text", "ids[1 - positions :]", "ids[: positions - 1]",
@@ -105,7 +110,8 @@ MUTANTS = [
            "PackedLayout._batch", "buffer[:, 1:].astype(np.int64)", "buffer[:, :-1].astype(np.int64)",
            "test_every_target_is_scored_once"),
     Mutant("positions go on from one document to the next",
-           "PackedLayout._batch", "np.concatenate([np.arange(len(labels) + 1) * length, ends])", "np.arange(len(labels) + 1) * length",
+           "PackedLayout._batch", "np.concatenate([np.arange(len(labels) + 1) * length, ends])",
+           "np.arange(len(labels) + 1) * length",
            "test_packed_positions_restart_with_each_document_and_row"),
     Mutant("the loss mask stands one token early",
            "PackedLayout._batch", "self.tokens.loss_mask.gather(starts, stops).reshape(-1, length + 1)[:, 1:]",
@@ -115,7 +121,8 @@ MUTANTS = [
            "BestFitLayout.__getitems__", "(stop - start - 1) % length + 1", "(stop - start) % length",
            "test_every_target_is_scored_once"),
     Mutant("a padded row that is full loses its last target",
-           "PaddedLayout.__getitems__", "np.minimum(offsets[documents + 1] - starts, length + 1)", "np.minimum(offsets[documents + 1] - starts, length)",
+           "PaddedLayout.__getitems__", "np.minimum(offsets[documents + 1] - starts, length + 1)",
+           "np.minimum(offsets[documents + 1] - starts, length)",
            "test_every_target_is_scored_once"),
     Mutant("a stream loses the target where a row cuts a document",
            "iter_rows", "document.input_ids[token + 1 : stop + 1]", "document.input_ids[token + 1 : stop]",
@@ -132,7 +139,8 @@ MUTANTS = [
            "permute(positions[inside] % num_samples, num_samples, seed, 0)",
            "test_sample_order_is_the_golden_one"),
     Mutant("every epoch hides the same tokens of a row",
-           "TrainBatchSampler.__iter__", "epochs * self.num_samples + sample_ids(start, ahead, self.num_samples, self.seed)",
+           "TrainBatchSampler.__iter__",
+           "epochs * self.num_samples + sample_ids(start, ahead, self.num_samples, self.seed)",
            "sample_ids(start, ahead, self.num_samples, self.seed)",
            "test_order_is_a_function_of_the_position"),
     Mutant("what is hidden depends on a row's place in its batch",
@@ -149,13 +157,15 @@ MUTANTS = [
            "WeightAverage.update", "1 - decay", "decay",
            "test_the_average_equals_torchs_averaged_model_with_the_same_decay"),
     Mutant("an epoch ends a step early",
-           "resolve_max_steps", "math.ceil(config.num_epochs * num_rows / global_batch_size)", "int(config.num_epochs * num_rows / global_batch_size)",
+           "resolve_max_steps", "math.ceil(config.num_epochs * num_rows / global_batch_size)",
+           "int(config.num_epochs * num_rows / global_batch_size)",
            "test_the_horizon_is_given_in_steps_epochs_or_positions"),
     Mutant("on slow CPUs Muon's steps have another size",
            "Muon.step", "max(parameter.shape)", "min(parameter.shape)",
            "test_where_bf16_is_slow_muon_computes_the_same_update_in_fp32"),
     Mutant("a spike widens the window that it is judged by",
-           "guards.py:find_fault", "state.spikes += 1", "state.spikes += 1; state.recent = [*state.recent, [loss, grad_norm]]",
+           "guards.py:find_fault", "state.spikes += 1",
+           "state.spikes += 1; state.recent = [*state.recent, [loss, grad_norm]]",
            "test_19_the_rule_is_the_stated_one"),
     # ---- Checkpoints
     Mutant("a resumed run repeats a batch",
@@ -163,7 +173,8 @@ MUTANTS = [
            "TrainBatchSampler(len(layout), batch_size, seed, max(0, samples_seen - batch_size))",
            "test_damage[07_one_flipped_bit]"),
     Mutant("a resumed run has lost the optimizer's state",
-           "load_training_state", 'optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})', "pass",
+           "load_training_state", 'optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})',
+           "pass",
            "test_damage[07_one_flipped_bit]"),
     Mutant("a resumed schedule counts samples",
            "load_training_state", 'int(record["state"]["optimizer_step"])', 'int(record["state"]["samples_seen"])',
@@ -192,7 +203,8 @@ MUTANTS = [
            "[(before, one), prefix, (fill, one), middle, (behind, one), suffix, (eos, one)]",
            "test_the_rearranged_pieces_make_up_the_text"),
     Mutant("T5's sentinels stand behind their spans",
-           "SpanCorruption.corrupt", "np.insert(text[is_noise], noise.cumsum() - noise, sentinels)", "np.insert(text[is_noise], noise.cumsum(), sentinels)",
+           "SpanCorruption.corrupt", "np.insert(text[is_noise], noise.cumsum() - noise, sentinels)",
+           "np.insert(text[is_noise], noise.cumsum(), sentinels)",
            "test_spans_and_input_make_up_the_text"),
     Mutant("no hidden token becomes a random one",
            "Masking.__call__", "self.config.replace_rate + self.config.random_rate", "self.config.random_rate",
@@ -208,11 +220,13 @@ MUTANTS = [
            "digest", "normalize(text)", "text.strip()",
            "test_texts_that_say_the_same_are_equal"),
     Mutant("near duplicates are looked for in one band only",
-           "_SignatureTable.band_keys", "block[candidates[offset : offset + len(block)], band * ROWS : (band + 1) * ROWS]",
+           "_SignatureTable.band_keys",
+           "block[candidates[offset : offset + len(block)], band * ROWS : (band + 1) * ROWS]",
            "block[candidates[offset : offset + len(block)], :ROWS]",
            "test_five_percent_of_the_words_edited_are_found"),
     Mutant("whatever meets in a band is a near duplicate",
-           "find_near_duplicates", "table.similarity(members[left], members[right]) >= threshold", "table.similarity(members[left], members[right]) > 0",
+           "find_near_duplicates", "table.similarity(members[left], members[right]) >= threshold",
+           "table.similarity(members[left], members[right]) > 0",
            "test_what_is_less_alike_than_the_threshold_is_kept"),
     Mutant("n-grams have a word too few",
            "hash_ngrams", "range(1, n)", "range(1, n - 1)",
@@ -221,7 +235,8 @@ MUTANTS = [
            "find_contaminated", "shared / index.sizes[owners]", "shared / counts[rows[0, 0]]",
            "test_a_text_that_holds_a_whole_evaluation_document_is_found"),
     Mutant("added documents move others across the split",
-           "is_held_out", "_as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)", "np.arange(len(digests)) < validation_fraction * len(digests)",
+           "is_held_out", "_as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)",
+           "np.arange(len(digests)) < validation_fraction * len(digests)",
            "test_the_split_is_stable_when_documents_are_added"),
     Mutant("the other languages are kept",
            "language", 'best["lang"] not in languages', 'best["lang"] in languages',
@@ -268,7 +283,8 @@ def product_files() -> list[Path]:
 
 @functools.cache
 def functions(in_tests: bool) -> list[tuple[str, Path, ast.AST]]:
-    """(qualified name, file, node) of every function of the product, or of the tests, nested ones too."""
+    """(qualified name, file, node) of every function and class of the product, or of the tests, nested ones too; and
+    of every file as a whole, whose name is empty."""
     found: list[tuple[str, Path, ast.AST]] = []
 
     def visit(node: ast.AST, prefix: str, path: Path) -> None:
@@ -281,7 +297,9 @@ def functions(in_tests: bool) -> list[tuple[str, Path, ast.AST]]:
 
     for path in product_files():
         if path.suffix == ".py" and (path.parts[0] == "tests" if in_tests else path.parts[0] not in NOT_PRODUCT):
-            visit(ast.parse((ROOT / path).read_text(encoding="utf-8")), "", path)
+            tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+            found.append(("", path, tree))
+            visit(tree, "", path)
     return found
 
 
