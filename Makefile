@@ -1,27 +1,45 @@
-# make demo   from text to a trained, exported model, on two CPU cores in a few minutes
-# make test   lint, types, layers, tests; make test-slow, the tests that take minutes
+# make demo   from text to a trained, exported model, in a few minutes on two CPU cores, on a GPU where there is one
+# make test   lint, types, layers, tests; make quick, those of a minute; make test-slow, the tests that take minutes each
 #
 # An active virtual environment is used as it is. Without one, .venv is made; where PYTHON3 already has a torch (a CUDA,
-# ROCm or MPS build, say) .venv sees it. A torch that is found is kept; otherwise it comes from constraints.txt.
+# ROCm or MPS build, say) .venv sees it. A torch that is found is kept; otherwise it has the version of constraints.txt and
+# comes from TORCH_INDEX, if this is a Linux machine without a GPU and that index answers, or else from the package index.
 
 PYTHON3 ?= python3
 ENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := $(ENV)/bin/python
-HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
-PRECISION := $(if $(shell grep -sE -m1 -o 'avx512_bf16|amx_bf16' /proc/cpuinfo),bf16,no)
 
-.PHONY: demo test test-slow
+HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+# NVIDIA's driver answers, or AMD's is there.
+HAS_GPU := nvidia-smi --list-gpus || test -e /dev/kfd
+# PyTorch's own index has builds without CUDA, a tenth of the download. It has some seconds to name the one that we want.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+TORCH_INDEX_SECONDS := 5
+TORCH := torch-$(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH_INDEX_HAS_IT = timeout $(TORCH_INDEX_SECONDS) $(PYTHON) -c 'from urllib.request import urlopen; \
+	assert b"$(TORCH)" in urlopen("$(TORCH_INDEX)/torch/").read()'
+
+# Make asks torch for a GPU when the demo begins: torch is installed by then.
+GPU = $(shell $(PYTHON) -c 'import torch; print("GPU" if torch.cuda.is_available() else "")')
+PRECISION := $(if $(shell grep -sE -m1 -o 'avx512_bf16|amx_bf16' /proc/cpuinfo),bf16,no)
+LAUNCH = $(if $(GPU),single_gpu.yaml,cpu.yaml --mixed_precision $(PRECISION))
+
+.PHONY: demo test quick test-slow
 .NOTPARALLEL:
 
 demo: $(ENV)/.plainloop-installed
+	@echo "== 1 of 4: prepare the text (seconds)"
 	$(PYTHON) prepare_data.py
-	$(PYTHON) -m accelerate.commands.launch --quiet --config_file accelerate_configs/cpu.yaml --mixed_precision $(PRECISION) \
+	@echo "== 2 of 4: train (two minutes on two slow cores; the first line comes when torch is imported)"
+	$(PYTHON) -m accelerate.commands.launch --quiet --config_file accelerate_configs/$(LAUNCH) \
 		train.py --config configs/demo.yaml --checkpoint.resume auto
+	@echo "== 3 of 4: export the best checkpoint and compare (seconds)"
 	rm -rf exports/demo
 	$(PYTHON) export.py --checkpoint runs/demo --output exports/demo
-	$(PYTHON) evaluate.py --model exports/demo --dataset data/demo --sequence_length 256 --compare_with_xz true --prompt "" \
-		--report runs/demo/evaluation.json
-	$(PYTHON) examples/demo_summary.py
+	@echo "== 4 of 4: score the export on the held-out text and let it write (seconds)"
+	$(PYTHON) evaluate.py --model exports/demo --dataset data/demo --compare_with_xz true \
+		--prompt "COMPUTER, n." --temperature 0.6 --max_new_tokens 240 --report runs/demo/evaluation.json
+	@$(PYTHON) examples/demo_summary.py
 
 test: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m ruff check .
@@ -29,6 +47,10 @@ test: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m mypy
 	$(PYTHON) -c 'from importlinter.cli import lint_imports_command as run; run()'
 	$(PYTHON) -m pytest -m 'not slow'
+
+quick: $(ENV)/.plainloop-installed-test
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -m 'not slow and not long'
 
 test-slow: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m pytest -m slow --dist worksteal
@@ -40,8 +62,16 @@ $(ENV)/.plainloop-installed $(ENV)/.plainloop-installed-test: pyproject.toml con
 		{ echo "Python 3.11 or newer is needed; name one: make PYTHON3=python3.12 ..."; exit 1; }
 	test -x $(PYTHON) || $(PYTHON3) -m venv $$($(PYTHON3) $(HAS_TORCH) && echo --system-site-packages) $(ENV)
 	$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip
-	$(PYTHON) $(HAS_TORCH) || $(PYTHON) -m pip install --quiet --constraint constraints.txt torch
+	@if $(PYTHON) $(HAS_TORCH); then \
+		echo "== install: the torch that is there stays"; \
+	elif [ "$$(uname -s)" = Linux ] && { ! { $(HAS_GPU); } && $(TORCH_INDEX_HAS_IT); } > /dev/null 2>&1; then \
+		echo "== install: torch without CUDA, as there is no GPU, from $(TORCH_INDEX)"; \
+		$(PYTHON) -m pip install --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch; \
+	else \
+		echo "== install: torch from the package index"; \
+		$(PYTHON) -m pip install --constraint constraints.txt torch; \
+	fi
 	grep -v '^torch==' constraints.txt > $(ENV)/plainloop-constraints.txt
 	$(PYTHON) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(ENV)/plainloop-constraints.txt
-	$(PYTHON) -m pip install --quiet --constraint $(ENV)/plainloop-constraints.txt --editable '.$(EXTRAS)'
+	$(PYTHON) -m pip install --constraint $(ENV)/plainloop-constraints.txt --editable '.$(EXTRAS)'
 	touch $@

@@ -1,6 +1,7 @@
-"""The last lines of `make demo`: what came out of the four commands, and where to look."""
+"""The last lines of `make demo`: what came out of the four commands, where to look, and what the model writes."""
 
 import json
+import textwrap
 from pathlib import Path
 
 run = json.loads(Path("runs/demo/summary.json").read_text(encoding="utf-8"))
@@ -17,4 +18,8 @@ What came out
 Where to look
   data/demo/README.md       what the data went through
   runs/demo/loss.png        the curve; runs/demo/samples.md, what the model wrote on the way
-  exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained""")
+  exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained
+What it writes after "{scored["options"]["prompt"]}" (seed {scored["options"]["seed"]}, \
+temperature {scored["options"]["temperature"]})
+{textwrap.indent(scored["text"].strip(), "  ")}
+Expect the form of an entry and some grammar, but no sense: that is what two million parameters learn of half a million tokens.""")

@@ -21,54 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import os
+import socket
+
 from utils.cli import UserError, exit_with, parse_config, run_script
 from utils.text.recipe import PrepareConfig, resolve_sources
-
-config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
-
-import itertools
-import json
-import logging
-import os
-import shutil
-import socket
-import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any
-
-import datasets
-import numpy as np
-import pyarrow as pa
-from tqdm import tqdm
-
-import prepare_data
-from utils.text.documents import MAX_BROKEN_LISTED, read_sources
-from utils.text.source_config import SourceConfig
-from utils.text.sources import OTHER_KIND, count_other_files, reading_units
-from utils.text.stages import iter_slices, load_slices, map_slices
-
-try:
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-except ImportError:
-    exit_with("Ray is not installed; pip install -e '.[cluster]'")
-
-PART_BYTES = 256 << 20  # of source files that a task reads, small ones together
-PART_SLICES = 32  # of 8 MB of text, at most, that a task cleans, sketches or encodes
-PARTS_PER_CPU = 4  # at least, where there is so much text: all CPUs then end at about the same time
-
-
-def main(config: PrepareConfig) -> None:
-    check_supported(config)
-    check_cluster(os.environ.get("RAY_ADDRESS", "local"))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A task has one CPU. Relative paths stand in the documents' ids, so `run_part` goes to where this process is.
-    environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
-    machines = sum(node["Alive"] for node in ray.nodes())
-    print(f"{machines} machine(s), {ray.cluster_resources().get('CPU', 0):.0f} CPUs")
-    prepare_data.main(config, prepare_data.Engine(read_on_cluster, map_on_cluster))
 
 
 def check_supported(config: PrepareConfig) -> None:
@@ -97,6 +54,60 @@ def check_cluster(address: str) -> None:
             raise UserError(
                 f"RAY_ADDRESS {address}: no Ray there ({error}); `ray start --head` says its address"
             ) from None
+
+
+def read_options(argv: list[str] | None = None) -> PrepareConfig:
+    """The options; exits with one line on what this script does not do, and where there is no cluster."""
+    config = parse_config(PrepareConfig, __doc__, argv)
+    try:
+        check_supported(config)
+        check_cluster(os.environ.get("RAY_ADDRESS", "local"))
+    except UserError as error:
+        exit_with(error)
+    return config
+
+
+config = read_options() if __name__ == "__main__" else None  # before the slow imports: Ray's take seconds
+
+import itertools
+import json
+import logging
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+import prepare_data
+from utils.text.documents import MAX_BROKEN_LISTED, read_sources
+from utils.text.source_config import SourceConfig
+from utils.text.sources import OTHER_KIND, count_other_files, reading_units
+from utils.text.stages import iter_slices, load_slices, map_slices
+
+try:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+except ImportError:
+    exit_with("Ray is not installed; pip install -e '.[cluster]'")
+
+PART_BYTES = 256 << 20  # of source files that a task reads, small ones together
+PART_SLICES = 32  # of 8 MB of text, at most, that a task cleans, sketches or encodes
+PARTS_PER_CPU = 4  # at least, where there is so much text: all CPUs then end at about the same time
+
+
+def main(config: PrepareConfig) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A task has one CPU. Relative paths stand in the documents' ids, so `run_part` goes to where this process is.
+    environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
+    machines = sum(node["Alive"] for node in ray.nodes())
+    print(f"{machines} machine(s), {ray.cluster_resources().get('CPU', 0):.0f} CPUs")
+    prepare_data.main(config, prepare_data.Engine(read_on_cluster, map_on_cluster))
 
 
 def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> None:

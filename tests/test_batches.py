@@ -1,5 +1,6 @@
 """Layouts and the sample order, against brute force."""
 
+import itertools
 import json
 import sys
 from functools import partial
@@ -98,6 +99,9 @@ def test_order_is_a_function_of_the_position():
     assert sample_ids(37, 11, 30, seed=5).tolist() == whole[37:48].tolist()
     sampler = iter(TrainBatchSampler(30, batch_size=4, seed=5, samples_seen=16))
     assert [next(sampler) for _ in range(3)] == whole[16:28].reshape(3, 4).tolist()
+    # A draw says in which epoch, so that what is hidden of a row is another thing in each.
+    draws = list(itertools.chain.from_iterable(itertools.islice(TrainBatchSampler(30, 5, 5, 0), 18)))
+    assert draws == [30 * (place // 30) + row for place, row in enumerate(whole[:90].tolist())]
 
 
 def test_neighbouring_samples_are_spread():

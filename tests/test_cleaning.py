@@ -207,6 +207,7 @@ MASKED = {
     "https://user:secret@host.example.com/x": "https://user:<EMAIL>/x",
     "from 81.2.69.160 port 22, to http://94.23.10.7:8080/x": "from <IP_ADDRESS> port 22, to http://<IP_ADDRESS>:8080/x",
     "Blocked: 81.2.69.160.": "Blocked: <IP_ADDRESS>.",
+    "8.8.123.45 and 64.5.7.114": "<IP_ADDRESS> and <IP_ADDRESS>",  # two single digits are no version yet
     "net 128.30.52.0/24": "net <IP_ADDRESS>/24",
     "ping 2a00:1450:4001:81b::200e: timeout": "ping <IP_ADDRESS>: timeout",
     "[2001:4860:4860:0:0:0:0:8888]:443": "[<IP_ADDRESS>]:443",

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT, run
+from growth import growth
 
 from utils.text import contamination, deduplication
 from utils.text.contamination import build_index, find_contaminated
@@ -200,6 +201,18 @@ def test_thirty_percent_of_the_words_edited_are_kept():
     cluster = cluster_texts(texts)
     kept = np.mean(cluster[numbers] != cluster[numbers + len(LONG)])
     assert kept >= 0.99
+
+
+def test_what_is_less_alike_than_the_threshold_is_kept():
+    """Pairs of similarity 0.45, most of which meet in a band: two standard errors below the threshold of 0.55."""
+    rng = random.Random(4)
+    common = [rng.choices(VOCABULARY, k=188) for _ in range(200)]
+    texts = [" ".join(words + rng.choices(VOCABULARY, k=112)) for words in common for _ in range(2)]
+    shingles = [plain_shingles(text, 3) for text in texts]
+    similarity = [jaccard(left, right) for left, right in zip(shingles[::2], shingles[1::2], strict=True)]
+    assert min(similarity) > 0.42 and max(similarity) < 0.48
+    cluster = cluster_texts(texts)
+    assert np.mean(cluster[::2] != cluster[1::2]) >= 0.9
 
 
 def test_unrelated_documents_are_kept():
@@ -503,17 +516,23 @@ def test_a_million_equal_documents_of_one_word():
         first = first_of_each(digests)
     assert first.sum() == 1 and memory.bytes < 60 * count
     chunks = sketch_all(texts)
-    started = time.perf_counter()
     with PeakMemory() as memory:
         cluster = find_near_duplicates(chunks, np.full(count, 5), np.ones(count, bool))
     assert (cluster == 0).all()
     assert memory.bytes < 60 * count + 25_000_000
-    assert time.perf_counter() - started < 60
 
 
 def test_a_hundred_thousand_equal_or_distinct_signatures():
-    count = 100_000
-    equal = [np.broadcast_to(sketch_documents(["word"]), (1000, deduplication.NUM_HASHES))] * 100
-    assert (find_near_duplicates(equal, np.full(count, 4), np.ones(count, bool)) == 0).all()
-    distinct = np.random.default_rng(0).integers(0, 2**32, (count, deduplication.NUM_HASHES), np.uint32)
-    assert (find_near_duplicates([distinct], np.full(count, 4), np.ones(count, bool)) == np.arange(count)).all()
+    """The clusters are right, and four times the documents cost some four times as much, not sixteen times."""
+    block = np.broadcast_to(sketch_documents(["word"]), (1000, deduplication.NUM_HASHES))
+    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, deduplication.NUM_HASHES), np.uint32)
+
+    def cluster_equal(count: int) -> None:
+        assert (find_near_duplicates([block] * (count // 1000), np.full(count, 4), np.ones(count, bool)) == 0).all()
+
+    def cluster_distinct(count: int) -> None:
+        found = find_near_duplicates([distinct[:count]], np.full(count, 4), np.ones(count, bool))
+        assert (found == np.arange(count)).all()
+
+    assert growth(cluster_equal, 25_000) < 9
+    assert growth(cluster_distinct, 25_000) < 9

@@ -8,12 +8,14 @@ import shutil
 import pytest
 import torch
 from conftest import call, error_line, metrics
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from utils.cli import UserError
 from utils.model_config import SIZES, LoraConfig, ModelConfig
 from utils.objective_config import ObjectiveConfig
-from utils.training.adapters import hash_weights
+from utils.training.adapters import add_adapters, hash_weights
+from utils.training.initialization import describe_initialization
 from utils.training.modeling import build_model, count_parameters
 from utils.training.objectives import Objective, check_documents_stay_apart
 
@@ -191,12 +193,25 @@ def test_adapters_train_alone_are_saved_resumed_and_merged_on_export(dataset, fi
     hash_weights.cache_clear()
     code, out, _ = call("export.py", "--checkpoint", output, "--output", merged)
     assert code == 0 and "opens with AutoModelForCausalLM" in out
+    # Rounding, and so not nothing: what is merged was compared with what was not.
+    assert 0 < json.loads((merged / "export_report.json").read_text())["max_logit_difference_of_merging"] < 1e-4
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, merged))
     changed = {
         name for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
         if not torch.equal(old, new)
     }  # fmt: skip
     assert changed and all(name.endswith("proj.weight") for name in changed)
+
+
+def test_adapters_have_the_scale_that_is_asked_for(tokenizer):
+    model = build(tokenizer, "llama")
+    model.config.architectures = [type(model).__name__]
+    layer = add_adapters(model, LoraConfig(rank=4, alpha=12.0)).base_model.model.model.layers[0].self_attn.q_proj
+    inner, outer = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    nn.init.normal_(outer)
+    values = torch.randn(5, inner.shape[1])
+    expected = layer.base_layer(values) + 12 / 4 * values @ inner.T @ outer.T
+    torch.testing.assert_close(layer(values), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_mistakes_are_named(dataset):
@@ -209,3 +224,26 @@ def test_mistakes_are_named(dataset):
     assert "3 key-value heads do not divide 8 attention heads" in line
     line = error_line("train.py", "--data.dataset", dataset, "--model.architecture", "qwen3")
     assert "give model.size null and the sizes one by one" in line
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_the_line_on_initial_weights_has_the_figures_of_each_kind(architecture, tokenizer):
+    """Against all numbers of a kind in one array, the kinds told apart by their names; one is shifted to be seen."""
+    model = build(tokenizer, architecture, initialization="gpt2", hidden_size=64, num_hidden_layers=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.5)
+    pattern, found = RESIDUAL[architecture][0], {}
+    for name, values in model.named_parameters():
+        kind = next(kind for kind, part in [
+            ("bias", r"bias$"), ("norm", r"norm|ln_"), ("residual projection", rf"({pattern})\.weight$"),
+            ("embedding", r"embed|wte|wpe|shared|relative_attention"), ("linear", ""),
+        ] if re.search(part, name))  # fmt: skip
+        found.setdefault(kind, []).append(values.detach().double().flatten())
+    line = describe_initialization(model)
+    said = {kind: (float(mean), float(std)) for kind, mean, std in re.findall(r"([a-z ]+) (-?[\d.]+) ± ([\d.]+)", line)}
+    expected = {kind: torch.cat(values) for kind, values in found.items()}
+    assert {kind.strip() for kind in said} == expected.keys()
+    for kind, (mean, std) in said.items():
+        values = expected[kind.strip()]
+        assert mean == pytest.approx(float(values.mean()), abs=6e-4), kind
+        assert std == pytest.approx(float(values.std(correction=0)), abs=6e-5), kind

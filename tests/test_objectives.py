@@ -26,6 +26,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from utils.batches.batch_plan import PADDING_SAMPLE
+from utils.batches.collation import CollatedRows
 from utils.batches.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
 from utils.batches.token_dataset import TokenDataset
 from utils.cli import UserError
@@ -140,6 +141,20 @@ def test_a_row_is_the_same_in_any_batch_and_a_padding_row_has_no_target(tokenize
     if name != "causal":
         again = collate(rows.__getitems__(numbers), generators([number + 100 for number in numbers]))
         assert not np.array_equal(again["input_ids"], whole["input_ids"])
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_what_is_hidden_depends_on_row_epoch_and_seed_alone(tokenizers, name):
+    """Not on the row's place in its batch, so not on micro-batches, processes and where a run was resumed."""
+    tokenizer = tokenizers["bpe"]
+    rows, collate = layout(tokenizer), build(tokenizer, name)
+
+    def inputs(draws, seed=1):
+        return CollatedRows(rows, collate, seed).__getitems__(draws)["input_ids"]
+
+    whole = inputs([3, 0, PADDING_SAMPLE, 11, 3 + len(rows)])
+    assert np.array_equal(inputs([11, 3]), whole[[3, 0]])
+    assert not np.array_equal(whole[4], whole[0]) and not np.array_equal(inputs([3], seed=2)[0], whole[0])
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

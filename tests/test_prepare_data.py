@@ -8,6 +8,8 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -16,6 +18,7 @@ from conftest import ROOT, call, error_line
 from transformers import AutoTokenizer
 
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.cli import UserError
 from utils.text.cleaning import clean_standard
 from utils.text.deduplication import digest, is_validation
 
@@ -256,3 +259,16 @@ def test_the_recipe_in_the_docs_runs(tmp_path, monkeypatch):
     assert any(
         "Question: " in text and "\n\nAnswer: " in text for text in documents(tmp_path / "data" / "mine", "train")
     )
+
+
+def test_a_split_of_several_files_is_mapped_as_datasets_reads_it(tmp_path):
+    lists = [list(range(n % 7)) for n in range(1000)]
+    features = datasets.Features(input_ids=datasets.List(datasets.Value("uint16")))
+    datasets.Dataset.from_dict({"input_ids": lists}, features=features).save_to_disk(tmp_path / "train", num_shards=3)
+    reread = datasets.load_from_disk(str(tmp_path / "train"))
+    tokens = open_split(tmp_path, "train")
+    assert np.diff(tokens.offsets).tolist() == [len(ids) for ids in reread["input_ids"]]
+    assert tokens.read(0, tokens.num_tokens).tolist() == [token for ids in reread["input_ids"] for token in ids]
+    (tmp_path / "train" / "data-00001-of-00003.arrow").unlink()
+    with pytest.raises(UserError, match="the train split cannot be read"):
+        open_split(tmp_path, "train")

@@ -21,19 +21,17 @@ TESTED_ELSEWHERE = (
 )
 
 
-def make_copy(folder: Path, max_steps: int) -> Path:
-    """The tracked files, the demo's 800 steps turned into `max_steps`, and somebody's texts beside them."""
+def make_copy(folder: Path, max_steps: int | None) -> Path:
+    """The tracked files, the steps of the demo and of train.py's defaults turned into `max_steps`, if it is given, and
+    somebody's texts beside them."""
     for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for name, old, new in (
-        ("utils/optimizer_config.py", "max_steps: int | None = 800", f"max_steps: int | None = {max_steps}"),
-        ("configs/demo.yaml", "max_steps: 800", f"max_steps: {max_steps}"),
-    ):
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new))
+    for name in ("utils/optimizer_config.py", "configs/demo.yaml") if max_steps is not None else ():
+        text, changes = re.subn(r"(max_steps: (int \| None = )?)\d+", rf"\g<1>{max_steps}", (folder / name).read_text())
+        assert changes == 1
+        (folder / name).write_text(text)
     (folder / "my_texts").mkdir()
     lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines[::10]):
@@ -52,13 +50,11 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
     try:
         for stamp in stamps:
             stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
-        launched = []
+        launched = [["python"]]
         for command in commands:
-            tool, *words = shlex.split(command)
-            launch = words[: words.index("train.py")] if tool == "accelerate" else None
-            if tool == "python":
-                done = script(*words, cwd=copy)
-            elif launch in launched:
+            words = shlex.split(command)
+            launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]
+            if launch in launched:
                 done = script(*words[len(launch) :], cwd=copy)
             else:
                 done = run("bash", "-c", command, cwd=copy, **extra)
@@ -77,7 +73,7 @@ def test_every_command_runs(tmp_path):
     ran = run_in(copy, [short[command] for command in COMMANDS if command not in TESTED_ELSEWHERE])
     outputs = {command: ran[short[command]] for command in COMMANDS if command not in TESTED_ELSEWHERE}
     assert "make demo" in outputs and "make test" in COMMANDS
-    last_lines = outputs["make demo"]
+    last_lines = outputs["make demo"].partition("What came out")[2]
     for words in (
         "loss on held-out text",
         "perplexity",
@@ -86,7 +82,10 @@ def test_every_command_runs(tmp_path):
         "tokens per second",
         "largest logit difference",
     ):
-        assert words in last_lines[-1200:]
+        assert words in last_lines
+    assert json.loads((copy / "runs/demo/evaluation.json").read_text())["text"].strip() in last_lines.replace(
+        "\n  ", "\n"
+    )
     resumed = next(text for command, text in outputs.items() if "--checkpoint.resume auto" in command)
     assert "nothing to do" in resumed
     two = json.loads((copy / "runs/two/environment.json").read_text())[0]
@@ -98,11 +97,11 @@ def test_every_command_runs(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_demo_beats_xz_by_a_fifth(tmp_path):
+def test_the_demo_beats_xz_by_a_quarter(tmp_path):
     """`make demo` at its full length."""
-    run_in(make_copy(tmp_path, max_steps=800), ["make demo"])
+    run_in(make_copy(tmp_path, max_steps=None), ["make demo"])
     report = json.loads((tmp_path / "runs/demo/evaluation.json").read_text())
-    assert report["bits_per_byte"] <= 0.8 * report["xz_bits_per_byte"]
+    assert report["bits_per_byte"] <= 0.75 * report["xz_bits_per_byte"]
     assert json.loads((tmp_path / "exports/demo/export_report.json").read_text())["max_logit_difference"] <= 1e-5
 
 

@@ -7,6 +7,7 @@ from conftest import SMALL, error_line, flags, metrics, script, train
 from processes import weights
 
 from utils.optimizer_config import ScheduleConfig
+from utils.training.checkpoint_folders import resolve_checkpoint
 from utils.training.optimization import learning_rate_factor
 
 
@@ -51,6 +52,7 @@ def test_old_checkpoints_go_and_the_best_stays(dataset, tmp_path):
     best = (folder / "best").resolve().name
     assert {path.name for path in folder.glob("step-*")} == {best, "step-00000010", "step-00000012"}
     assert best < "step-00000010"
+    assert resolve_checkpoint(tmp_path / "run").name == best  # of a run, export.py and evaluate.py take that
 
 
 def test_a_run_without_a_valid_checkpoint_is_refused_and_kept(finished_run, dataset, tmp_path):

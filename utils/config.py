@@ -1,7 +1,8 @@
 """The options of train.py: one dataclass per subject, one docstring with the unit per field.
 
-The defaults are the demo's, so `train.py` runs without any option. `problems()` returns what is wrong with the
-*values* of a section, in words that name the option; types and names are checked by `utils.cli.parse_config`.
+The defaults train the demo's model on the demo's data by AdamW, so `train.py` runs without any option. `problems()`
+returns what is wrong with the *values* of a section, in words that name the option; types and names are checked by
+`utils.cli.parse_config`.
 "Step" means optimizer step everywhere.
 """
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,16 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, SMALL, call, error_line, flags, metrics, script, train, train_losses
 from processes import changed_copy, command, invalid_checkpoints, kill_at, state, summary, training, weights
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from utils.batches.batch_plan import sample_ids
 from utils.batches.packing import PackedLayout
 from utils.batches.token_dataset import open_split
+from utils.config import CheckpointConfig
 from utils.optimizer_config import ScheduleConfig
-from utils.training.checkpoint_folders import find_problem, hash_file
+from utils.training.checkpoint_folders import find_problem, hash_file, list_checkpoints, new_checkpoint
+from utils.training.checkpoint_writer import CheckpointWriter
+from utils.training.checkpoints import TrainState
+from utils.training.ema import WeightAverage
 from utils.training.optimization import learning_rate_factor
 
 # Dropout, accumulation, evaluations, an average of the weights, patience: all that a resumed run could get wrong.
@@ -145,6 +151,53 @@ def test_02_kill_9_with_loader_workers_and_bf16(dataset, tmp_path):
         started.kill()
     script(*command(tmp_path / "broken", dataset, **options, **RESUME), **bf16)
     check_equal(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path):
+    """What is written becomes visible by one renaming, and only if nothing went wrong before."""
+    with new_checkpoint(tmp_path, 3) as temporary:
+        (temporary / "state.json").write_text("{}")
+        assert list_checkpoints(tmp_path) == []
+        identity = temporary.stat().st_ino
+    (checkpoint,) = tmp_path.iterdir()
+    assert checkpoint.name == "step-00000003" and checkpoint.stat().st_ino == identity
+    assert find_problem(checkpoint) is None
+    with contextlib.suppress(OSError), new_checkpoint(tmp_path, 4) as temporary:
+        (temporary / "state.json").write_text("{")
+        raise OSError("a full disk")
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_a_checkpoint_is_of_its_moment_whatever_is_trained_while_it_is_written(dataset, tmp_path):
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    average = WeightAverage(model, 0.9)
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    tensors = [*model.parameters(), *average.averages, *(state["exp_avg"] for state in optimizer.state.values())]
+    before = sorted(float(tensor.detach().double().sum()) for tensor in tensors)
+    trained = threading.Event()
+    writer = CheckpointWriter(
+        Accelerator(cpu=True), tmp_path, CheckpointConfig(), AutoTokenizer.from_pretrained(dataset / "tokenizer"),
+        warn=pytest.fail, note=lambda words: words != "writing" or trained.wait(60),
+    )  # fmt: skip
+    state = TrainState(dataset_key="", optimizer_step=3)
+    writer.save(state, model, optimizer, scheduler, average, wait=False)
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.add_(1)
+    state.optimizer_step = 4
+    trained.set()
+    writer.finish()
+    checkpoint = tmp_path / "step-00000003"
+    files = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average", "optimizer")}
+    saved = [tensor for tensors in files.values() for name, tensor in tensors.items()
+             if name.split(".")[-1] not in ("exp_avg_sq", "step")]  # fmt: skip
+    assert sorted(float(tensor.double().sum()) for tensor in saved) == before
+    assert json.loads((checkpoint / "state.json").read_text())["state"]["optimizer_step"] == 3
 
 
 # ---- Damage: (number, what is done to the newest checkpoint, what is said of it)
@@ -425,3 +478,69 @@ def test_too_little_disk_for_the_checkpoints_to_come_is_said_before_training(dat
         line = error_line("train.py", *flags(settings))
         assert re.search(r"will need ([\d.]+) MB for 14 checkpoints of [\d.]+ MB, and the disk has 4\.[12] MB", line)
         assert not (disk / "run" / "config.yaml").exists()
+
+
+def record_disk_calls(monkeypatch: pytest.MonkeyPatch, under: Path) -> list[tuple[str, str, object]]:
+    """From here on, what this process flushes and renames below a folder, in order: (call, path, size or new path)."""
+    calls: list[tuple[str, str, object]] = []
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+    def note(call: str, path: str, what: object) -> None:
+        if path.startswith(f"{under}/"):
+            calls.append((call, path.removeprefix(f"{under}/"), what))
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size)
+
+    def rename(source: str | Path, target: str | Path) -> None:
+        real_rename(source, target)
+        note("rename", str(source), str(target).removeprefix(f"{under}/"))
+
+    def replace(source: str | Path, target: str | Path) -> None:
+        real_replace(source, target)
+        note("rename", str(source), str(target).removeprefix(f"{under}/"))
+
+    for name, wrapped in (("fsync", fsync), ("rename", rename), ("replace", replace)):
+        monkeypatch.setattr(os, name, wrapped)
+    return calls
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_another_goes(
+    dataset, tmp_path, monkeypatch
+):
+    """Each file, whole, then the folder, then the rename, then the parent, then the links, and only then an old one goes. What
+    is put in the place of a small file is flushed first, too."""
+    output = tmp_path.resolve() / "run"
+    calls = record_disk_calls(monkeypatch, output)
+    train(
+        output, data__dataset=dataset, optimizer__ema_decay=0.9, schedule__max_steps=3, checkpoint__every_steps=1,
+        checkpoint__keep_last=3,
+    )  # fmt: skip
+    for number in range(1, 4):
+        name, temporary = f"checkpoints/step-{number:08}", f"checkpoints/.tmp-step-{number:08}"
+        sizes = {f"{temporary}/{path.name}": path.stat().st_size for path in (output / name).iterdir()}
+        assert {f"{temporary}/{file}" for file in ("manifest.json", "model.safetensors", "state.json")} < sizes.keys()
+        renamed = calls.index(("rename", temporary, name))
+        before = [(path, size) for call, path, size in calls[:renamed] if call == "fsync" and temporary in path]
+        assert dict(before[:-1]) == sizes  # no byte came later
+        assert before[-1][0] == temporary
+        assert calls[renamed + 1][:2] == ("fsync", "checkpoints")
+        linked = calls.index(("rename", "checkpoints/.tmp-last", "checkpoints/last"), renamed)
+        assert linked == renamed + 2
+    replaced = [path for call, path, target in calls if call == "rename" and not str(target).startswith("checkpoints/")]
+    assert {f".{name}.tmp" for name in ("config.yaml", "environment.json", "summary.json")} <= set(replaced)
+    for path in replaced:
+        place = calls.index(next(entry for entry in calls if entry[:2] == ("rename", path)))
+        assert ("fsync", path) in [entry[:2] for entry in calls[:place]], path
+
+    calls.clear()  # the next one takes the place of an old one
+    train(
+        output, data__dataset=dataset, optimizer__ema_decay=0.9, schedule__max_steps=4, checkpoint__every_steps=1,
+        checkpoint__keep_last=1, **RESUME,
+    )  # fmt: skip
+    order = [(call, path) for call, path, _ in calls if path.startswith("checkpoints")]
+    gone = order.index(("rename", "checkpoints/step-00000001"))
+    new = order.index(("rename", "checkpoints/.tmp-step-00000004"))
+    assert order[new + 1 : new + 3] == [("fsync", "checkpoints"), ("rename", "checkpoints/.tmp-last")]
+    assert new + 3 <= gone

@@ -2,16 +2,20 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from conftest import SMALL, environment, flags, metrics, run, train, train_losses
-from processes import PATIENCE, ROOT, Training
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import ROOT, SMALL, flags, metrics, run, script, start, train, train_losses
+from processes import PATIENCE, Training, command
 
+from utils.batches.batch_plan import plan_batches
 from utils.cli import UserError
+from utils.training.launch_check import describe_launch
 from utils.training.launch_file import SECTIONS, check_launch_file
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -23,7 +27,9 @@ def dataset(small_dataset) -> Path:
 
 
 def refused(launch: list[str], dataset, output, **extra: str) -> str:
-    result = run(*launch, "train.py", *flags(SMALL | {"output": output, "data.dataset": dataset}), check=False, **extra)
+    """The line with which train.py refuses a real launch; without `launch`, the variables that one would set."""
+    command = [*launch, "train.py", *flags(SMALL | {"output": output, "data.dataset": dataset})]
+    result = (run if launch else script)(*command, check=False, **extra)
     assert result.returncode != 0 and not output.exists()
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: error:")]
     return line
@@ -58,40 +64,31 @@ def test_29_two_processes_asked_for_and_one_got(dataset, tmp_path):
     line = refused([*LAUNCH, "--cpu", "--num_processes", "2"], dataset, tmp_path / "run")
     assert "asked for 2 processes and got 1" in line and "cpu_2_processes.yaml" in line
     text = (ROOT / "accelerate_configs" / "cpu_2_processes.yaml").read_text()
-    config = tmp_path / "multi_cpu.yaml"
-    config.write_text(text.replace("MULTI_GPU  ", "MULTI_CPU  "))
-    line = refused([*LAUNCH, "--config_file", str(config)], dataset, tmp_path / "run")
+    line = problems(tmp_path / "multi_cpu.yaml", text.replace("MULTI_GPU  ", "MULTI_CPU  "))
     assert "starts one process for distributed_type MULTI_CPU, not 2" in line and "MULTI_GPU" in line
 
 
 def test_29_two_processes_that_are_each_rank_0(dataset, tmp_path):
     """As `srun --ntasks 2 python train.py` would start them; and without Slurm, the second on the folder of the first."""
-    arguments = [sys.executable, "train.py", *flags(SMALL | {"output": tmp_path / "run", "data.dataset": dataset})]
-    slurm = {"SLURM_STEP_NUM_TASKS": "2"}
-    tasks = [
-        subprocess.Popen(arguments, env=environment() | slurm | {"SLURM_PROCID": str(number)},
-                         stderr=subprocess.PIPE, text=True)
-        for number in range(2)
-    ]  # fmt: skip
-    for task in tasks:
-        _, errors = task.communicate(timeout=100)
-        assert (
-            task.returncode == 2
-            and "2 tasks were started (SLURM_STEP_NUM_TASKS), and each would train by itself" in errors
-        )
-    both = [subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    ended = [(task.communicate(timeout=100)[1], task.returncode) for task in both]
-    assert sorted(code for _, code in ended) == [0, 2], ended
-    assert any("is in use by process" in errors or "already holds a run" in errors for errors, _ in ended)
+    for number in ("0", "1"):
+        line = refused([], dataset, tmp_path / "run", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=number)
+        assert "2 tasks were started (SLURM_STEP_NUM_TASKS), and each would train by itself" in line
+    arguments = command(tmp_path / "run", dataset)
+    with (tmp_path / "log").open("a") as log:
+        both = [start(arguments, stdout=log, stderr=log)[0] for _ in range(2)]
+        codes = sorted(task.wait(timeout=PATIENCE) for task in both)
+    text = (tmp_path / "log").read_text()
+    assert codes == [0, 2], text
+    assert "is in use by process" in text or "already holds a run" in text
 
 
 def test_30_fp16_or_fsdp_asked_for_and_not_active(dataset, tmp_path):
-    assert "fp16 with loss scaling needs a GPU" in refused(
-        [*LAUNCH, "--mixed_precision", "fp16"], dataset, tmp_path / "run"
-    )
-    # What `accelerate launch` sets for FSDP, without its many options.
-    line = refused([*LAUNCH, "--cpu"], dataset, tmp_path / "run", ACCELERATE_USE_FSDP="true")
-    assert "asked for FSDP, active is NO" in line
+    """By the variables that `accelerate launch` sets."""
+    for asked, expected in (
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 with loss scaling needs a GPU"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "asked for FSDP, active is NO"),
+    ):
+        assert expected in refused([], dataset, tmp_path / "run", **asked)
 
 
 FSDP = """distributed_type: FSDP
@@ -131,11 +128,11 @@ def test_31_a_misspelt_key_is_refused_at_the_start_and_by_hand(dataset, tmp_path
     file.write_text(FSDP + "  fsdp_reshard_after_foward: true\n")
     line = refused([*LAUNCH, "--config_file", str(file)], dataset, tmp_path / "run")
     assert "fsdp_config.fsdp_reshard_after_foward is unknown" in line and "fsdp_reshard_after_forward?" in line
-    by_hand = run(sys.executable, "-m", "utils.training.launch_check", str(file), check=False)
+    by_hand = script("-m", "utils.training.launch_check", file, check=False)
     assert (
         by_hand.returncode == 2 and by_hand.stderr.count("\n") == 1 and "fsdp_reshard_after_forward?" in by_hand.stderr
     )
-    good = run(sys.executable, "-m", "utils.training.launch_check", "accelerate_configs/multi_gpu.yaml")
+    good = script("-m", "utils.training.launch_check", "accelerate_configs/multi_gpu.yaml")
     assert "nothing is wrong" in good.stdout
 
 
@@ -158,9 +155,31 @@ def test_31_values_that_mean_something_else(tmp_path):
     assert "tp_size 2 is not supported" in problems(file, f"distributed_type: MULTI_GPU\nparallelism_config:\n{tensor}")
 
 
-def test_32_fsdp_of_version_1(dataset, tmp_path):
-    file = tmp_path / "fsdp1.yaml"
+def test_32_fsdp_of_version_1(tmp_path):
     for version in ("  fsdp_version: 1\n", "  fsdp_use_orig_params: false\n"):
-        file.write_text(FSDP.replace("  fsdp_version: 2\n", version))
-        line = refused([*LAUNCH, "--config_file", str(file)], dataset, tmp_path / "run")
+        line = problems(tmp_path / "fsdp1.yaml", FSDP.replace("  fsdp_version: 2\n", version))
         assert "fsdp_version must be 2" in line
+
+
+def test_what_the_machine_could_do_beside_the_launch_is_hinted_at(monkeypatch):
+    """Cores that no thread uses, and bf16 where the processor has instructions for it and the launch asks for fp32."""
+    plan, threads = plan_batches(8, 2, 1), torch.get_num_threads()
+
+    def hints(precision: str, cores: int, has_bf16: bool) -> list[str]:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16})
+        AcceleratorState._reset_state(True)
+        try:
+            lines = describe_launch(Accelerator(cpu=True, mixed_precision=precision), plan)
+        finally:
+            AcceleratorState._reset_state(True)
+        assert f"precision {precision}, {threads} thread(s) each" in lines[0]
+        assert "8 sequences = 1 process(es) × 4 micro-batch(es) × 2" in lines[1]
+        return lines[2:]
+
+    assert hints("no", threads, False) == hints("bf16", threads, True) == []
+    (line,) = hints("no", threads + 3, False)
+    assert f"{threads} of {threads + 3} cores" in line and f"--num_cpu_threads_per_process {threads + 3} " in line
+    (line,) = hints("no", threads, True)
+    assert "--mixed_precision bf16" in line
+    assert len(hints("no", threads + 3, True)) == 2

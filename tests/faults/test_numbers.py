@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from utils.batches.token_dataset import load_manifest
 from utils.config import GuardConfig
+from utils.optimizer_config import ScheduleConfig
 from utils.training.checkpoints import TrainState
 from utils.training.guards import find_fault
+from utils.training.optimization import learning_rate_factor
 
 MICRO_LOSS = "                micro_loss = objective(**batch)\n"
 
@@ -54,6 +56,9 @@ def test_17_a_loss_that_is_not_finite(value, processes, dataset, tmp_path):
     end = state(output)
     assert (end["optimizer_step"], end["samples_seen"], end["skipped"], end["nonfinite"]) == (10, 88, 1, 1)
     assert is_finite(output) and summary(output)["finished"] is True
+    rates = [record["train/learning_rate"] for record in metrics(output) if "train/loss" in record]
+    factor = learning_rate_factor(ScheduleConfig(warmup_steps=2), 10)  # of the updates that were made
+    assert rates == pytest.approx([0.003 * factor(step) for step in range(10)], rel=1e-12)
     assert len(train_losses(metrics(output))) == 10 and all(
         math.isfinite(loss) for loss in train_losses(metrics(output))
     )

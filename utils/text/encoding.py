@@ -10,7 +10,6 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -46,13 +45,18 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.dtype = token_dtype(len(tokenizer))
-        self.features = datasets.Features(input_ids=datasets.List(datasets.Value(self.dtype.__name__)))
         self.note = "encoded by tokenizers"
         self._gigatoken: Any = None
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._eos: int = tokenizer.eos_token_id
         self._template = find_template(self._backend)
         self._cut = self._template is not None and splits_at_spaces(self._backend)
+
+    @property
+    def features(self) -> Any:
+        import datasets  # here, as evaluate.py encodes a text without it, and it takes a second of CPU time
+
+        return datasets.Features(input_ids=datasets.List(datasets.Value(self.dtype.__name__)))
 
     def __call__(self, texts: list[str]) -> Encoded:
         """Ids of all documents (T,), uint16 or uint32, and the offsets (N + 1,), int64, of each document in them.

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import jinja2
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -18,6 +17,7 @@ from utils.pretrained import read_tokenizer
 
 # transformers is imported where it is needed: it brings torch, two seconds that a call with nothing to do need not wait.
 if TYPE_CHECKING:
+    import datasets
     from transformers import PreTrainedTokenizerFast
 
 Algorithm = Literal["bpe", "unigram", "wordpiece"]
@@ -187,7 +187,7 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
         pass  # a template may well refuse this conversation
 
 
-def iter_sample(dataset: datasets.Dataset, sample_bytes: int, seed: int = 0) -> Iterator[list[str]]:
+def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -> Iterator[list[str]]:
     """Batches of the documents of `dataset` (column `text`) until `sample_bytes` of UTF-8 have been given.
 
     The documents given so far lie evenly over the whole dataset at any time: their positions advance by the golden

@@ -1,0 +1,399 @@
+"""Small faults planted one at a time in a copy of the code: does a test notice? By hand, about fifteen minutes.
+
+    python tests/mutants.py                    all of them; the last line is JSON
+    python tests/mutants.py --only "epoch"     those whose description holds this text
+    python tests/mutants.py --check            only whether each still applies, and its tests exist
+
+Exit code 1: a fault survived, or no longer applies. mutmut and cosmic-ray change every operator and number, some 6,000
+here, which at ten seconds for the cheapest training test takes most of a day; these are the ones that a person would make.
+"""
+
+import argparse
+import ast
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_PRODUCT = ("tests", "benchmarks", "examples")
+SECONDS = 300  # for a test that a fault has made endless
+
+
+class Mutant(NamedTuple):
+    """A fault: in `function`, `old` (an expression or a statement, in any formatting) becomes `new`."""
+
+    fault: str
+    """What a user would suffer."""
+    function: str
+    """Its qualified name, in whichever file it is; with "file.py:" where several files have one of that name."""
+    old: str
+    new: str
+    tests: str
+    """Names of the tests that should notice, in whichever files they are; [id] chooses of a parametrized one."""
+
+
+# The longest names are of tests; breaking them up would hide them from a search.
+# fmt: off
+MUTANTS = [
+    # ---- The loop
+    Mutant("the loss is divided by the targets of one micro-batch",
+           "train.py:main", "sum(count_targets(batch) for batch in micro_batches)", "count_targets(micro_batches[0]) * plan.accumulation",
+           "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+    Mutant("gradients shrink with accumulation",
+           "train.py:main", "plan.accumulation * plan.num_processes / num_targets", "plan.num_processes / num_targets",
+           "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+    Mutant("gradients are never clipped",
+           "train.py:main", "config.optimizer.max_grad_norm or math.inf", "math.inf",
+           "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+    Mutant("the gradient norm grows with the number of processes",
+           "train.py:main", "whole(norm) / plan.num_processes", "whole(norm)",
+           "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+    Mutant("each rank votes for itself",
+           "StopRequests.agree", 'self.accelerator.reduce(values, "sum").tolist()', "values.tolist()",
+           "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+    Mutant("the gradients of a skipped update go into the next one",
+           "train.py:main", "optimizer.zero_grad()", "optimizer.zero_grad() if fault is None else None",
+           "test_17_a_loss_that_is_not_finite[math.nan-2]"),
+    Mutant("a skipped update consumes the schedule",
+           "train.py:main", "check_limits(state, config.guards, fault)", "(check_limits(state, config.guards, fault), scheduler.step())",
+           "test_17_a_loss_that_is_not_finite[math.nan-2]"),
+    Mutant("a skipped update does not consume its data",
+           "train.py:main", "state.samples_seen += plan.global_batch_size", "state.samples_seen += plan.global_batch_size if fault is None else 0",
+           "test_17_a_loss_that_is_not_finite[math.nan-2]"),
+    Mutant("dropout hides the same in every step",
+           "step_seed", "[seed, samples_seen, rank]", "[seed, 0, rank]",
+           "test_each_step_and_rank_has_its_own_random_numbers"),
+    Mutant("the best checkpoint is the worst",
+           "update_best", "not loss < state.best_loss", "not loss > state.best_loss",
+           "test_early_stopping_stops_after_patience_evaluations"),
+    Mutant("patience ignores min_delta",
+           "update_best", "loss < state.patience_loss - min_delta", "loss < state.patience_loss",
+           "test_early_stopping_stops_after_patience_evaluations"),
+    # ---- Loss and evaluation
+    Mutant("label smoothing is in the evaluation, too",
+           "Objective.forward", "self.config.label_smoothing if self.training else 0.0", "self.config.label_smoothing",
+           "test_label_smoothing_is_the_trainers_and_z_loss_its_formula_in_training_only"),
+    Mutant("the chunked head ignores the z-loss",
+           "Objective.forward", "head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss)",
+           "head_loss(hidden, head, targets, label_smoothing=smoothing)",
+           "test_the_objectives_loss_and_gradients_are_those_of_the_plain_one"),
+    Mutant("the chunked head's z-loss has half its gradient",
+           "_HeadLoss.forward", "1 + 2 * z_loss * log_normaliser", "1 + z_loss * log_normaliser",
+           "test_the_chunked_head_has_the_loss_and_the_gradients_of_all_logits"),
+    Mutant("dropout stays on in evaluations",
+           "evaluation.py:evaluate", "objective.eval()", "objective.train()",
+           "test_an_evaluation_is_without_dropout"),
+    Mutant("an evaluation counts the rows that fill up its last batch",
+           "EvaluationBatchSampler.__iter__", "[PADDING_SAMPLE] * (self.batch_size - len(batch))", "batch[-1:] * (self.batch_size - len(batch))",
+           "test_evaluation_covers_every_sample_once"),
+    Mutant("bits per byte are nats per byte",
+           "Evaluation.bits_per_byte", "self.loss * self.num_tokens / math.log(2) / num_bytes", "self.loss * self.num_tokens / num_bytes",
+           "test_20_an_uneven_last_evaluation_batch"),
+    Mutant("of a long prompt the beginning is read",
+           "write_text", "ids[1 - positions :]", "ids[: positions - 1]",
+           "test_of_a_long_prompt_the_end_counts"),
+    # ---- Rows
+    Mutant("a token is its own target",
+           "PackedLayout._batch", "buffer[:, 1:].astype(np.int64)", "buffer[:, :-1].astype(np.int64)",
+           "test_every_target_is_scored_once"),
+    Mutant("positions go on from one document to the next",
+           "PackedLayout._batch", "np.concatenate([np.arange(len(labels) + 1) * length, ends])", "np.arange(len(labels) + 1) * length",
+           "test_packed_positions_restart_with_each_document_and_row"),
+    Mutant("the loss mask stands one token early",
+           "PackedLayout._batch", "self.tokens.loss_mask.gather(starts, stops).reshape(-1, length + 1)[:, 1:]",
+           "self.tokens.loss_mask.gather(starts, stops).reshape(-1, length + 1)[:, :-1]",
+           "test_the_loss_mask_stands_at_its_tokens_target"),
+    Mutant("best-fit drops documents that fill a row",
+           "BestFitLayout.__getitems__", "(stop - start - 1) % length + 1", "(stop - start) % length",
+           "test_every_target_is_scored_once"),
+    Mutant("a padded row that is full loses its last target",
+           "PaddedLayout.__getitems__", "np.minimum(offsets[documents + 1] - starts, length + 1)", "np.minimum(offsets[documents + 1] - starts, length)",
+           "test_every_target_is_scored_once"),
+    Mutant("a stream loses the target where a row cuts a document",
+           "iter_rows", "document.input_ids[token + 1 : stop + 1]", "document.input_ids[token + 1 : stop]",
+           "test_a_row_holds_what_a_plain_reading_gives"),
+    Mutant("a resumed stream repeats the document that a row has cut",
+           "iter_rows", '{**document.here, "token": token}', '{**document.here, "token": 0}',
+           "test_a_resumed_stream_goes_on_as_if_it_had_not_stopped"),
+    # ---- Order
+    Mutant("the permutation leaves its range",
+           "permute", "values >= np.uint64(size)", "values > np.uint64(size)",
+           "test_permutation_is_one_and_changes_with_seed_and_epoch"),
+    Mutant("every epoch has the order of the first",
+           "sample_ids", "permute(positions[inside] % num_samples, num_samples, seed, int(epoch))",
+           "permute(positions[inside] % num_samples, num_samples, seed, 0)",
+           "test_sample_order_is_the_golden_one"),
+    Mutant("every epoch hides the same tokens of a row",
+           "TrainBatchSampler.__iter__", "epochs * self.num_samples + sample_ids(start, ahead, self.num_samples, self.seed)",
+           "sample_ids(start, ahead, self.num_samples, self.seed)",
+           "test_order_is_a_function_of_the_position"),
+    Mutant("what is hidden depends on a row's place in its batch",
+           "RowGenerators.__getitem__", "[self.seed, self.draws[index] + 1]", "[self.seed, index]",
+           "test_what_is_hidden_depends_on_row_epoch_and_seed_alone"),
+    # ---- Optimizer and schedule
+    Mutant("the warm-up is a step ahead",
+           "learning_rate_factor.factor", "step / warmup", "(step + 1) / warmup",
+           "test_schedules_equal_transformers_at_every_step"),
+    Mutant("norm weights decay",
+           "split_by_decay", "parameter.ndim >= 2 and not is_norm(module) and not is_bias", "not is_bias",
+           "test_decay_and_muon_go_by_the_kind_of_a_parameter"),
+    Mutant("the moving average moves by its decay",
+           "WeightAverage.update", "1 - decay", "decay",
+           "test_the_average_equals_torchs_averaged_model_with_the_same_decay"),
+    Mutant("an epoch ends a step early",
+           "resolve_max_steps", "math.ceil(config.num_epochs * num_rows / global_batch_size)", "int(config.num_epochs * num_rows / global_batch_size)",
+           "test_the_horizon_is_given_in_steps_epochs_or_positions"),
+    Mutant("on slow CPUs Muon's steps have another size",
+           "Muon.step", "max(parameter.shape)", "min(parameter.shape)",
+           "test_where_bf16_is_slow_muon_computes_the_same_update_in_fp32"),
+    Mutant("a spike widens the window that it is judged by",
+           "guards.py:find_fault", "state.spikes += 1", "state.spikes += 1; state.recent = [*state.recent, [loss, grad_norm]]",
+           "test_19_the_rule_is_the_stated_one"),
+    # ---- Checkpoints
+    Mutant("a resumed run repeats a batch",
+           "build_train_loader", "TrainBatchSampler(len(layout), batch_size, seed, samples_seen)",
+           "TrainBatchSampler(len(layout), batch_size, seed, max(0, samples_seen - batch_size))",
+           "test_damage[07_one_flipped_bit]"),
+    Mutant("a resumed run has lost the optimizer's state",
+           "load_training_state", 'optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})', "pass",
+           "test_damage[07_one_flipped_bit]"),
+    Mutant("a resumed schedule counts samples",
+           "load_training_state", 'int(record["state"]["optimizer_step"])', 'int(record["state"]["samples_seen"])',
+           "test_a_run_that_goes_further_follows_its_new_schedule_at_once"),
+    Mutant("training goes on in what is being written",
+           "CheckpointWriter._copy", "buffer.copy_(tensor, non_blocking=True)", "tensor",
+           "test_a_checkpoint_is_of_its_moment_whatever_is_trained_while_it_is_written"),
+    Mutant("a checkpoint appears file by file",
+           "new_checkpoint", "temporary.rename(target)", "shutil.copytree(temporary, target)",
+           "test_a_checkpoint_is_whole_or_not_there"),
+    Mutant("files are not compared with their hashes",
+           "find_problem", "hash_file(path) != digest", "False",
+           "test_damage[07_one_flipped_bit]"),
+    Mutant("one damaged checkpoint loses the run",
+           "find_newest_valid", "reversed(list_checkpoints(folder))", "list_checkpoints(folder)[-1:]",
+           "test_damage[07_one_flipped_bit]"),
+    Mutant("the best checkpoint is rotated away",
+           "remove_old_checkpoints", "{(folder / link).resolve().name for link in LINKS}", "set()",
+           "test_old_checkpoints_go_and_the_best_stays"),
+    Mutant("of a run the last checkpoint is taken in place of the best",
+           "resolve_checkpoint", "next((link for link in links if link.exists()), links[-1])", "links[-1]",
+           "test_old_checkpoints_go_and_the_best_stays"),
+    # ---- Objectives
+    Mutant("the middle is filled in before the suffix is known",
+           "arrange", "[(before, one), prefix, (behind, one), suffix, (fill, one), middle, (eos, one)]",
+           "[(before, one), prefix, (fill, one), middle, (behind, one), suffix, (eos, one)]",
+           "test_the_rearranged_pieces_make_up_the_text"),
+    Mutant("T5's sentinels stand behind their spans",
+           "SpanCorruption.corrupt", "np.insert(text[is_noise], noise.cumsum() - noise, sentinels)", "np.insert(text[is_noise], noise.cumsum(), sentinels)",
+           "test_spans_and_input_make_up_the_text"),
+    Mutant("no hidden token becomes a random one",
+           "Masking.__call__", "self.config.replace_rate + self.config.random_rate", "self.config.random_rate",
+           "test_masking_hides_the_share_and_in_the_ways_that_transformers_does"),
+    Mutant("what the user says behind an answer is learnt",
+           "ConversationEncoder.encode_table", "(first < stop) & (behind > start)", "behind > start",
+           "test_ids_and_mask_of_a_marked_template_are_transformers_own"),
+    # ---- Text
+    Mutant("no document ends with eos",
+           "Encoder._frame", "chosen[:, -1] = lacks_eos", "chosen[:, -1] = False",
+           "test_document_ids_are_the_tokenizers_own_and_eos"),
+    Mutant("copies in capitals are kept",
+           "digest", "normalize(text)", "text.strip()",
+           "test_texts_that_say_the_same_are_equal"),
+    Mutant("near duplicates are looked for in one band only",
+           "_SignatureTable.band_keys", "block[candidates[offset : offset + len(block)], band * ROWS : (band + 1) * ROWS]",
+           "block[candidates[offset : offset + len(block)], :ROWS]",
+           "test_five_percent_of_the_words_edited_are_found"),
+    Mutant("whatever meets in a band is a near duplicate",
+           "find_near_duplicates", "table.similarity(members[left], members[right]) >= threshold", "table.similarity(members[left], members[right]) > 0",
+           "test_what_is_less_alike_than_the_threshold_is_kept"),
+    Mutant("n-grams have a word too few",
+           "hash_ngrams", "range(1, n)", "range(1, n - 1)",
+           "test_ngrams_are_those_of_plain_python"),
+    Mutant("a long page may quote a whole test item",
+           "find_contaminated", "shared / index.sizes[owners]", "shared / counts[rows[0, 0]]",
+           "test_a_text_that_holds_a_whole_evaluation_document_is_found"),
+    Mutant("added documents move others across the split",
+           "is_held_out", "_as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)", "np.arange(len(digests)) < validation_fraction * len(digests)",
+           "test_the_split_is_stable_when_documents_are_added"),
+    Mutant("the other languages are kept",
+           "language", 'best["lang"] not in languages', 'best["lang"] in languages',
+           "test_languages_are_recognised"),
+    Mutant("Gopher's shortest document is dropped",
+           "gopher_quality", "len(words) < GOPHER_MIN_WORDS", "len(words) <= GOPHER_MIN_WORDS",
+           "test_filters_and_their_borders"),
+    Mutant("Gopher overlooks n-grams that stand twice",
+           "_check_ngrams", "counts[ngram_ids] > 1", "counts[ngram_ids] > 2",
+           "test_the_ngram_rules_agree_with_a_plain_loop"),
+    Mutant("addresses with two short numbers are not masked",
+           "_mask_address", "single_digits >= 3", "single_digits >= 2",
+           "test_personal_data_is_masked_and_other_numbers_are_not"),
+    # ---- Export
+    Mutant("an export is compared with itself",
+           "export.py:main", "auto_model.from_pretrained(work).eval()", "merged",
+           "test_an_export_that_differs_is_not_written"),
+    Mutant("merged adapters are compared with themselves",
+           "export.py:main", "copy.deepcopy(merged).merge_and_unload()", "merged.merge_and_unload()",
+           "test_adapters_train_alone_are_saved_resumed_and_merged_on_export"),
+    Mutant("adapters are scaled by another alpha",
+           "add_adapters", "config.alpha", "config.rank",
+           "test_adapters_have_the_scale_that_is_asked_for"),
+    Mutant("the average is exported as the last weights",
+           "export.py:main", "load_average(checkpoint, model)", "pass",
+           "test_a_run_is_the_same_split_or_resumed_and_opens_as_the_class_of_its_objective[gpt2_124m]"),
+    Mutant("embedding and head are not tied",
+           "build_architecture", "config.tie_word_embeddings", "False",
+           "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+]
+# fmt: on
+
+
+class DoesNotApply(Exception):
+    """The code or the tests have moved on; the row of the table must follow."""
+
+
+def product_files() -> list[Path]:
+    """What git has of the checkout, and what is new in it, as it lies there."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [Path(name) for name in names if name and (ROOT / name).is_file()]
+
+
+@functools.cache
+def functions(in_tests: bool) -> list[tuple[str, Path, ast.AST]]:
+    """(qualified name, file, node) of every function of the product, or of the tests, nested ones too."""
+    found: list[tuple[str, Path, ast.AST]] = []
+
+    def visit(node: ast.AST, prefix: str, path: Path) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = prefix
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                found.append((prefix + child.name, path, child))
+                inner = f"{prefix}{child.name}."
+            visit(child, inner, path)
+
+    for path in product_files():
+        if path.suffix == ".py" and (path.parts[0] == "tests" if in_tests else path.parts[0] not in NOT_PRODUCT):
+            visit(ast.parse((ROOT / path).read_text(encoding="utf-8")), "", path)
+    return found
+
+
+def plant(mutant: Mutant) -> tuple[Path, str]:
+    """The file that the fault is in, and its text with it; `DoesNotApply` unless there is exactly one place."""
+    file, _, name = mutant.function.rpartition(":")
+    places = [(path, node) for found, path, node in functions(False) if found == name and path.name.endswith(file)]
+    if len(places) != 1:
+        raise DoesNotApply(f"there are {len(places)} functions {mutant.function}")
+    path, function = places[0]
+    old, new = ast.parse(mutant.old).body[0], ast.parse(mutant.new).body[0]
+    is_expression = isinstance(old, ast.Expr) and isinstance(new, ast.Expr)
+    kind = ast.expr if is_expression else ast.stmt
+    nodes = [node for node in ast.walk(function) if isinstance(node, kind) and dump(node) == dump(old)]
+    if len(nodes) != 1:
+        raise DoesNotApply(f"{mutant.function} has {len(nodes)} times `{mutant.old}`")
+    lines = (ROOT / path).read_bytes().splitlines(keepends=True)  # Python counts columns in bytes
+    begin = sum(map(len, lines[: nodes[0].lineno - 1])) + nodes[0].col_offset
+    end = sum(map(len, lines[: nodes[0].end_lineno - 1])) + nodes[0].end_col_offset
+    source = b"".join(lines)
+    planted = f"({mutant.new})" if is_expression else mutant.new
+    return path, (source[:begin] + planted.encode() + source[end:]).decode()
+
+
+def dump(node: ast.AST) -> str:
+    """What is compared: the expression of a statement that is nothing else."""
+    return ast.dump(node.value if isinstance(node, ast.Expr) else node)
+
+
+def find_tests(mutant: Mutant) -> list[str]:
+    """pytest's ids of the tests that should notice; `DoesNotApply` if one is not there."""
+    ids = []
+    for test in mutant.tests.split():
+        paths = [path for found, path, _ in functions(True) if found == test.partition("[")[0]]
+        if len(paths) != 1:
+            raise DoesNotApply(f"there are {len(paths)} tests {test}")
+        ids.append(f"{paths[0].as_posix()}::{test}")
+    return ids
+
+
+def check(mutants: list[Mutant]) -> list[str]:
+    """Rows that no longer apply, a line each."""
+    problems = []
+    for mutant in mutants:
+        try:
+            ast.parse(plant(mutant)[1])
+            find_tests(mutant)
+        except DoesNotApply as error:
+            problems.append(f"{mutant.fault}: {error}")
+    return problems
+
+
+def run_tests(copy: Path, ids: list[str], *options: str) -> tuple[list[str], str]:
+    """The tests that fail in a copy of the checkout, and what pytest printed."""
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", f"--timeout={SECONDS}"]
+    # Stored bytecode is trusted by the source's size and second: a fault of the same length would not be run.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run([*command, *options, *ids], cwd=copy, env=environment, capture_output=True, text=True)
+    failed = re.findall(r"^(?:FAILED|ERROR) \S+?::(.+?)(?: - .*)?$", result.stdout, re.MULTILINE)
+    if result.returncode not in (0, 1) or bool(failed) != bool(result.returncode):
+        raise DoesNotApply(f"pytest ended with {result.returncode}:\n{(result.stdout + result.stderr)[-3000:]}")
+    return failed, result.stdout
+
+
+def run_mutant(mutant: Mutant, copy: Path) -> str:
+    """Plant the fault, run its tests, restore the code; prints a line of the table and returns the verdict."""
+    started = time.perf_counter()
+    path, text = plant(mutant)
+    try:
+        (copy / path).write_text(text, encoding="utf-8")
+        failed, _ = run_tests(copy, find_tests(mutant), "-x")
+        verdict, note = ("killed", f"  by {failed[0]}") if failed else ("SURVIVED", "")
+    except DoesNotApply as error:
+        verdict, note = "NOT RUN", f"  {error}"
+    finally:
+        shutil.copy2(ROOT / path, copy / path)
+    print(f"{verdict:<8} {time.perf_counter() - started:4.0f} s  {mutant.fault}{note}", flush=True)
+    return verdict
+
+
+def copy_checkout(folder: Path) -> None:
+    for path in product_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, folder / path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a part of the description of the faults to plant")
+    parser.add_argument("--list", action="store_true", help="print the table and end")
+    parser.add_argument("--check", action="store_true", help="only whether each fault applies and its tests exist")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.fault]
+    if arguments.list:
+        for item in chosen:
+            print(f"{item.fault}\n    {item.function}: `{item.old}` becomes `{item.new}`\n    {item.tests}")
+        return 0
+    problems = check(chosen)
+    print(*problems, f"{len(chosen)} faults, {len(problems)} do not apply", sep="\n")
+    if problems or arguments.check:
+        return bool(problems)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        copy = Path(temporary)
+        copy_checkout(copy)
+        failed, output = run_tests(copy, sorted({test for mutant in chosen for test in find_tests(mutant)}))
+        if failed:
+            print(f"{output[-3000:]}\nThese tests fail without a fault: mend them first.")
+            return 1
+        others = [mutant.fault for mutant in chosen if run_mutant(mutant, copy) != "killed"]
+    print(json.dumps({"faults": len(chosen), "killed": len(chosen) - len(others), "not_killed": others}))
+    return bool(others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
