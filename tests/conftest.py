@@ -13,11 +13,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from filelock import FileLock
-from fork_server import Forked, start_server
+from fork_server import SERVER, Forked, start_server
 
 from utils.cli import parse_config, run_script
 
@@ -75,19 +75,24 @@ def checked(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedPro
 
 def start(
     arguments: list[str], processes: int = 1, *, cwd: Path | None = None, stdout: IO[str], stderr: IO[str], **extra: str
-) -> list[Forked]:
-    """Start a script, or "-m" and a module, in a process that has done its imports; or in several ranks of one launch."""
-    env, cwd = environment() | extra, cwd or Path.cwd()
-    if processes == 1:
-        return [Forked(arguments, cwd=cwd, env=env, stdout=stdout, stderr=stderr)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
-    return [
-        Forked(arguments, cwd=cwd, env=env | {"RANK": rank, "LOCAL_RANK": rank}, stdout=stdout, stderr=stderr)
-        for rank in map(str, range(processes))
-    ]
+) -> list[Any]:
+    """Start a script, or "-m" and a module, in a process that has done its imports; or in several ranks of one launch.
+
+    Returns what behaves as `subprocess.Popen`. Where there is no fork server (not on Linux), the processes are fresh.
+    """
+    options: dict[str, Any] = {"cwd": cwd or Path.cwd(), "stdout": stdout, "stderr": stderr}
+    env = environment() | extra
+    ranks = [env]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = [env | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(processes))]
+    if SERVER in os.environ:
+        return [Forked(arguments, env=each, **options) for each in ranks]
+    command = [sys.executable, *arguments]
+    return [subprocess.Popen(command, env=each, start_new_session=True, **options) for each in ranks]
 
 
 def script(
@@ -171,8 +176,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or sys.platform != "linux":
         return
     folder = tempfile.mkdtemp()
-    os.environ["PLAINLOOP_FORK_SERVER"] = f"{folder}/socket"
-    server = start_server(Path(os.environ["PLAINLOOP_FORK_SERVER"]), environment())
+    os.environ[SERVER] = f"{folder}/socket"
+    server = start_server(environment())
 
     def end() -> None:
         server.communicate()  # closes its standard input

