@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, error_line, flags, metrics, script, train, train_losses
+from conftest import SMALL, call, error_line, flags, metrics, script, train, train_losses
 from processes import kill_at, weights
 from transformers import AutoTokenizer
 
@@ -265,7 +265,7 @@ def test_broken_records_are_passed_over_and_counted(texts, dataset, tmp_path):
 def streamed(tmp_path_factory) -> Path:
     """The sample as a stream."""
     folder = tmp_path_factory.mktemp("streamed") / "demo"
-    script("prepare_data.py", "--output", folder, "--stream", "true")
+    assert call("prepare_data.py", "--output", folder, "--stream", "true")[0] == 0
     assert not (folder / "train").exists()
     return folder
 

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from conftest import LAUNCH_TWO, environment, metrics, run, script, train, train_losses
-from processes import changed_copy, command, heartbeat, invalid_checkpoints, send, state, summary, training, weights
+from processes import (
+    PATIENCE,
+    changed_copy,
+    command,
+    heartbeat,
+    invalid_checkpoints,
+    send,
+    state,
+    summary,
+    training,
+    weights,
+)
 
 from utils.training import stopping
 
@@ -44,7 +55,7 @@ def test_22_a_rank_hangs(dataset, tmp_path):
         arguments = command(output, dataset, name=name, **ENDLESS, guards__hang_minutes=0.05)
         with training([*LAUNCH_TWO, *arguments], output) as started:
             started.wait_for(lambda: "has come no further than step 5" in started.text())
-            assert started.end(40) != 0
+            assert started.end() != 0
             told = started.text()
     # Both are due within a second; who is first ends the launch, and the other one may not come to speak.
     by_0 = "(the first to fall silent was rank 1: step 5 fetching)" in told
@@ -106,7 +117,7 @@ def test_signals(case, dataset, tmp_path):
     with training([*LAUNCH_TWO, *command(output, dataset, **ENDLESS, data__num_workers=1)], output) as started:
         started.wait_for_step(5)
         send(started.seen[0] if target == "launcher" else started.ranks[int(target)], signum)
-        code = started.end(60)
+        code = started.end()
         text = started.text()
     end = summary(output)
     assert (end["finished"], end["reason"]) == (False, signum.name), text[-3000:]
@@ -127,7 +138,7 @@ def test_24_a_launcher_that_dies_leaves_no_orphans(dataset, tmp_path):
     with training([*one, *command(output, dataset, **ENDLESS)], output) as started:
         started.wait_for_step(5)
         send(started.seen[0], signal.SIGTERM)
-        started.end(60)
+        started.end()
     assert summary(output)["reason"] == "launcher_gone" and not invalid_checkpoints(output)
     assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]
 
@@ -154,7 +165,11 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp
                "tracking__sample_every_steps": 6, "tracking__sample_max_new_tokens": 8}  # fmt: skip
     output, whole = tmp_path / "run", tmp_path / "whole"
     arguments = command(output, dataset, **options)
-    with training(arguments, output) as started:
+    beat = '        watchdog.beat(state.optimizer_step, "evaluating")\n'
+    with (
+        changed_copy((beat, beat + "        time.sleep(0.1)\n"), name="slow") as name,
+        training([name, *arguments[1:]], output) as started,
+    ):
         started.wait_for_heartbeat("step 6 evaluating")
         send(started.seen[0], signal.SIGINT)
         assert started.end() == 0
@@ -206,7 +221,7 @@ def test_a_console_that_has_gone_costs_nothing(dataset, tmp_path):
         assert line
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE) == 0
     assert summary(output)["reason"] == "SIGHUP" and not invalid_checkpoints(output)
     assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]
 

@@ -124,5 +124,5 @@ def test_a_signal_ends_a_run_with_its_tracker_in_order(dataset, tmp_path):
     with training([*LAUNCH_TWO, *command(output, dataset, **WANDB, schedule__max_steps=4000)], output) as started:
         started.wait_for_step(5)
         started.process.terminate()
-        started.end(60)
+        started.end()
         assert summary(output)["reason"] == "SIGTERM", started.text()[-3000:]
