@@ -13,6 +13,7 @@ memory: cleaning and deduplication have no counterpart in the peer. Prints a tab
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -66,9 +67,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any]]] = {side: [] for side in MEASUREMENTS}
     for _ in range(arguments.rounds):
         for side in MEASUREMENTS:
+            parallel = os.environ.get("TOKENIZERS_PARALLELISM", "true")
             printed = common.run(
                 *ONE_PROCESS, __file__, "--side", side, "--folder", folder, "--megabytes", str(arguments.megabytes),
-                "--loader_seconds", str(arguments.loader_seconds), TOKENIZERS_PARALLELISM="true", HF_HUB_OFFLINE="1",
+                "--loader_seconds", str(arguments.loader_seconds), TOKENIZERS_PARALLELISM=parallel, HF_HUB_OFFLINE="1",
             )  # fmt: skip
             results[side].append(json.loads(printed.splitlines()[-1]))
     manifest = json.loads((folder / "dataset" / "manifest.json").read_text(encoding="utf-8"))

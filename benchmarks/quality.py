@@ -1,6 +1,6 @@
 """Time to quality: seconds of training until the sample's held-out text costs 2.4 bits per byte.
 
-    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; some 12 minutes
+    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; some 10 minutes
 
 One tokenizer and one size of model, the demo's. train.py runs Muon with a short warm-up, transformers' Trainer AdamW with its
 own defaults, and a loop like nanoGPT's AdamW with betas 0.9 and 0.95 on random rows of one long stream; so what is compared is

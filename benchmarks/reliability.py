@@ -27,6 +27,7 @@ GUARDED = "step // 10 % 2 == 0"
 VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.num_processes)\n"
 BARE = "loss, grad_norm = float(loss_sum / num_targets), float(norm)\n"
 CHANGES = (
+    ("from utils.cli import", f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils.cli import"),
     (f"        {VOTE}", f"        if {GUARDED}:\n            {VOTE}        else:\n            {BARE}"),
     ("        fault = find_fault(", f"        fault = None if not {GUARDED} else find_fault("),
     (
@@ -43,7 +44,7 @@ CHANGES = (
 def train(script: Path, output: Path, further: list[str], **options: object) -> list[dict[str, float]]:
     """Run to the end; metrics.jsonl."""
     settings = MODEL | {"output": output} | {name.replace("__", "."): value for name, value in options.items()}
-    run(*ONE_PROCESS, script, *flags(settings), *further, PYTHONPATH=str(ROOT), **ON_CPU)
+    run(*ONE_PROCESS, script, *flags(settings), *further, **ON_CPU)
     return read_metrics(output)
 
 

@@ -57,7 +57,8 @@ def imported_bytes() -> float:
 
 
 def run_python(code: str, *arguments: str) -> str:
-    return run(*ONE_PROCESS, "-c", code, *arguments, PYTHONPATH=str(ROOT), **ON_CPU)
+    found = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    return run(*ONE_PROCESS, "-c", found + code, *arguments, **ON_CPU)
 
 
 def size_options(name: str) -> dict[str, Any]:

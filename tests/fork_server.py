@@ -48,15 +48,20 @@ class Forked:
     """A job of the server, with the part of `subprocess.Popen` that tests use.
 
     Args:
-        arguments: script and options, or "-m", module and options; no interpreter.
-        stdout, stderr: open files, or their numbers.
+        arguments: script and options, or "-m", module and options, or "-c", code and options; no interpreter.
+        env: if it has PLAINLOOP_PYTHON, that is the job's `sys.executable`.
+        stdin, stdout, stderr: open files, or their numbers; without a stdin it is empty.
     """
 
-    def __init__(self, arguments: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, stderr: Any) -> None:
+    def __init__(
+        self, arguments: list[str], *, cwd: Path, env: dict[str, str], stdout: Any, stderr: Any, stdin: Any = None
+    ) -> None:
         self.args, self.returncode, self.cpu_seconds = arguments, None, 0.0
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(os.environ[SERVER])
-        files = [each if isinstance(each, int) else each.fileno() for each in (stdout, stderr)]
+        files = [
+            each if isinstance(each, int) else each.fileno() for each in (stdout, stderr, stdin) if each is not None
+        ]
         request = json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env}).encode()
         socket.send_fds(self._connection, [request], files)
         self.pid: int = self._receive()["pid"]
@@ -126,21 +131,27 @@ def serve() -> dict[str, Any]:
             if set_by_imports is None:
                 preload()
                 set_by_imports = {name: value for name, value in os.environ.items() if name not in given}
-            message, files, _, _ = socket.recv_fds(connection, LARGEST_MESSAGE, 2)
+            message, files, _, _ = socket.recv_fds(connection, LARGEST_MESSAGE, 3)
             job = json.loads(message)
-            if refused := [name for name in given | job["env"] if name.startswith(READ_AT_IMPORT)
-                           and given.get(name) != job["env"].get(name)]:  # fmt: skip
+            job["env"] = set_by_imports | job["env"]
+            usual = given | set_by_imports
+            if refused := [name for name in usual | job["env"] if name.startswith(READ_AT_IMPORT)
+                           and usual.get(name) != job["env"].get(name)]:  # fmt: skip
                 connection.send(json.dumps({"error": f"read at import: {refused}; start a fresh process"}).encode())
+                connection.close()
+                for file in files:  # a reader waits for their end
+                    os.close(file)
                 continue
             pid = os.fork()
             if pid == 0:
                 selector.close()
                 for each in (listener, connection):
                     each.close()
-                for number, file in enumerate(files, 1):
+                if len(files) == 2:
+                    files.append(os.open(os.devnull, os.O_RDONLY))
+                for number, file in zip((1, 2, 0), files, strict=True):
                     os.dup2(file, number)
                     os.close(file)
-                job["env"] = set_by_imports | job["env"]
                 return job
             for file in files:
                 os.close(file)
@@ -173,10 +184,11 @@ def preload() -> None:
 def run_job(job: dict[str, Any]) -> None:
     """What `python ARGUMENTS` does, in the environment and the folder of the job."""
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0)  # the server's has been read
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
+    sys.executable = os.environ.get("PLAINLOOP_PYTHON", sys.executable)
     random.seed()  # a fresh process has its own seeds
     sys.modules["numpy"].random.seed()
     name, *arguments = job["arguments"]
@@ -184,6 +196,9 @@ def run_job(job: dict[str, Any]) -> None:
         name, *arguments = arguments
         sys.argv, sys.path[0] = [name, *arguments], job["cwd"]
         runpy.run_module(name, run_name="__main__", alter_sys=True)
+    elif name == "-c":
+        sys.argv, sys.path[0] = [name, *arguments[1:]], job["cwd"]
+        exec(compile(arguments[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv, sys.path[0] = [name, *arguments], str(Path(name).resolve().parent)
         runpy.run_path(name, run_name="__main__")

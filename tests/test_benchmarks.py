@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 from conftest import ROOT, script
@@ -82,8 +83,12 @@ def test_the_readmes_benchmarks_are_among_them():
 def test_every_benchmark_runs_and_ends_with_its_figures(name, small_dataset, tmp_path):
     assert name in SMOKE, f"give benchmarks/{name}.py arguments here with which it takes seconds"
     arguments, names = SMOKE[name]
+    python = tmp_path / "python"  # for the processes that it starts
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{ROOT / "tests" / "forked_python.py"}" "$@"\n')
+    python.chmod(0o755)
+    forked = {} if name in SLOW else {"PLAINLOOP_PYTHON": str(python)}
     places = {"dataset": small_dataset, "text": small_dataset.parent / "texts.jsonl", "folder": tmp_path}
-    printed = script(f"benchmarks/{name}.py", *arguments.format_map(places).split()).stdout.splitlines()
+    printed = script(f"benchmarks/{name}.py", *arguments.format_map(places).split(), **forked).stdout.splitlines()
     assert len(printed) > 2, "a table comes before the figures"
     figures = flat(json.loads(printed[-1]))
     assert all(math.isfinite(value) for value in figures.values()), figures
