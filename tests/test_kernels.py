@@ -400,8 +400,8 @@ def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run, data
     try:
         torch.set_float32_matmul_precision(chosen)
         error = (left @ right - exact).norm() / exact.norm()
-        train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=1, matmul_precision="medium")
+        train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=1, matmul_precision="high")
     finally:
         torch.set_float32_matmul_precision(before)
     assert float(error) < 1e-6
-    assert "fp32 products medium" in (tmp_path / "run" / "training.log").read_text()
+    assert "fp32 products high\n" in (tmp_path / "run" / "training.log").read_text()
