@@ -278,7 +278,7 @@ def product_files() -> list[Path]:
     """What git has of the checkout, and what is new in it, as it lies there."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    return [Path(name) for name in names if name and (ROOT / name).is_file()]
+    return [Path(name) for name in sorted(set(names)) if name and (ROOT / name).is_file()]
 
 
 @functools.cache
