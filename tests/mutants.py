@@ -266,6 +266,33 @@ MUTANTS = [
     Mutant("embedding and head are not tied",
            "build_architecture", "config.tie_word_embeddings", "False",
            "test_every_split_of_the_global_batch_gives_the_reference_losses"),
+    # ---- Figures and hints
+    Mutant("an A100 is taken for a tenth of itself",
+           "hardware.py:", "312e12", "31.2e12",
+           "test_the_peaks_of_the_cards_are_what_their_processors_can_do"),
+    Mutant("the dry run evaluates without weights",
+           "dry_run_report", 'evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]', "pass",
+           "test_the_evaluations_memory_in_a_dry_run_is_that_of_a_real_one"),
+    Mutant("checkpoints are not flushed to the disk",
+           "_flush_to_disk", "os.fsync(descriptor)", "None",
+           "test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_another_goes"),
+    Mutant("loss.png lacks the evaluations",
+           "draw_losses", '(("train/loss", "-"), ("eval/loss", "o-"))', '(("train/loss", "-"),)',
+           "test_the_plot_shows_both_curves"),
+    Mutant("the speed is ten times too high",
+           "train.py:main", "(state.tokens_seen - logged[0]) / (state.train_seconds - logged[1])",
+           "10 * (state.tokens_seen - logged[0]) / (state.train_seconds - logged[1])",
+           "test_the_speed_is_tokens_over_the_seconds_that_they_took"),
+    Mutant("samples ignore the temperature",
+           "write_text", "temperature or None", "None",
+           "test_texts_are_drawn_at_their_temperature"),
+    Mutant("all ranks draw the same dropout",
+           "train.py:main", "step_seed(config.seed, state.samples_seen, accelerator.process_index)",
+           "step_seed(config.seed, state.samples_seen, 0)",
+           "test_ranks_draw_their_own_dropout"),
+    Mutant("no CPU has fast bf16",
+           "fast_bf16", 'any(present for name, present in cpu_capabilities().items() if "bf16" in name)', "False",
+           "test_whether_bf16_is_fast_is_what_the_processor_says"),
 ]
 # fmt: on
 
@@ -278,7 +305,7 @@ def product_files() -> list[Path]:
     """What git has of the checkout, and what is new in it, as it lies there."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-    return [Path(name) for name in names if name and (ROOT / name).is_file()]
+    return [Path(name) for name in sorted(set(names)) if name and (ROOT / name).is_file()]
 
 
 @functools.cache

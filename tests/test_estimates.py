@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +37,15 @@ from utils.training.estimates import (
     fake_batch,
 )
 from utils.training.fake_copy import fake_copy
-from utils.training.hardware import HARDWARE, duration, estimate_time, measure_flops_per_second, precision_of
+from utils.training.hardware import (
+    HARDWARE,
+    UTILISATION,
+    duration,
+    estimate_time,
+    fast_bf16,
+    measure_flops_per_second,
+    precision_of,
+)
 from utils.training.modeling import count_parameters, enable_activation_checkpointing
 from utils.training.objectives import Objective, build_objective
 from utils.training.optimization import build_optimizer
@@ -394,3 +404,92 @@ print(json.dumps([lines, time.perf_counter() - started, resource.getrusage(resou
     assert "6,738,415,616 parameters" in lines[0]
     assert seconds < 30 and kilobytes < 2e6
     assert any("H100" in line and "80 GB are too little" in line for line in lines)
+
+
+# ---- Cards and CPUs.
+# Name → processors (SMs), clock in GHz at which the vendor counts, and operations of one SM per clock: bf16 with sums in
+# fp32, tf32, fp32; memory in GB. Dense products; a multiplication and an addition are two.
+# A100: NVIDIA A100 Tensor Core GPU Architecture, V1.0, tables 1 and 3: 108 SMs, 1,410 MHz; 1,024 fused multiply-adds per
+#   SM and clock in bf16, half as many in tf32, 64 FP32 cores. H100 SXM5: NVIDIA H100 Tensor Core GPU Architecture, V1.04,
+#   table 3: 132 SMs with twice an A100's tensor cores, 1,830 MHz for them, 1,980 MHz for the 128 FP32 cores.
+# L4, RTX 4090: NVIDIA Ada GPU Architecture, V2.1, appendices A and C: 58 SMs at 2,040 MHz, 128 at 2,520 MHz, 128 FP32
+#   cores each; a GeForce halves the rate of the tensor cores where their sums are fp32.
+PUBLISHED = {
+    "L4": (58, {"bf16": (2.04, 1024), "tf32": (2.04, 512), "fp32": (2.04, 256)}, 24),
+    "RTX 4090": (128, {"bf16": (2.52, 512), "tf32": (2.52, 256), "fp32": (2.52, 256)}, 24),
+    "A100 80GB": (108, {"bf16": (1.41, 2048), "tf32": (1.41, 1024), "fp32": (1.41, 128)}, 80),
+    "H100 SXM": (132, {"bf16": (1.83, 4096), "tf32": (1.83, 2048), "fp32": (1.98, 256)}, 80),
+}
+
+
+def test_the_peaks_of_the_cards_are_what_their_processors_can_do() -> None:
+    """Each figure of the vendor's is its number of processors × clock × operations per clock."""
+    assert PUBLISHED.keys() == HARDWARE.keys()
+    for name, (processors, precisions, memory) in PUBLISHED.items():
+        peaks = {precision: processors * clock * 1e9 * each for precision, (clock, each) in precisions.items()}
+        assert HARDWARE[name] == pytest.approx(peaks | {"memory": memory}, rel=0.015), name
+
+
+def report_of(objective: Objective, rows: int, evaluation_rows: int, device: str = "cpu") -> str:
+    config = TrainConfig()
+    config.data.sequence_length = LENGTH
+    config.evaluation.per_device_batch_size = evaluation_rows
+    return "\n".join(dry_run_report(
+        objective, real_batch(PACKED), config, plan_batches(rows, rows, 1), max_steps=1_000_000, num_rows=None,
+        mixed_precision="bf16", device=torch.device(device), measure=False,
+    ))  # fmt: skip
+
+
+def test_the_dry_run_divides_the_work_by_each_cards_peak() -> None:
+    objective = objective_of(LLAMA, device="meta")
+    text = report_of(objective, 8, 8)
+    flops = 1e6 * count_flops(objective, resized(PACKED, 8))
+    for name, (processors, precisions, _) in PUBLISHED.items():
+        clock, each = precisions["bf16"]
+        (said,) = re.findall(rf"^  {name} +([\d.]+) (s|min|h)", text, re.M)
+        seconds = float(said[0]) * {"s": 1, "min": 60, "h": 3600}[said[1]]
+        assert seconds == pytest.approx(flops / (processors * clock * 1e9 * each) / UTILISATION, rel=0.06), text
+
+
+def test_the_evaluations_memory_in_a_dry_run_is_that_of_a_real_one() -> None:
+    """Weights, the optimizer's state and the forward pass, by torch's own tracker, after a real update."""
+    config = copy.deepcopy(LLAMA)
+    config.hidden_size, config.intermediate_size, config.vocab_size = 384, 1024, 8000
+    objective, batch = objective_of(config), real_batch(PACKED)
+    text = report_of(objective, ROWS, ROWS)
+    said = {name: float(size.replace(",", "")) for name, size in re.findall(r"^  (\D+?) +([\d.,]+) MB$", text, re.M)}
+    (evaluation,) = re.findall(r"([\d.,]+) MB in an evaluation", text)
+    found = float(evaluation.replace(",", "")) - said["libraries"] - said["heap"]
+
+    optimizer = torch.optim.AdamW(objective.parameters())
+    objective(**batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    tracker = MemTracker()
+    tracker.track_external(objective, optimizer)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), tracker:
+        objective.eval()(**batch)
+    real = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 1e6
+    weights = 4 * count_parameters(objective) / 1e6
+    assert 3 * weights < real < 4 * weights  # the parts that could be forgotten are most of it
+    assert found == pytest.approx(real, rel=0.04)
+
+
+CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"}  # of x86 and of ARM, in /proc/cpuinfo: bf16, svebf16
+
+
+def test_whether_bf16_is_fast_is_what_the_processor_says(monkeypatch) -> None:
+    """Of this machine, by the kernel's own list; of others, by what torch would say there."""
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file() and hasattr(torch.cpu, "get_capabilities"):
+        words = set(cpuinfo.read_text().replace("svebf16", "sve_bf16").split())
+        assert fast_bf16(torch.device("cpu")) == bool(words & CPU_FLAGS)
+    for flags in (["avx512_bf16"], ["amx_bf16"], ["bf16"], []):
+        said = {"architecture": "any", "avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
+        said |= dict.fromkeys(flags, True)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda said=said: said, raising=False)
+        assert fast_bf16(torch.device("cpu")) == bool(flags), flags
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # torch 2.9
+    assert not fast_bf16(torch.device("cpu"))
+    for generation, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, generation=generation: generation)
+        assert fast_bf16(torch.device("cuda")) == fast

@@ -5,15 +5,18 @@ import lzma
 import math
 import shutil
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import SMALL, error_line, flags, run, script, train
+from conftest import SMALL, call, error_line, flags, run, script, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from utils.batches.token_dataset import load_manifest, open_split
+from utils.model_config import ModelConfig
 from utils.training.evaluation import evaluate, write_text
+from utils.training.modeling import build_model
 from utils.training.objectives import Objective
 
 STRANGER = """
@@ -183,3 +186,85 @@ def test_fp16_on_a_cpu_is_refused(dataset, tmp_path):
     result = script("train.py", *flags(settings), check=False, ACCELERATE_MIXED_PRECISION="fp16")
     assert result.returncode == 2 and "fp16 with loss scaling needs a GPU" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def sharp(dataset):
+    """A model of random weights whose logits spread by 3, with the sample's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    torch.manual_seed(0)
+    options = {name.removeprefix("model."): value for name, value in SMALL.items() if name.startswith("model.")}
+    model = build_model(ModelConfig(**options, tie_word_embeddings=False), tokenizer).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+        model.get_output_embeddings().weight.normal_(std=3 / math.sqrt(options["hidden_size"]))
+    return model, tokenizer
+
+
+def sampled(sharp, temperature: float, seed: int = 0) -> tuple[torch.Tensor, float, float]:
+    """The ids of a text, the mean surprise of its tokens, in nats, to the model itself, and how large that would be on
+    average for tokens drawn at this temperature."""
+    model, tokenizer = sharp
+    outputs = []
+
+    def generate(*arguments, **options) -> torch.Tensor:
+        outputs.append(model.generate(*arguments, **options))
+        return outputs[-1]
+
+    text = write_text(
+        model, tokenizer, "A", max_new_tokens=60, temperature=temperature, seed=seed, generate=generate
+    )  # fmt: skip
+    (ids,) = outputs[0]
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    start = len(tokenizer("A")["input_ids"])
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, start - 1 : -1].double()
+    surprise = -logits.log_softmax(-1)
+    chances, likeliest = logits.topk(50)  # transformers draws from so many
+    chances = (chances / max(temperature, 1e-9)).softmax(-1)
+    expected = (surprise.gather(1, likeliest) * chances).sum(-1)
+    return ids, float(surprise.gather(1, ids[start:, None]).mean()), float(expected.mean())
+
+
+def test_texts_are_drawn_at_their_temperature(sharp):
+    """At zero and near zero the likeliest tokens; from there the tokens are as surprising as at their temperature."""
+    greedy, surprise, _ = sampled(sharp, 0.0)
+    model, tokenizer = sharp
+    likeliest = tokenizer("A", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        while likeliest.shape[1] < len(greedy):  # a plain loop
+            likeliest = torch.cat([likeliest, model(input_ids=likeliest).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(greedy, likeliest[0]) and torch.equal(sampled(sharp, 1e-3, seed=5)[0], greedy)
+    means = [surprise]
+    for temperature in (0.5, 1.0, 2.0):
+        texts = [sampled(sharp, temperature, seed) for seed in range(4)]
+        assert len({tuple(ids.tolist()) for ids, _, _ in texts}) == 4  # a text for each seed
+        assert torch.equal(sampled(sharp, temperature, 3)[0], texts[3][0])  # the same one
+        means.append(sum(found for _, found, _ in texts) / 4)
+        assert means[-1] == pytest.approx(sum(expected for _, _, expected in texts) / 4, rel=0.1), temperature
+    assert all(high > 1.15 * low for low, high in pairwise(means)), means
+
+
+def test_evaluate_writes_at_the_temperature_and_seed_that_are_given(export, tmp_path):
+    def text(*options: object) -> str:
+        arguments = ["--model", export, "--prompt", "A", "--max_new_tokens", 20, "--report", tmp_path / "report.json"]
+        code, out, err = call("evaluate.py", *arguments, *options)
+        assert code == 0, err
+        written = json.loads((tmp_path / "report.json").read_text())["text"]
+        assert f"---\n{written}\n---" in out
+        return written
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+
+    def reference(seed: int, **options: object) -> str:
+        torch.manual_seed(seed)
+        ids = model.generate(**tokenizer("A", return_tensors="pt"), max_new_tokens=20, **options)
+        return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+    likeliest = reference(0, do_sample=False)
+    assert text("--temperature", 0) == text("--temperature", 0, "--seed", 7) == likeliest
+    by_default, hot, other = text(), text("--temperature", 3, "--seed", 7), text("--seed", 7)
+    assert by_default == reference(1234, do_sample=True, temperature=0.8)
+    assert hot == reference(7, do_sample=True, temperature=3.0)
+    assert other == reference(7, do_sample=True, temperature=0.8)
+    assert len({likeliest, by_default, hot, other}) == 4

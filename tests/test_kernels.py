@@ -15,7 +15,7 @@ from utils.batches.packing import IGNORED
 from utils.cli import UserError
 from utils.config import KernelConfig
 from utils.objective_config import ObjectiveConfig
-from utils.training.kernels import use_kernels
+from utils.training.kernels import resolve_matmul_precision, use_kernels
 from utils.training.kernels.attention import blocked_attention, sdpa_attention_forward
 from utils.training.kernels.dropout import FastDropout
 from utils.training.kernels.head_loss import head_loss
@@ -366,3 +366,42 @@ def test_a_compiled_model_trains_evaluates_and_resumes_as_the_plain_one_does(dat
     run(*command, "--dynamo_backend", "inductor", "train.py", *flags(settings))
     assert "resumed from" in (tmp_path / "compiled" / "training.log").read_text()
     assert train_losses(metrics(tmp_path / "compiled")) == pytest.approx(plain, rel=1e-4)
+
+
+AVX2 = {"avx2": True, "avx512_bw": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        (AVX2, "highest"), (AVX2 | {"avx512_bw": True}, "medium"), ({"avx512_bw": True, "amx_bf16": True}, "highest"),
+        ({"neon": True}, "highest"), (None, "highest"),
+    ],
+)  # fmt: skip
+def test_the_precision_of_products_is_chosen_by_the_processor(has, expected, monkeypatch):
+    """None: torch 2.9, which does not say."""
+    if has is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
+    assert resolve_matmul_precision("auto", CPU) == expected
+    assert resolve_matmul_precision("auto", torch.device("cuda")) == "highest"
+    for name in ("highest", "high", "medium"):
+        assert resolve_matmul_precision(name, CPU) == name
+
+
+def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run, dataset, tmp_path):
+    """On this machine, whichever it is: bf16 factors would be off by 2e-3. One that is given is used."""
+    before, chosen = torch.get_float32_matmul_precision(), resolve_matmul_precision("auto", CPU)
+    assert f"fp32 products {chosen}" in (finished_run / "training.log").read_text()
+    torch.manual_seed(0)
+    left, right = torch.randn(256, 256), torch.randn(256, 256)
+    exact = left.double() @ right.double()
+    try:
+        torch.set_float32_matmul_precision(chosen)
+        error = (left @ right - exact).norm() / exact.norm()
+        train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=1, matmul_precision="high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert float(error) < 1e-6
+    assert "fp32 products high" in (tmp_path / "run" / "training.log").read_text()

@@ -15,6 +15,7 @@ from utils.cli import UserError
 from utils.model_config import SIZES, LoraConfig, ModelConfig
 from utils.objective_config import ObjectiveConfig
 from utils.training.adapters import add_adapters, hash_weights
+from utils.training.initialization import describe_initialization
 from utils.training.modeling import build_model, count_parameters
 from utils.training.objectives import Objective, check_documents_stay_apart
 
@@ -223,3 +224,26 @@ def test_mistakes_are_named(dataset):
     assert "3 key-value heads do not divide 8 attention heads" in line
     line = error_line("train.py", "--data.dataset", dataset, "--model.architecture", "qwen3")
     assert "give model.size null and the sizes one by one" in line
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_the_line_on_initial_weights_has_the_figures_of_each_kind(architecture, tokenizer):
+    """Against all numbers of a kind in one array, the kinds told apart by their names; one is shifted to be seen."""
+    model = build(tokenizer, architecture, initialization="gpt2", hidden_size=64, num_hidden_layers=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.5)
+    pattern, found = RESIDUAL[architecture][0], {}
+    for name, values in model.named_parameters():
+        kind = next(kind for kind, part in [
+            ("bias", r"bias$"), ("norm", r"norm|ln_"), ("residual projection", rf"({pattern})\.weight$"),
+            ("embedding", r"embed|wte|wpe|shared|relative_attention"), ("linear", ""),
+        ] if re.search(part, name))  # fmt: skip
+        found.setdefault(kind, []).append(values.detach().double().flatten())
+    line = describe_initialization(model)
+    said = {kind: (float(mean), float(std)) for kind, mean, std in re.findall(r"([a-z ]+) (-?[\d.]+) ± ([\d.]+)", line)}
+    expected = {kind: torch.cat(values) for kind, values in found.items()}
+    assert {kind.strip() for kind in said} == expected.keys()
+    for kind, (mean, std) in said.items():
+        values = expected[kind.strip()]
+        assert mean == pytest.approx(float(values.mean()), abs=6e-4), kind
+        assert std == pytest.approx(float(values.std(correction=0)), abs=6e-5), kind

@@ -3,12 +3,15 @@
 import ast
 import json
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT, run
+from lowest_versions import lower_bounds
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 TRACKED = [ROOT / name for name in run("git", "ls-files").stdout.splitlines() if (ROOT / name).is_file()]
 PYTHON = [path for path in TRACKED if path.suffix == ".py"]
@@ -63,3 +66,22 @@ def installed_version(name: str) -> str | None:
         return version(name).split("+")[0]
     except PackageNotFoundError:
         return None
+
+
+def test_the_lowest_versions_that_are_allowed_can_be_installed_together():
+    """No dependency asks for more than our own bound on another, and the tested versions lie within all bounds. That the code
+    works with them shows tests/lowest_versions.py."""
+    bounds = lower_bounds()
+    assert {"torch", "transformers", "accelerate", "datasets", "tokenizers", "peft"} <= bounds.keys()
+    for name, lowest in bounds.items():
+        if (installed := installed_version(name)) is None:
+            continue
+        assert Version(lowest) <= Version(installed), name
+        for line in requires(name) or []:
+            needed = Requirement(line)
+            if needed.name.lower() in bounds and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+                floor = [Version(part.version) for part in needed.specifier if part.operator == ">="]
+                # Only the release that is itself the lowest one speaks for its bound.
+                if Version(lowest).release[:2] == Version(installed).release[:2]:
+                    ours = bounds[needed.name.lower()]
+                    assert all(Version(ours) >= least for least in floor), (name, str(needed), ours)

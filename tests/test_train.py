@@ -4,9 +4,11 @@ import importlib
 import itertools
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,16 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, SMALL, environment, error_line, flags, launcher, metrics, run, script, train, train_losses
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from processes import changed_copy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train as train_module
 from utils.batches.batch_plan import sample_ids
+from utils.batches.packing import IGNORED, PackedLayout
 from utils.batches.token_dataset import open_split
+from utils.training.tracking import draw_losses
 
 SPLITS = {"1 x 8": (1, 8), "1 x (2 x 4)": (1, 4), "2 x (2 x 2)": (2, 2)}  # processes, per_device_batch_size; global 8
 
@@ -277,3 +285,109 @@ def test_ids_that_the_model_lacks_and_rows_longer_than_its_positions_are_refused
     long = refuse(dataset, model__pretrained=finished_run / "checkpoints" / "best", data__sequence_length=65)
     assert "data.sequence_length (65) is longer than the 64 positions" in long
     assert "longer than model.max_position_embeddings (64)" in refuse(dataset, data__sequence_length=65)
+
+
+def test_the_plot_shows_both_curves(finished_run):
+    """The points are those of metrics.jsonl, and the picture has the colours of both lines."""
+    records = metrics(finished_run)
+    (axes,) = draw_losses(finished_run / "metrics.jsonl").axes
+    drawn = {line.get_label(): list(map(tuple, line.get_xydata())) for line in axes.get_lines()}
+    assert drawn == {
+        name: [(record["step"], record[name]) for record in records if name in record]
+        for name in ("train/loss", "eval/loss")
+    }
+    assert [len(points) for points in drawn.values()] == [10, 2]
+    pixels = (imread(finished_run / "loss.png")[..., :3] * 255).round().astype(int)
+    for line in axes.get_lines():
+        colour = [round(255 * part) for part in to_rgb(line.get_color())]
+        thick = (abs(pixels - colour) <= 1).all(axis=-1).sum(axis=0)  # pixels of this colour in each column
+        assert (thick > 0).sum() > pixels.shape[1] / 4, line.get_label()  # much more than its mark in the legend
+
+
+def test_the_speed_is_tokens_over_the_seconds_that_they_took(dataset, tmp_path, monkeypatch):
+    """Tokens counted in the rows of the known order. Each step is made to sleep, so no clock can have said less, and what
+    the whole call took bounds it from above, so no clock can have said more."""
+    nap, count = 0.05, train_module.count_targets
+    monkeypatch.setattr(train_module, "count_targets", lambda batch: time.sleep(nap) or count(batch))
+    started = time.perf_counter()
+    records = train(tmp_path / "run", data__dataset=dataset, batch__per_device_batch_size=4)
+    wall = time.perf_counter() - started
+    steps = [record for record in records if "train/loss" in record]
+    layout = PackedLayout(open_split(dataset, "train"), 64)
+    rows = sample_ids(0, 80, len(layout), seed=1234).reshape(10, 8)
+    targets = [int((layout.__getitems__(step.tolist())["targets"] != IGNORED).sum()) for step in rows]
+    assert min(targets) > 8 * 50 and max(targets) <= 8 * 64
+    seconds = np.diff([0.0, *(record["perf/train_seconds"] for record in steps)])
+    assert seconds.min() >= 2 * nap and seconds.sum() < wall  # two micro-batches
+    for record, tokens, took in zip(steps, targets, seconds, strict=True):
+        assert record["perf/tokens_per_second"] == pytest.approx(tokens / took, rel=1e-6)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["tokens_seen"] == sum(targets)
+    assert summary["train_seconds"] == steps[-1]["perf/train_seconds"]
+    assert summary["tokens_per_second"] == pytest.approx(sum(targets) / seconds.sum(), rel=1e-6)
+
+
+def test_an_evaluation_at_the_start_is_that_of_the_model_as_it_came(finished_run, dataset, tmp_path):
+    """Of a pretrained one the loss that it had; it changes no later number, and a resumed run has it once."""
+    best = json.loads((finished_run / "summary.json").read_text())["best_loss"]
+    options = {"data__dataset": dataset, "evaluation__at_start": True, "schedule__max_steps": 1}
+    pretrained = {"model__pretrained": finished_run / "checkpoints" / "best"}
+    records = train(tmp_path / "run", **options, **pretrained)
+    assert (records[0]["step"], records[1]["step"]) == (0, 1)
+    assert records[0]["eval/loss"] == pytest.approx(best, abs=1e-6)
+    assert "train/loss" in records[1] and "eval/loss" not in records[1]
+    resumed = train(tmp_path / "run", **options | {"schedule__max_steps": 2}, **pretrained, checkpoint__resume="auto")
+    assert [record["step"] for record in resumed if "eval/loss" in record] == [0, 1, 2]
+    plain = train(tmp_path / "plain", data__dataset=dataset, evaluation__at_start=True)
+    assert plain[0]["step"] == 0 and plain[0]["eval/loss"] > best
+    assert train_losses(plain) == train_losses(metrics(finished_run))
+
+
+def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(dataset, tmp_path):
+    """Against the model of that step's checkpoint, by transformers' own `generate`."""
+    prompt = "HACKER, n."
+    train(
+        tmp_path / "run", data__dataset=dataset, tracking__sample_prompt=prompt, tracking__sample_every_steps=5,
+        tracking__sample_max_new_tokens=40, checkpoint__every_steps=5, optimizer__learning_rate=0.03,
+    )  # fmt: skip
+    texts = re.findall(r"## Step (\d+)\n\n```\n(.*?)\n```\n", (tmp_path / "run" / "samples.md").read_text(), re.S)
+    assert [int(step) for step, _ in texts] == [5, 10]
+    for step, text in texts:
+        folder = tmp_path / "run" / "checkpoints" / f"step-{int(step):08}"
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        torch.manual_seed(1234)
+        output = model.generate(ids, max_new_tokens=40, do_sample=True, temperature=0.8)
+        assert text == tokenizer.decode(output[0], skip_special_tokens=True) and text.startswith(prompt)
+        assert len(text) > len(prompt)
+
+
+SAME_ROWS = (
+    '        watchdog.beat(step + 1, "training")\n',
+    '        watchdog.beat(step + 1, "training")\n'
+    "        from accelerate.utils import broadcast\n"
+    "        micro_batches = broadcast(micro_batches)\n",
+)
+SHOW_LOSSES = (
+    "                micro_loss = objective(**batch)\n",
+    "                with torch.no_grad():\n"
+    "                    without_dropout = objective.eval()(**batch).item()\n"
+    "                objective.train()\n"
+    "                micro_loss = objective(**batch)\n"
+    "                with open(f'{config.output}-{accelerator.process_index}', 'a') as file:\n"
+    "                    print(without_dropout, micro_loss.item(), file=file)\n",
+)
+
+
+def test_ranks_draw_their_own_dropout(dataset, tmp_path):
+    """Two real ranks with the same rows and weights: without dropout their losses are equal, with it they all differ."""
+    options = SMALL | {
+        "output": tmp_path / "run", "data.dataset": dataset, "model.architecture": "gpt2", "model.dropout": 0.2,
+        "batch.per_device_batch_size": 2, "schedule.max_steps": 3,
+    }  # fmt: skip
+    with changed_copy(SAME_ROWS, SHOW_LOSSES, name="ranks") as name:
+        run(*launcher(2), name, *flags(options))
+    ranks = [np.loadtxt(tmp_path / f"run-{rank}") for rank in range(2)]  # (2 micro-batches × 3 steps, 2)
+    assert ranks[0].shape == (6, 2) and np.array_equal(ranks[0][:, 0], ranks[1][:, 0])
+    losses = np.concatenate([rank[:, 1] for rank in ranks])
+    assert len(set(losses)) == 12 and abs(ranks[0][:, 1] - ranks[1][:, 1]).min() > 1e-3

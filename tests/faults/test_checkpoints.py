@@ -476,3 +476,69 @@ def test_too_little_disk_for_the_checkpoints_to_come_is_said_before_training(dat
         line = error_line("train.py", *flags(settings))
         assert re.search(r"will need ([\d.]+) MB for 14 checkpoints of [\d.]+ MB, and the disk has 4\.[12] MB", line)
         assert not (disk / "run" / "config.yaml").exists()
+
+
+def record_disk_calls(monkeypatch: pytest.MonkeyPatch, under: Path) -> list[tuple[str, str, object]]:
+    """From here on, what this process flushes and renames below a folder, in order: (call, path, size or new path)."""
+    calls: list[tuple[str, str, object]] = []
+    real_fsync, real_rename, real_replace = os.fsync, os.rename, os.replace
+
+    def note(call: str, path: str, what: object) -> None:
+        if path.startswith(f"{under}/"):
+            calls.append((call, path.removeprefix(f"{under}/"), what))
+
+    def fsync(descriptor: int) -> None:
+        real_fsync(descriptor)
+        note("fsync", os.readlink(f"/proc/self/fd/{descriptor}"), os.fstat(descriptor).st_size)
+
+    def rename(source: str | Path, target: str | Path) -> None:
+        real_rename(source, target)
+        note("rename", str(source), str(target).removeprefix(f"{under}/"))
+
+    def replace(source: str | Path, target: str | Path) -> None:
+        real_replace(source, target)
+        note("rename", str(source), str(target).removeprefix(f"{under}/"))
+
+    for name, wrapped in (("fsync", fsync), ("rename", rename), ("replace", replace)):
+        monkeypatch.setattr(os, name, wrapped)
+    return calls
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_another_goes(
+    dataset, tmp_path, monkeypatch
+):
+    """Each file, whole, then the folder, then the rename, then the parent, then the links, and only then an old one goes. What
+    is put in the place of a small file is flushed first, too."""
+    output = tmp_path.resolve() / "run"
+    calls = record_disk_calls(monkeypatch, output)
+    train(
+        output, data__dataset=dataset, optimizer__ema_decay=0.9, schedule__max_steps=3, checkpoint__every_steps=1,
+        checkpoint__keep_last=3,
+    )  # fmt: skip
+    for number in range(1, 4):
+        name, temporary = f"checkpoints/step-{number:08}", f"checkpoints/.tmp-step-{number:08}"
+        sizes = {f"{temporary}/{path.name}": path.stat().st_size for path in (output / name).iterdir()}
+        assert {f"{temporary}/{file}" for file in ("manifest.json", "model.safetensors", "state.json")} < sizes.keys()
+        renamed = calls.index(("rename", temporary, name))
+        before = [(path, size) for call, path, size in calls[:renamed] if call == "fsync" and temporary in path]
+        assert dict(before[:-1]) == sizes  # no byte came later
+        assert before[-1][0] == temporary
+        assert calls[renamed + 1][:2] == ("fsync", "checkpoints")
+        linked = calls.index(("rename", "checkpoints/.tmp-last", "checkpoints/last"), renamed)
+        assert linked == renamed + 2
+    replaced = [path for call, path, target in calls if call == "rename" and not str(target).startswith("checkpoints/")]
+    assert {f".{name}.tmp" for name in ("config.yaml", "environment.json", "summary.json")} <= set(replaced)
+    for path in replaced:
+        place = calls.index(next(entry for entry in calls if entry[:2] == ("rename", path)))
+        assert ("fsync", path) in [entry[:2] for entry in calls[:place]], path
+
+    calls.clear()  # the next one takes the place of an old one
+    train(
+        output, data__dataset=dataset, optimizer__ema_decay=0.9, schedule__max_steps=4, checkpoint__every_steps=1,
+        checkpoint__keep_last=1, **RESUME,
+    )  # fmt: skip
+    order = [(call, path) for call, path, _ in calls if path.startswith("checkpoints")]
+    gone = order.index(("rename", "checkpoints/step-00000001"))
+    new = order.index(("rename", "checkpoints/.tmp-step-00000004"))
+    assert order[new + 1 : new + 3] == [("fsync", "checkpoints"), ("rename", "checkpoints/.tmp-last")]
+    assert new + 3 <= gone

@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import SMALL, environment, flags, metrics, run, train, train_losses
 from processes import PATIENCE, ROOT, Training
 
+from utils.batches.batch_plan import plan_batches
 from utils.cli import UserError
+from utils.training.launch_check import describe_launch
 from utils.training.launch_file import SECTIONS, check_launch_file
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -166,3 +171,29 @@ def test_32_fsdp_of_version_1(dataset, tmp_path):
         file.write_text(FSDP.replace("  fsdp_version: 2\n", version))
         line = refused([*LAUNCH, "--config_file", str(file)], dataset, tmp_path / "run")
         assert "fsdp_version must be 2" in line
+
+
+def test_what_the_machine_could_do_beside_the_launch_is_hinted_at(monkeypatch):
+    """Cores that no thread uses, and bf16 where the processor has instructions for it and the launch asks for fp32."""
+    plan, threads = plan_batches(8, 2, 1), torch.get_num_threads()
+
+    def hints(precision: str, cores: int, has_bf16: bool) -> list[str]:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16}, raising=False
+        )
+        AcceleratorState._reset_state(True)
+        try:
+            lines = describe_launch(Accelerator(cpu=True, mixed_precision=precision), plan)
+        finally:
+            AcceleratorState._reset_state(True)
+        assert f"precision {precision}, {threads} thread(s) each" in lines[0]
+        assert "8 sequences = 1 process(es) × 4 micro-batch(es) × 2" in lines[1]
+        return lines[2:]
+
+    assert hints("no", threads, False) == hints("bf16", threads, True) == []
+    (line,) = hints("no", threads + 3, False)
+    assert f"{threads} of {threads + 3} cores" in line and f"--num_cpu_threads_per_process {threads + 3} " in line
+    (line,) = hints("no", threads, True)
+    assert "--mixed_precision bf16" in line
+    assert len(hints("no", threads + 3, True)) == 2

@@ -7,8 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from conftest import ROOT, environment, metrics, run, train, train_losses
 from processes import changed_copy, command, heartbeat, invalid_checkpoints, send, state, summary, training, weights
+
+from utils.training import stopping
 
 ENDLESS: dict[str, object] = {"schedule__max_steps": 4000, "schedule__shape": "constant", "checkpoint__every_steps": 50}
 MICRO_BATCHES = '        watchdog.beat(step + 1, "training")\n'
@@ -216,3 +219,24 @@ def test_a_console_that_has_gone_costs_nothing(dataset, tmp_path):
     assert process.wait(60) == 0
     assert summary(output)["reason"] == "SIGHUP" and not invalid_checkpoints(output)
     assert state(output)["optimizer_step"] == summary(output)["optimizer_step"]
+
+
+def test_a_save_that_the_launcher_would_cut_short_is_warned_of_once(dataset, tmp_path, monkeypatch):
+    """Torch's launcher kills after 30 seconds: a step, the save that is under way and another must be done by then."""
+    monkeypatch.setattr(stopping, "LAUNCHER_SECONDS", 30)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stops = stopping.StopRequests(Accelerator(cpu=True), tmp_path, None, bytes_to_save=0)
+    stops.longest_gap_seconds = 4.0
+    assert stops.time_for_save(1000.0) is None  # without that launcher nobody is in a hurry
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert stops.time_for_save(12.9) is None
+    warning = stops.time_for_save(13.1)
+    assert warning is not None and "in 30 s" in warning and f"touch {tmp_path / 'stop'}" in warning
+    assert stops.time_for_save(13.1) is None
+    unmeasured = stopping.StopRequests(Accelerator(cpu=True), tmp_path, None, bytes_to_save=2_000_000_000)
+    assert unmeasured.time_for_save(0.0) is not None  # until a save has ended: 20 s at the speed of a slow disk
+
+    monkeypatch.setattr(stopping, "LAUNCHER_SECONDS", 0)
+    train(tmp_path / "run", data__dataset=dataset, checkpoint__every_steps=3)
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert log.count(f"touch {tmp_path / 'run' / 'stop'}") == 1

@@ -1,6 +1,8 @@
 """How fast devices compute, and what that makes of a number of floating-point operations."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -30,12 +32,15 @@ def precision_of(mixed_precision: str, matmul_precision: str) -> str:
     return "fp32" if matmul_precision == "highest" else "tf32"
 
 
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Instructions of this CPU, such as `avx512_bf16`, and whether it has them; empty where torch does not say (2.9)."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether matrix products in bf16 are faster than in fp32: by the CPU's instructions or the GPU's generation."""
     if device.type == "cpu":
-        return any(
-            present for name, present in getattr(torch.cpu, "get_capabilities", dict)().items() if "bf16" in name
-        )
+        return any(present for name, present in cpu_capabilities().items() if "bf16" in name)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -15,7 +15,7 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
@@ -26,6 +26,9 @@ from utils.config import TrainConfig
 from utils.files import read_json, replace_text
 from utils.training.checkpoints import TrainState
 from utils.training.run_folder import flatten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SENT_FILE = ".wandb_sent.json"
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
@@ -134,7 +137,7 @@ class RunTracker:
             return
         self._write_summary(summary)
         try:
-            plot_losses(self.run / "metrics.jsonl", self.run / "loss.png")
+            draw_losses(self.run / "metrics.jsonl").savefig(self.run / "loss.png", dpi=120)
         except (OSError, ValueError) as error:
             self.warn(f"loss.png cannot be written: {error}")
         for tracker in self.accelerator.trackers:
@@ -250,8 +253,8 @@ def _cut_metrics(path: Path, step: int, looked: int) -> set[tuple[int, str]]:
     return dropped
 
 
-def plot_losses(metrics: Path, image: Path) -> None:
-    """Training and evaluation loss over the steps, as a PNG."""
+def draw_losses(metrics: Path) -> "Figure":
+    """Training and evaluation loss over the steps."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -265,4 +268,4 @@ def plot_losses(metrics: Path, image: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(image, dpi=120)
+    return figure

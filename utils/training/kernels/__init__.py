@@ -12,6 +12,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 import utils.training.kernels.attention  # noqa: F401  registers "blocked" with transformers
 from utils.cli import UserError
 from utils.config import KernelConfig
+from utils.training.hardware import cpu_capabilities
 from utils.training.kernels.dropout import FastDropout
 
 
@@ -44,7 +45,7 @@ def resolve_matmul_precision(name: str, device: torch.device) -> str:
     """
     if name != "auto":
         return name
-    has = torch.cpu.get_capabilities()
+    has = cpu_capabilities()
     return "medium" if device.type == "cpu" and has.get("avx512_bw") and not has.get("amx_bf16") else "highest"
 
 
