@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import os
 import shutil
 import socket
@@ -29,6 +30,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",
 }
+PATIENCE = 240.0  # seconds for what a busy machine may take long to do
 WRITTEN = ("data", "runs", "exports")  # what the scripts write to unless they are told otherwise
 CONFIGS = {
     "prepare_data": "PrepareConfig",
@@ -78,7 +80,8 @@ def start(
 ) -> list[Any]:
     """Start a script, or "-m" and a module, in a process that has done its imports; or in several ranks of one launch.
 
-    Returns what behaves as `subprocess.Popen`. Where there is no fork server (not on Linux), the processes are fresh.
+    Returns objects with the interface of `subprocess.Popen`. Where there is no fork server (not on Linux), the processes are
+    fresh.
     """
     options: dict[str, Any] = {"cwd": cwd or Path.cwd(), "stdout": stdout, "stderr": stderr}
     env = environment() | extra
@@ -98,20 +101,31 @@ def start(
 def script(
     *arguments: str | Path, processes: int = 1, cwd: Path | None = None, check: bool = True, **extra: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script as `run` does, but by `start`. If a rank fails, the others are told to end, as a launcher does."""
+    """Run a script as `run` does, but by `start`. If a rank fails, the others are told to end, as a launcher tells them."""
     words = [str(argument) for argument in arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         ranks = start(words, processes, cwd=cwd, stdout=out, stderr=err, **extra)
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.returncode for rank in ranks):
-                for rank in ranks:
-                    rank.terminate()
-            time.sleep(0.01)
+        try:
+            code = wait_for_ranks(ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
         for file in (out, err):
             file.seek(0)
-        code = next((rank.returncode for rank in ranks if rank.returncode), 0)
         result = subprocess.CompletedProcess(words, code, out.read(), err.read())
     return checked(result) if check else result
+
+
+def wait_for_ranks(ranks: list[Any]) -> int:
+    """0, or the exit code of the first rank to fail; those that do not end after it are killed."""
+    code, deadline = 0, math.inf
+    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+        if not code and (code := next((rank.returncode for rank in ranks if rank.returncode), 0)):
+            deadline = time.monotonic() + PATIENCE
+            for rank in ranks:
+                rank.terminate()
+        time.sleep(0.01)
+    return code or next((rank.returncode for rank in ranks if rank.returncode), 0)
 
 
 def call(name: str, *arguments: str | Path) -> tuple[int, str, str]:
@@ -175,13 +189,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """One fork server for all workers: the process that starts them starts it too."""
     if hasattr(config, "workerinput") or sys.platform != "linux":
         return
-    folder = tempfile.mkdtemp()
-    os.environ[SERVER] = f"{folder}/socket"
+    os.environ[SERVER] = f"plainloop-{os.getpid()}-{time.time_ns()}"
     server = start_server(environment())
 
     def end() -> None:
         server.communicate()  # closes its standard input
-        shutil.rmtree(folder)
 
     config.add_cleanup(end)
 
@@ -228,7 +240,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that has come to its end; a worker's own, as a test may resume it."""
+    """A small run that has come to its end. Each worker has its own, because a test may resume it."""
     output = tmp_path_factory.mktemp("runs") / "finished"
     train(output, data__dataset=dataset, evaluation__every_steps=5, tracking__sample_every_steps=5)
     return output

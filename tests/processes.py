@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import ROOT, SMALL, environment, flags, start
+from conftest import PATIENCE, ROOT, SMALL, environment, flags, start
 
 from utils.training.checkpoint_folders import find_problem, list_checkpoints
 from utils.training.watchdog import HEARTBEATS
-
-PATIENCE = 240.0
 
 
 def command(output: Path, dataset: Path, *, name: str = "train.py", **options: object) -> list[str]:

@@ -1,10 +1,14 @@
 """What the fork server starts behaves as a fresh process does."""
 
+import os
 import signal
+import socket
 import sys
 
+import psutil
 import pytest
-from conftest import SMALL, flags, metrics, run, script, train_losses
+from conftest import PATIENCE, SMALL, flags, metrics, run, script, start, train_losses
+from fork_server import SERVER
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the fork server is for Linux")
 
@@ -28,6 +32,19 @@ def test_a_job_has_its_own_arguments_folder_variables_exit_code_and_end(tmp_path
     (tmp_path / "ended").unlink()
     killed = script("job.py", str(int(signal.SIGKILL)), cwd=tmp_path, check=False, MINE="mine")
     assert killed.returncode == -signal.SIGKILL and not (tmp_path / "ended").exists()
+
+
+def test_a_job_that_nobody_waits_for_is_killed_and_the_server_goes_on(tmp_path):
+    (tmp_path / "job.py").write_text("import time\ntime.sleep(1000)")
+    with (tmp_path / "log").open("w") as log:
+        (job,) = start(["job.py"], cwd=tmp_path, stdout=log, stderr=log)
+    process = psutil.Process(job.pid)
+    del job  # as when its test has failed
+    assert psutil.wait_procs([process], timeout=PATIENCE)[1] == []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as nobody:
+        nobody.connect(f"\0{os.environ[SERVER]}")
+    (tmp_path / "job.py").write_text("import os\nprint(sorted(map(int, os.listdir('/proc/self/fd')))[:-1])")
+    assert script("job.py", cwd=tmp_path).stdout == "[0, 1, 2]\n"  # it has no file of the server's or of other jobs
 
 
 def test_what_is_read_at_import_is_refused(tmp_path):
