@@ -2,8 +2,8 @@
 # make test   lint, types, layers, tests; make quick, those of a minute; make test-slow, the tests that take minutes each
 #
 # An active virtual environment is used as it is. Without one, .venv is made; where PYTHON3 already has a torch (a CUDA,
-# ROCm or MPS build, say) .venv sees it. A torch that is found is kept; otherwise it has the version of constraints.txt and
-# comes from TORCH_INDEX, if this is a Linux machine without a GPU and that index answers, or else from the package index.
+# ROCm or MPS build, say) .venv sees it. A torch that is found is kept. Otherwise make installs the version in constraints.txt:
+# from TORCH_INDEX on Linux without a GPU, from the package index elsewhere or if TORCH_INDEX does not answer.
 
 PYTHON3 ?= python3
 ENV := $(or $(VIRTUAL_ENV),.venv)
@@ -11,8 +11,8 @@ PYTHON := $(ENV)/bin/python
 
 HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
 # NVIDIA's driver answers, or AMD's is there.
-HAS_GPU := nvidia-smi --list-gpus || test -e /dev/kfd
-# PyTorch's own index has builds without CUDA, a tenth of the download. It has some seconds to name the one that we want.
+HAS_GPU := timeout 20 nvidia-smi --list-gpus || test -e /dev/kfd
+# PyTorch's own index has builds without CUDA, a tenth of the download. It is skipped unless it lists our version in time.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 TORCH_INDEX_SECONDS := 5
 TORCH := torch-$(shell sed -n 's/^torch==//p' constraints.txt)
@@ -64,9 +64,9 @@ $(ENV)/.plainloop-installed $(ENV)/.plainloop-installed-test: pyproject.toml con
 	$(PYTHON) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip
 	@if $(PYTHON) $(HAS_TORCH); then \
 		echo "== install: the torch that is there stays"; \
-	elif [ "$$(uname -s)" = Linux ] && { ! { $(HAS_GPU); } && $(TORCH_INDEX_HAS_IT); } > /dev/null 2>&1; then \
+	elif [ "$$(uname -s)" = Linux ] && { ! { $(HAS_GPU); } && $(TORCH_INDEX_HAS_IT); } > /dev/null 2>&1 && \
+			$(PYTHON) -m pip install --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch; then \
 		echo "== install: torch without CUDA, as there is no GPU, from $(TORCH_INDEX)"; \
-		$(PYTHON) -m pip install --no-deps --constraint constraints.txt --index-url $(TORCH_INDEX) torch; \
 	else \
 		echo "== install: torch from the package index"; \
 		$(PYTHON) -m pip install --constraint constraints.txt torch; \

@@ -59,7 +59,8 @@ class Indexes:
 
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
-        asked = self.asked
+        self.python = "py3"  # the Python for which PyTorch's index says that its build is
+        indexes = self
         wheels = {
             index: write_wheel(folder, "torch", version, {"torch/__init__.py": TORCH.format(gpu=False)})
             for index, version in {"cpu": "2.13.0+cpu", "all": "2.13.0"}.items()
@@ -68,9 +69,11 @@ class Indexes:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 index, _, rest = self.path.strip("/").partition("/")
-                asked.append(index)
+                indexes.asked.append(index)
                 if rest == "torch":
                     name = wheels[index].name
+                    if index == "cpu":
+                        name = name.replace("py3", indexes.python)
                     body = f'<!DOCTYPE html><a href="{name.replace("+", "%2B")}">{name}</a>'.encode()
                 elif rest.endswith(".whl"):
                     body = wheels[index].read_bytes()
@@ -102,6 +105,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Indexes]:
 def indexes(server: Indexes) -> Indexes:
     """The same, not asked for anything yet."""
     server.asked.clear()
+    server.python = "py3"
     return server
 
 
@@ -113,14 +117,14 @@ def new_environment(tmp_path_factory: pytest.TempPathFactory, server: Indexes) -
 
 
 @pytest.fixture
-def active(new_environment: tuple[Path, str]) -> Path:
-    """An active virtual environment with pip alone: that of the first `make`, as it was when it was new."""
-    folder = new_environment[0] / ".venv"
+def active(new_environment: tuple[Path, str], tmp_path: Path) -> Path:
+    """An active virtual environment with pip alone."""
+    folder = shutil.copytree(new_environment[0] / ".venv", tmp_path / "active", symlinks=True)
     for path in site_packages(folder).iterdir():
         if not path.name.startswith("pip"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     for name in (".plainloop-installed", "plainloop-constraints.txt"):
-        (folder / name).unlink(missing_ok=True)
+        (folder / name).unlink()
     return folder
 
 
@@ -183,7 +187,6 @@ def pinned(environment: Path) -> str:
 
 
 def test_a_new_environment_without_a_gpu_gets_torch_from_pytorchs_index(new_environment, server):
-    """First in this file: later tests use the environment."""
     folder, said = new_environment
     assert installed_torch(folder / ".venv") == ["torch-2.13.0+cpu"] and f"from {server.url}/cpu" in said
     assert pinned(folder / ".venv") == "numpy==2.4.6\ntorch==2.13.0+cpu\n"
@@ -211,6 +214,12 @@ def test_an_index_without_our_version_is_passed_over(tmp_path, indexes, active):
     arguments = [f"{active}/.plainloop-installed", "TORCH=torch-2.99.0"]
     make(tmp_path, *arguments, active=active, indexes=indexes)
     assert "cpu" in indexes.asked and installed_torch(active) == ["torch-2.13.0"]
+
+
+def test_an_index_without_a_build_for_this_python_is_passed_over(tmp_path, indexes, active):
+    indexes.python = "cp399"
+    said = make(tmp_path, f"{active}/.plainloop-installed", active=active, indexes=indexes)
+    assert "cpu" in indexes.asked and installed_torch(active) == ["torch-2.13.0"] and "from the package index" in said
 
 
 def test_a_torch_in_the_active_environment_stays(tmp_path, indexes, active):
