@@ -250,7 +250,7 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     print(f"\n{'died in':12}" + "".join(f"{victim:>10}" for victim in VICTIMS))
     for phase in PHASES:
         print(f"{phase:12}" + "".join(f"{hits[phase, victim]:10}" for victim in VICTIMS))
-    # With a few kills only every phase can be asked for; with more, every victim in every phase; with fewer, neither.
+    # A few kills must hit every phase, many must hit every victim in every phase; four or fewer need not hit anything.
     missed = [phase for phase in PHASES if options.kills > len(PHASES) and not any(hits[phase, one] for one in VICTIMS)]
     if options.kills >= 3 * len(PHASES) * len(VICTIMS):
         missed = [f"{phase} ({victim})" for phase in PHASES for victim in VICTIMS if not hits[phase, victim]]

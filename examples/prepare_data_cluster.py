@@ -56,9 +56,9 @@ def check_cluster(address: str) -> None:
             ) from None
 
 
-def read_options(argv: list[str] | None = None) -> PrepareConfig:
-    """The options; exits with one line on what this script does not do, and where there is no cluster."""
-    config = parse_config(PrepareConfig, __doc__, argv)
+def read_options() -> PrepareConfig:
+    """Exits with one line if an option is not supported or no cluster answers."""
+    config = parse_config(PrepareConfig, __doc__)
     try:
         check_supported(config)
         check_cluster(os.environ.get("RAY_ADDRESS", "local"))

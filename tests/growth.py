@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 
 def growth(work: Callable[[int], object], size: int, tries: int = 3) -> float:
-    """CPU seconds of `work(4 * size)` by those of `work(size)`, the least of some tries: 4 if it is linear, 16 if it is
-    quadratic. `work` makes its input beforehand, or at a cost that is linear."""
+    """Ratio of CPU seconds, `work(4 * size)` to `work(size)`, each the minimum of `tries` runs: 4 if linear, 16 if quadratic."""
     return min(seconds(work, 4 * size) for _ in range(tries)) / min(seconds(work, size) for _ in range(tries))
 
 

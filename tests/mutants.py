@@ -34,7 +34,7 @@ class Mutant(NamedTuple):
     fault: str
     """What a user would suffer."""
     function: str
-    """Its qualified name, in whichever file it is; "file.py:name" where several have one, "file.py:" for outside of any."""
+    """Its qualified name, in whichever file it is; "file.py:name" where several have one, "file.py:" for module level."""
     old: str
     new: str
     tests: str

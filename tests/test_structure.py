@@ -68,9 +68,9 @@ def installed_version(name: str) -> str | None:
         return None
 
 
-def test_the_lowest_versions_that_are_allowed_can_be_installed_together():
-    """No dependency asks for more than our own bound on another, and the tested versions lie within all bounds. That the code
-    works with them shows tests/lowest_versions.py."""
+def test_our_lower_bounds_are_not_below_those_of_our_dependencies():
+    """As far as the installed versions say: of a dependency at its own lower bound, by what it asks of the others.
+    tests/lowest_versions.py installs the lowest versions and shows that the code works with them."""
     bounds = lower_bounds()
     assert {"torch", "transformers", "accelerate", "datasets", "tokenizers", "peft"} <= bounds.keys()
     for name, lowest in bounds.items():
