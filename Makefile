@@ -7,9 +7,13 @@
 
 PYTHON3 ?= python3
 ENV := $(or $(VIRTUAL_ENV),.venv)
+ifneq ($(words $(ENV)),1)
+$(error make cannot use an environment with a space in its path, $(ENV): deactivate it, or take another)
+endif
 PYTHON := $(ENV)/bin/python
 
-HAS_TORCH := -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+# Its version is the last that pip writes: what an interrupted installation has left does not count.
+HAS_TORCH := -c 'import sys; from importlib.metadata import distributions as d; sys.exit(not any(d(name="torch")))'
 # NVIDIA's driver answers, or AMD's is there.
 HAS_GPU := timeout 20 nvidia-smi --list-gpus || test -e /dev/kfd
 # PyTorch's own index has builds without CUDA, a tenth of the download. It is skipped unless it lists our version in time.

@@ -11,7 +11,7 @@ options = scored["options"]
 
 print(f"""
 What came out
-  loss on held-out text     {scored["loss"]:.4f} nats per token (best of the run, step {run["best_step"]})
+  loss on held-out text     {scored["loss"]:.4f} nats per token (step {exported["optimizer_step"]})
   perplexity                {scored["perplexity"]:.2f}
   bits per byte             {scored["bits_per_byte"]:.3f}   (xz -9 on the same text: {scored["xz_bits_per_byte"]:.3f})
   training speed            {run["tokens_per_second"]:,.0f} tokens per second
@@ -22,5 +22,7 @@ Where to look
   exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained
 What it writes after {options["prompt"]!r} (seed {options["seed"]}, temperature {options["temperature"]})
 {textwrap.indent(scored["text"].strip(), "  ")}
-Expect the form of an entry and some grammar, but no sense: that is what two million parameters learn of half a million
-tokens.""")
+Expect the form of an entry and some grammar, but no sense: {run["parameters"] / 1e6:.1f} million parameters have read
+{run["tokens_seen"] / 1e6:.2f} million tokens. To train on your own text, go on with "The scripts" in README.md.""")
+if not run["finished"]:
+    print(f"The training was stopped ({run['reason']}); `make demo` goes on with it.")

@@ -33,6 +33,11 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
 }
 PATIENCE = 240.0  # seconds for what a busy machine may take long to do
+# Files of tests that take more than some ten CPU seconds, the longest first.
+LONGEST = [f"test_{name}.py" for name in (
+    "processes", "readme", "checkpoints", "benchmarks", "train", "recipes", "streaming", "estimates", "prepare_faults", "kernels",
+    "hostile", "launch", "numbers", "makefile", "trackers", "context_parallel", "export", "shards", "fork_server",
+)]  # fmt: skip
 WRITTEN = ("data", "runs", "exports")  # what the scripts write to unless they are told otherwise
 CONFIGS = {
     "prepare_data": "PrepareConfig",
@@ -115,7 +120,8 @@ def script(
             code = wait_for_ranks(ranks)
         finally:
             for rank in ranks:
-                rank.kill()
+                if rank.poll() is None:  # the test is being ended
+                    os.killpg(rank.pid, signal.SIGKILL)
         for file in (out, err):
             file.seek(0)
         result = subprocess.CompletedProcess(words, code, out.read(), err.read())
@@ -223,6 +229,14 @@ def nothing_is_left_in_its_place(place: Path) -> Iterator[None]:
     for name in left:
         shutil.rmtree(place / name)
     assert not left, f"a test wrote where its user would look for results: {left}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, or the last one would run alone; `make quick` leaves them out."""
+    for item in items:
+        if item.path.name in LONGEST:
+            item.add_marker("long")
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

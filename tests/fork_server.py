@@ -16,6 +16,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import multiprocessing.process
 import os
 import random
 import runpy
@@ -227,6 +228,7 @@ def run_job(job: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["cwd"])
+    multiprocessing.process.ORIGINAL_DIR = job["cwd"]  # where spawned workers look for the script
     sys.executable = os.environ.get(PYTHON, sys.executable)
     random.seed()  # a fresh process has its own seeds
     sys.modules["numpy"].random.seed()

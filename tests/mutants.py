@@ -420,12 +420,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only whether each fault applies and its tests exist")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.only in mutant.fault]
+    if not chosen:
+        parser.error(f"no fault's description holds {arguments.only!r}; --list shows all")
     if arguments.list:
         for item in chosen:
             print(f"{item.fault}\n    {item.function}: `{item.old}` becomes `{item.new}`\n    {item.tests}")
         return 0
     problems = check(chosen)
-    print(*problems, f"{len(chosen)} faults, {len(problems)} do not apply", sep="\n")
+    print(*problems, f"faults to plant: {len(chosen)}, of which {len(problems)} no longer apply", sep="\n")
     if problems or arguments.check:
         return bool(problems)
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
@@ -441,4 +443,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DoesNotApply as error:
+        sys.exit(str(error))

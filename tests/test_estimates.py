@@ -4,13 +4,12 @@ import copy
 import json
 import platform
 import re
-import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import script
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -410,7 +409,7 @@ for layers in (2, 8, 32):
     seconds.append(time.process_time() - started)
 print(json.dumps([lines, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))
 """
-    lines, seconds, kilobytes = json.loads(run(sys.executable, "-c", program).stdout)
+    lines, seconds, kilobytes = json.loads(script("-c", program).stdout)
     assert "6,738,415,616 parameters" in lines[0]
     assert seconds[2] / seconds[1] < 9 and kilobytes < 2e6, seconds  # the smallest has warmed up what all need
     assert any("H100" in line and "80 GB are too little" in line for line in lines)

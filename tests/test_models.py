@@ -214,15 +214,16 @@ def test_adapters_have_the_scale_that_is_asked_for(tokenizer):
     torch.testing.assert_close(layer(values), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_mistakes_are_named(dataset):
-    line = error_line("train.py", "--data.dataset", dataset, "--model.size", "huge")
+def test_mistakes_are_named(dataset, tmp_path):
+    common = ["--data.dataset", dataset, "--output", tmp_path / "run"]
+    line = error_line("train.py", *common, "--model.size", "huge")
     assert "model.architecture llama has no size huge; it has tiny, 135m, 1b, 7b" in line
-    line = error_line("train.py", "--data.dataset", dataset, "--model.lora.rank", "4")
+    line = error_line("train.py", *common, "--model.lora.rank", "4")
     assert "model.lora.rank is for pretrained weights" in line
-    line = error_line("train.py", "--data.dataset", dataset, "--model.num_attention_heads", "8", "--model.size", "135m",
+    line = error_line("train.py", *common, "--model.num_attention_heads", "8", "--model.size", "135m",
                       "--model.overrides", "{num_key_value_heads: 3}")  # fmt: skip
     assert "3 key-value heads do not divide 8 attention heads" in line
-    line = error_line("train.py", "--data.dataset", dataset, "--model.architecture", "qwen3")
+    line = error_line("train.py", *common, "--model.architecture", "qwen3")
     assert "give model.size null and the sizes one by one" in line
 
 

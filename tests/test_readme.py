@@ -107,6 +107,17 @@ def test_the_demo_beats_xz_by_a_quarter(tmp_path):
     assert json.loads((tmp_path / "exports/demo/export_report.json").read_text())["max_logit_difference"] <= 1e-5
 
 
+def test_make_quick_runs_most_tests_without_the_longest():
+    planned = run("make", "--dry-run", "quick", VIRTUAL_ENV=str(Path(sys.prefix)), cwd=ROOT).stdout
+    marks = re.search(r"pytest -m '(.*)'", planned)[1]
+    files = {path.name: path for path in ROOT.glob("tests/**/test_*.py")}
+    one_of_each = [files["test_processes.py"], files["test_batches.py"]]
+    listed = run(
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-n0", "-m", marks, *one_of_each, cwd=ROOT
+    ).stdout
+    assert "test_batches.py::" in listed and "test_processes.py::" not in listed
+
+
 def test_make_test_runs_every_check():
     assert "-m slow" in run("make", "--dry-run", "test-slow", VIRTUAL_ENV=str(Path(sys.prefix))).stdout
     planned = run("make", "--dry-run", "test", VIRTUAL_ENV=str(Path(sys.prefix))).stdout

@@ -94,6 +94,14 @@ def test_every_split_of_the_global_batch_gives_the_reference_losses(varied_datas
         assert max(abs(ours - theirs) for ours, theirs in zip(losses, expected, strict=True)) < 1e-5, name
 
 
+def test_muon_on_two_processes_follows_one(small_dataset, tmp_path):
+    """To the rounding of its iterations, which are in bf16 where that is fast."""
+    options = {"data__dataset": small_dataset, "optimizer__name": "muon", "optimizer__learning_rate": 0.01}
+    one = train_losses(train(tmp_path / "one", **options))
+    two = train_losses(train(tmp_path / "two", processes=2, **options))
+    assert one[0] - one[-1] > 0.1 and two == pytest.approx(one, abs=5e-3)
+
+
 def test_each_step_and_rank_has_its_own_random_numbers():
     step_seed = importlib.import_module("train").step_seed
     places = list(itertools.product((1, 2), (0, 8, 16, 1 << 40), (0, 1, 2)))  # seed, samples seen, rank
@@ -274,6 +282,10 @@ def test_the_plot_shows_both_curves(finished_run):
         for name in ("train/loss", "eval/loss")
     }
     assert [len(points) for points in drawn.values()] == [10, 2]
+    colours = [to_rgb(line.get_color()) for line in axes.get_lines()]
+    apart = [max(abs(one - other) for one, other in zip(*pair, strict=True)) for pair in
+             itertools.combinations([*colours, to_rgb(axes.get_facecolor())], 2)]  # fmt: skip
+    assert min(apart) > 0.3  # from each other and from the background
     pixels = (imread(finished_run / "loss.png")[..., :3] * 255).round().astype(int)
     for line in axes.get_lines():
         colour = [round(255 * part) for part in to_rgb(line.get_color())]

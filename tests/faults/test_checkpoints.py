@@ -544,3 +544,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_an
     new = order.index(("rename", "checkpoints/.tmp-step-00000004"))
     assert order[new + 1 : new + 3] == [("fsync", "checkpoints"), ("rename", "checkpoints/.tmp-last")]
     assert new + 3 <= gone
+
+
+def test_the_parts_that_ranks_write_are_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    folder = tmp_path.resolve()
+    calls = record_disk_calls(monkeypatch, folder)
+    with new_checkpoint(folder, 1) as temporary:
+        (temporary / "optimizer").mkdir()
+        (temporary / "optimizer" / "shard-0.safetensors").write_bytes(b"part")
+    order = [(call, path) for call, path, _ in calls]
+    renamed = order.index(("rename", ".tmp-step-00000001"))
+    for flushed in ("optimizer/shard-0.safetensors", "optimizer", "manifest.json"):
+        assert ("fsync", f".tmp-step-00000001/{flushed}") in order[:renamed], flushed
