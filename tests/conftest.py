@@ -38,6 +38,7 @@ LONGEST = [f"test_{name}.py" for name in (
     "processes", "readme", "checkpoints", "benchmarks", "train", "recipes", "streaming", "estimates", "prepare_faults", "kernels",
     "hostile", "launch", "numbers", "makefile", "trackers", "context_parallel", "export", "shards", "fork_server",
 )]  # fmt: skip
+VALIDATION_FRACTION = 0.01  # of the sample, in `dataset`
 WRITTEN = ("data", "runs", "exports")  # what the scripts write to unless they are told otherwise
 CONFIGS = {
     "prepare_data": "PrepareConfig",
@@ -126,6 +127,12 @@ def script(
             file.seek(0)
         result = subprocess.CompletedProcess(words, code, out.read(), err.read())
     return checked(result) if check else result
+
+
+def as_ranks(module: str) -> list[str]:
+    """What `script(..., processes=2)` runs for ranks that call `as_a_rank` of a test's module, with further arguments."""
+    paths = [str(ROOT), str(ROOT / "tests")]
+    return ["-c", f"import sys; sys.path[:0] = {paths}; import {module}; {module}.as_a_rank(*sys.argv[1:])"]
 
 
 def wait_for_ranks(ranks: list[Any]) -> int:
@@ -260,7 +267,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callabl
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The sample, prepared by prepare_data.py with its defaults, but for a validation split that is soon evaluated."""
-    options = ["--validation_fraction", "0.01"]
+    options = flags({"validation_fraction": VALIDATION_FRACTION})
     return made_once(tmp_path_factory, "demo", lambda folder: script("prepare_data.py", "--output", folder, *options))
 
 

@@ -1,13 +1,12 @@
 """Rows whose positions are shared out over two real ranks, against whole rows on one."""
 
 import copy
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import ROOT, flags, run
+from conftest import as_ranks, flags, script
 from torch import distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,8 +36,7 @@ def test_every_position_is_on_one_rank_and_the_work_is_equal():
 
 
 def test_loss_and_gradients_are_those_of_whole_rows():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    run(*command, "--nproc_per_node", "2", __file__, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", GLOO_SOCKET_IFNAME="lo")
+    script(*as_ranks("test_context_parallel"), processes=2)
 
 
 @pytest.mark.parametrize(("architecture", "options", "named"), [
@@ -114,7 +112,3 @@ def as_a_rank() -> None:
     with pytest.raises(UserError, match="computes other logits than on whole rows"):
         use_context_parallel(sharpened, group)
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    as_a_rank()

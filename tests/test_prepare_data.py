@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, call, error_line
+from conftest import ROOT, VALIDATION_FRACTION, call, error_line
 from transformers import AutoTokenizer
 
 from utils.batches.token_dataset import load_manifest, open_split
@@ -24,6 +24,9 @@ from utils.text.deduplication import digest, is_validation
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+
+
+SAME_SPLIT = ["--validation_fraction", str(VALIDATION_FRACTION)]  # as in the fixture `dataset`
 
 
 def prepare(folder: Path, *arguments: str | Path) -> str:
@@ -54,7 +57,7 @@ def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
         assert len(texts) == manifest["splits"][split]["documents"]
         assert manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
         for index, text in enumerate(texts):
-            assert is_validation(digest(text), 0.1) == (split == "validation")
+            assert is_validation(digest(text), VALIDATION_FRACTION) == (split == "validation")
             ids = tokens.read(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
             assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
@@ -164,14 +167,14 @@ def test_a_given_tokenizers_truncation_and_padding_are_not_applied(tmp_path, dat
     limited.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
     limited.save_pretrained(tmp_path / "limited")
     shutil.copy(tmp_path / "tokenizer.json", tmp_path / "limited" / "tokenizer.json")
-    prepare(tmp_path / "out", "--tokenizer.pretrained", tmp_path / "limited")
+    prepare(tmp_path / "out", "--tokenizer.pretrained", tmp_path / "limited", *SAME_SPLIT)
     assert load_manifest(tmp_path / "out")["splits"] == load_manifest(dataset)["splits"]
 
 
 def test_a_given_tokenizer_is_taken(tmp_path, dataset):
     source = tmp_path / "a.jsonl"
     shutil.copy(SAMPLE, source)
-    prepare(tmp_path / "out", "--sources", f"[{source}]", "--tokenizer.pretrained", dataset / "tokenizer")
+    prepare(tmp_path / "out", "--sources", f"[{source}]", "--tokenizer.pretrained", dataset / "tokenizer", *SAME_SPLIT)
     for split in ("train", "validation"):
         ours, theirs = open_split(tmp_path / "out", split), open_split(dataset, split)
         assert (ours.read(0, ours.num_tokens) == theirs.read(0, theirs.num_tokens)).all()

@@ -43,7 +43,8 @@ def make_copy(folder: Path, max_steps: int | None) -> Path:
 
 
 def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
-    """command → its stdout. A shell runs `make` and the first launch of each kind; all else is forked."""
+    """command → its stdout. A shell runs `make`, which launches by a file, and the first launch without one; all else is
+    forked."""
     outputs: dict[str, str] = {}
     # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
     prefix = Path(sys.prefix)
@@ -53,15 +54,17 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
     try:
         for stamp in stamps:
             stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
-        launched = [["python"]]
+        by_shell = {words[0]: command for command in reversed(commands) if (words := command.split())[0] != "python"}
         for command in commands:
             words = shlex.split(command)
             launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]
-            if launch in launched:
-                done = script(*words[len(launch) :], cwd=copy)
-            else:
+            if command in by_shell.values():
                 done = run("bash", "-c", command, cwd=copy, **extra)
-                launched.append(launch)
+            else:
+                precision = "bf16" if "bf16" in launch else "no"
+                processes = 2 if "accelerate_configs/cpu_2_processes.yaml" in launch else 1
+                options = words[len(launch) :]
+                done = script(*options, cwd=copy, processes=processes, ACCELERATE_MIXED_PRECISION=precision)
             outputs[command] = done.stdout
     finally:
         for stamp in new_stamps:
@@ -71,8 +74,8 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
 
 @pytest.mark.timeout(2400)
 def test_every_command_runs(tmp_path):
-    copy = make_copy(tmp_path, max_steps=6)
-    short = {command: command.replace("--schedule.max_steps 400", "--schedule.max_steps 6") for command in COMMANDS}
+    copy = make_copy(tmp_path, max_steps=3)
+    short = {command: re.sub(r"--schedule.max_steps \d+", "--schedule.max_steps 3", command) for command in COMMANDS}
     ran = run_in(copy, [short[command] for command in COMMANDS if command not in TESTED_ELSEWHERE])
     outputs = {command: ran[short[command]] for command in COMMANDS if command not in TESTED_ELSEWHERE}
     assert "make demo" in outputs and "make test" in COMMANDS
@@ -127,7 +130,7 @@ def test_make_test_runs_every_check():
 
 def test_a_bare_launch_without_data_says_what_to_run_first(tmp_path):
     copy = make_copy(tmp_path, max_steps=6)
-    result = run(sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train.py", cwd=copy, check=False)
+    result = script("train.py", cwd=copy, check=False)
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("train.py: error")]
     assert errors == [

@@ -56,8 +56,10 @@ def train(name, datasets, output, *options, max_steps=4):
 def test_a_run_is_the_same_split_or_resumed_and_opens_as_the_class_of_its_objective(name, datasets, tmp_path):
     """The other recipes differ from gpt2_124m in nothing that matters here; adapters: test_models.py."""
     whole = train(name, datasets, tmp_path / "whole")
-    split = train(name, datasets, tmp_path / "split", "--batch.per_device_batch_size", "1")
-    assert len(whole) == 4 and split == pytest.approx(whole, rel=1e-4)
+    assert len(whole) == 4
+    if name in ("sft", "t5_span"):  # whose rows differ most in their number of targets; causal rows: test_train.py
+        split = train(name, datasets, tmp_path / "split", "--batch.per_device_batch_size", "1")
+        assert split == pytest.approx(whole, rel=1e-4)
 
     resumed = tmp_path / "whole"  # as if killed after the second step
     shutil.rmtree(resumed / "checkpoints" / "step-00000004")

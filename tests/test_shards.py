@@ -1,11 +1,10 @@
 """Parts of tensors on the disk, by two real ranks: what is not whole is not taken for whole."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import as_ranks, script
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -15,8 +14,7 @@ from utils.training.shards import check_complete, check_shards, read_tensors, sa
 
 
 def test_a_missing_part_and_a_disk_of_one_machine_are_noticed(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    run(*command, "--nproc_per_node", "2", __file__, tmp_path, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", GLOO_SOCKET_IFNAME="lo")  # fmt: skip
+    script(*as_ranks("test_shards"), tmp_path, processes=2)
     whole = {"matrix": torch.arange(15.0).view(5, 3), "step": torch.tensor(7.0)}
     read = read_tensors(tmp_path, "optimizer", lambda name: None)
     assert read.keys() == whole.keys() and all(torch.equal(read[name], whole[name]) for name in whole)
@@ -36,7 +34,8 @@ def test_a_missing_part_and_a_disk_of_one_machine_are_noticed(tmp_path):
         file.write_bytes(content)
 
 
-def as_a_rank(folder: Path) -> None:
+def as_a_rank(argument: str) -> None:
+    folder = Path(argument)
     from accelerate import PartialState
 
     state = PartialState(cpu=True)
@@ -57,7 +56,3 @@ def as_a_rank(folder: Path) -> None:
     assert torch.equal(back["matrix"].to_local(), matrix.to_local())
     assert not list(folder.glob(".seen-*"))
     state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    as_a_rank(Path(sys.argv[1]))

@@ -34,9 +34,9 @@ from utils.training.optimization import learning_rate_factor
 
 # Dropout, accumulation, evaluations, an average of the weights, patience: all that a resumed run could get wrong.
 FULL: dict[str, object] = {
-    "model__architecture": "gpt2", "model__dropout": 0.1, "batch__per_device_batch_size": 2, "schedule__max_steps": 40,
+    "model__architecture": "gpt2", "model__dropout": 0.1, "batch__per_device_batch_size": 2, "schedule__max_steps": 24,
     "checkpoint__every_steps": 5, "evaluation__every_steps": 8, "optimizer__ema_decay": 0.9,
-    "evaluation__early_stopping_patience": 9, "tracking__sample_every_steps": 20, "tracking__sample_max_new_tokens": 8,
+    "evaluation__early_stopping_patience": 9, "tracking__sample_every_steps": 12, "tracking__sample_max_new_tokens": 8,
 }  # fmt: skip
 # Checkpoints of some 20 MB, so that there is time to kill within a save.
 LARGE: dict[str, object] = {
@@ -116,7 +116,7 @@ def test_02_kill_9_while_training(processes, whole_run, dataset, tmp_path):
     whole, broken = whole_run if processes == 1 else tmp_path / "whole", tmp_path / "broken"
     if processes == 2:
         script(*command(whole, dataset, **FULL), processes=2)
-    kill_at(18, command(broken, dataset, **FULL), broken, processes)
+    kill_at(13, command(broken, dataset, **FULL), broken, processes)
     script(*command(broken, dataset, **FULL, **RESUME), processes=processes)
     check_equal(broken, whole)
 

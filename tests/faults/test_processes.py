@@ -53,7 +53,7 @@ def test_22_a_rank_hangs(dataset, tmp_path):
     )
     with changed_copy(change, name="hang") as name:
         arguments = command(output, dataset, name=name, **ENDLESS, guards__hang_minutes=0.05)
-        with training([*LAUNCH_TWO, *arguments], output) as started:
+        with training(arguments, output, processes=2) as started:
             started.wait_for(lambda: "has come no further than step 5" in started.text())
             assert started.end() != 0
             told = started.text()
