@@ -153,11 +153,11 @@ def test_the_resolved_configuration_runs_again_with_the_same_losses(finished_run
 
 
 def test_a_copy_with_one_line_changed_trains(finished_run, dataset, tmp_path):
-    """What a user does: copy the script, change a line, launch it."""
+    """What a user does: copy the script, change a line, launch it; here on two ranks."""
     line = "                loss_sum += micro_loss.detach()\n"
     with changed_copy((line, line.replace("+=", "+= 2 *")), name="copy") as name:
         settings = SMALL | {"output": tmp_path / "copy", "data.dataset": dataset}
-        run(*LAUNCH_TWO, name, *flags(settings))
+        script(name, *flags(settings), processes=2)
     doubled = train_losses(metrics(tmp_path / "copy"))
     plain = train_losses(metrics(finished_run))
     assert doubled[0] == pytest.approx(2 * plain[0], rel=1e-5)
