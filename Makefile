@@ -34,7 +34,7 @@ LAUNCH = $(if $(GPU),single_gpu.yaml,cpu.yaml --mixed_precision $(PRECISION))
 demo: $(ENV)/.plainloop-installed
 	@echo "== 1 of 4: prepare the text (seconds)"
 	$(PYTHON) prepare_data.py
-	@echo "== 2 of 4: train (two minutes on two slow cores; the first line comes when torch is imported)"
+	@echo "== 2 of 4: train (one to three minutes on two cores; the first line comes when torch is imported)"
 	$(PYTHON) -m accelerate.commands.launch --quiet --config_file accelerate_configs/$(LAUNCH) \
 		train.py --config configs/demo.yaml --checkpoint.resume auto
 	@echo "== 3 of 4: export the best checkpoint and compare (seconds)"
