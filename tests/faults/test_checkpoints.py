@@ -100,7 +100,7 @@ def test_kill_9(phase, large_run, dataset, tmp_path):
         kill_at(5, arguments, output)
         old = output / "checkpoints" / "step-00000001"  # one that takes long to remove
         old.mkdir()
-        for number in range(20_000):
+        for number in range(60_000):
             (old / str(number)).touch()
         kill_in("rotating", output, arguments)
     assert [problem for problem in invalid_checkpoints(output) if "step-00000001" not in problem] == []
