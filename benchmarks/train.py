@@ -2,7 +2,7 @@
 
     python benchmarks/train.py                                      # needs data/demo: python prepare_data.py
     python benchmarks/train.py --shape lesson --precision bf16 --compile
-    python benchmarks/train.py --quick                              # a first look: half a minute
+    python benchmarks/train.py --quick                              # a first look: about a minute
 
 A GPT-2 of one shape, on the same rows of the sample's tokens. Every contestant is a process of its own that makes steps
 when it is its turn, and sleeps otherwise; each round asks all of them in another order. The peers run as their examples
