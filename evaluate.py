@@ -57,16 +57,14 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from utils.batches.loaders import build_evaluation_loader, build_layout
-from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
+from preparation.tokenizer.encoding import Encoder
+from utils.checkpoint_folders import resolve_checkpoint
 from utils.config import ScoringConfig
+from utils.data.loaders import build_evaluation_loader, build_layout
+from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+from utils.evaluation import evaluate, write_text
 from utils.files import read_json, read_yaml
-from utils.objective_config import ObjectiveConfig
-from utils.pretrained import read_tokenizer
-from utils.text.encoding import Encoder
-from utils.training.checkpoint_folders import resolve_checkpoint
-from utils.training.evaluation import evaluate, write_text
-from utils.training.modeling import (
+from utils.model.build import (
     count_parameters,
     covers_vocabulary,
     load_model,
@@ -74,7 +72,9 @@ from utils.training.modeling import (
     pad_token_id,
     saved_class,
 )
-from utils.training.objectives import Objective, objective_module
+from utils.objective_config import ObjectiveConfig
+from utils.objectives import Objective, objective_module
+from utils.pretrained import read_tokenizer
 
 NOT_WRITERS = ("masked", "span_corruption")
 

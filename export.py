@@ -35,12 +35,12 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
+from utils.checkpoint_folders import resolve_checkpoint
+from utils.checkpoints import load_average, load_state
 from utils.config import ScoringConfig
 from utils.files import read_yaml
+from utils.model.build import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
 from utils.pretrained import read_tokenizer
-from utils.training.checkpoint_folders import resolve_checkpoint
-from utils.training.checkpoints import load_average, load_state
-from utils.training.modeling import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
 
 PROBE_TOKENS = 256
 MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights and adapters, once per layer

@@ -6,8 +6,8 @@ The output folder appears only when it is complete; the same call again finds it
 is kept beside the output, so that a killed call goes on where it was, and a changed option redoes what it changes.
 """
 
+from preparation.recipe import PrepareConfig, holds_conversations, resolve_sources
 from utils.cli import UserError, parse_config, run_script
-from utils.text.recipe import PrepareConfig, holds_conversations, resolve_sources
 
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
 
@@ -24,16 +24,14 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
-from utils.batches.token_dataset import FORMAT_VERSION, open_split
-from utils.files import hold_lock, read_json
-from utils.text.cleaning import CleaningOptions, clean_documents, expand_steps
-from utils.text.conversation_encoding import ConversationEncoder
-from utils.text.conversations import SEPARATOR, without_system
-from utils.text.deduplication import NUM_HASHES, digest, sketch_documents
-from utils.text.documents import DOCUMENT_FEATURES, check_broken, read_sources
-from utils.text.encoding import Encoder, build_encoder
-from utils.text.html_report import collect_details, html_report
-from utils.text.inventory import (
+from preparation.cleaning.cleaning import CleaningOptions, clean_documents, expand_steps
+from preparation.report.html_report import collect_details, html_report
+from preparation.report.report import TRAINED_HERE, data_card, table
+from preparation.selection.deduplication import NUM_HASHES, digest, sketch_documents
+from preparation.selection.selection import Selection, repeat_by_weight, select_documents
+from preparation.sources.conversations import SEPARATOR, without_system
+from preparation.sources.documents import DOCUMENT_FEATURES, check_broken, read_sources
+from preparation.sources.inventory import (
     VERSIONS,
     WITHOUT_EFFECT,
     describe_files,
@@ -43,18 +41,20 @@ from utils.text.inventory import (
     recipe_key,
     tokenizer_files,
 )
-from utils.text.report import TRAINED_HERE, data_card, table
-from utils.text.selection import Selection, repeat_by_weight, select_documents
-from utils.text.source_config import SourceConfig
-from utils.text.sources import iter_file_texts, standard_input_in_file
-from utils.text.stages import Stages, load_slices, map_slices, slice_files, text_bytes
-from utils.text.tokenization import (
+from preparation.sources.source_config import SourceConfig
+from preparation.sources.sources import iter_file_texts, standard_input_in_file
+from preparation.stages import Stages, load_slices, map_slices, slice_files, text_bytes
+from preparation.tokenizer.conversation_encoding import ConversationEncoder
+from preparation.tokenizer.encoding import Encoder, build_encoder
+from preparation.tokenizer.tokenization import (
     check_chat_template,
     describe_tokenizer,
     iter_sample,
     load_tokenizer,
     train_tokenizer,
 )
+from utils.data.token_dataset import FORMAT_VERSION, open_split
+from utils.files import hold_lock, read_json
 
 
 class Engine(NamedTuple):

@@ -34,23 +34,28 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
-from utils.batches.batch_plan import plan_batches
-from utils.batches.collation import EVALUATION_SEED, CollatedRows, Layout
-from utils.batches.loaders import build_evaluation_loader, build_layout, build_train_loader, end_workers, to_tensors
-from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream
-from utils.batches.token_dataset import load_manifest, open_split
-from utils.pretrained import read_tokenizer
-from utils.training.checkpoint_writer import CheckpointWriter
-from utils.training.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
-from utils.training.context_parallel import collate_columns, use_context_parallel
-from utils.training.dry_run import describe_model, describe_work, dry_run_report
-from utils.training.ema import WeightAverage
-from utils.training.evaluation import evaluate, write_sample
-from utils.training.guards import check_limits, find_fault, write_bad_batch
-from utils.training.initialization import describe_initialization
-from utils.training.kernels import describe_kernels, resolve_matmul_precision
-from utils.training.launch_check import check_launch, check_launcher_file, context_parallel_size, describe_launch
-from utils.training.modeling import (
+from training.dry_run import describe_model, describe_work, dry_run_report
+from training.launch_check import check_launch, check_launcher_file, context_parallel_size, describe_launch
+from training.monitoring.guards import check_limits, find_fault, write_bad_batch
+from training.monitoring.stopping import StopAsked, StopRequests
+from training.monitoring.tracking import RunTracker
+from training.monitoring.watchdog import Watchdog
+from training.optimization.ema import WeightAverage
+from training.optimization.optimizer import build_optimizer, build_scheduler, resolve_max_steps
+from training.parallel.context_parallel import collate_columns, use_context_parallel
+from training.parallel.sharding import is_sharded, keep_sums_in_fp32, let_it_write, ranks_per_copy, whole
+from training.saving.checkpoint_writer import CheckpointWriter
+from training.saving.run_folder import open_run, record_launch
+from training.saving.shards import check_shards
+from training.stream_loader import StreamLoader, check_stream_options, describe_stream
+from utils.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
+from utils.data.batch_plan import plan_batches
+from utils.data.collation import EVALUATION_SEED, CollatedRows, Layout
+from utils.data.loaders import build_evaluation_loader, build_layout, build_train_loader, end_workers, to_tensors
+from utils.data.token_dataset import load_manifest, open_split
+from utils.evaluation import evaluate, write_sample
+from utils.kernels import describe_kernels, resolve_matmul_precision
+from utils.model.build import (
     build_model,
     check_length,
     check_tokenizer,
@@ -59,14 +64,9 @@ from utils.training.modeling import (
     load_model,
     pad_token_id,
 )
-from utils.training.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
-from utils.training.optimization import build_optimizer, build_scheduler, resolve_max_steps
-from utils.training.run_folder import open_run, record_launch
-from utils.training.sharding import is_sharded, keep_sums_in_fp32, let_it_write, ranks_per_copy, whole
-from utils.training.shards import check_shards
-from utils.training.stopping import StopAsked, StopRequests
-from utils.training.tracking import RunTracker
-from utils.training.watchdog import Watchdog
+from utils.model.initialization import describe_initialization
+from utils.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
+from utils.pretrained import read_tokenizer
 
 END_REASONS = ("max_steps", "early_stopping")  # all others are reasons to stop before the end
 
@@ -141,7 +141,7 @@ def main(config: TrainConfig) -> None:
         )  # fmt: skip
     else:
         check_stream_options(config, plan)
-        from utils.text.streaming import TextStream  # here, as stored tokens need nothing that reads text
+        from preparation.stream import TextStream  # here, as stored tokens need nothing that reads text
 
         documents = TextStream(manifest["options"], Path(config.data.dataset), config.data.stream_lanes, config.seed)
         train_loader = StreamLoader(

@@ -33,8 +33,8 @@ def generate_lengths(count: int) -> np.ndarray:
 def measure(layout: str, documents: int, sequence_length: int) -> dict[str, Any]:
     """Lay out once, in this process."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
-    from utils.batches.packing import BestFitLayout, PackedLayout
-    from utils.batches.token_dataset import TokenDataset
+    from utils.data.packing import BestFitLayout, PackedLayout
+    from utils.data.token_dataset import TokenDataset
 
     lengths = generate_lengths(documents)
     started = time.perf_counter()

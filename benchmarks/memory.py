@@ -74,8 +74,8 @@ def train(name: str, dataset: Path, folder: Path, **changes: Any) -> None:
 def estimate(name: str, dataset: Path, folder: Path) -> dict[str, int]:
     """Bytes by part, from what train.py hands to its dry run."""
     import train as script
-    from utils.training.dry_run import resized
-    from utils.training.estimates import estimate_memory
+    from training.dry_run import resized
+    from training.estimates import estimate_memory
 
     found: dict[str, int] = {}
 

@@ -118,8 +118,8 @@ def cleaned_documents(arguments: argparse.Namespace) -> Any:
     import datasets
     import numpy as np
 
-    from utils.text.selection import Selection
-    from utils.text.stages import load_slices
+    from preparation.selection.selection import Selection
+    from preparation.stages import load_slices
 
     stages = arguments.folder / ".dataset.stages"
     (cleaned,), (selected,) = stages.glob("clean-*"), stages.glob("select-*")
@@ -170,10 +170,10 @@ def measure_encoding(arguments: argparse.Namespace, *, fast: bool) -> dict[str, 
     """Plainloop's encoding of the same documents."""
     import datasets
 
+    from preparation.stages import text_bytes
+    from preparation.tokenizer.encoding import build_encoder
+    from preparation.tokenizer.tokenization import load_tokenizer
     from prepare_data import THIS_MACHINE, encode_split
-    from utils.text.encoding import build_encoder
-    from utils.text.stages import text_bytes
-    from utils.text.tokenization import load_tokenizer
 
     datasets.disable_progress_bars()
     documents = cleaned_documents(arguments)
@@ -198,10 +198,10 @@ def measure_peer_loader(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
-    from utils.batches.batch_plan import plan_batches
-    from utils.batches.loaders import build_layout, build_train_loader
-    from utils.batches.token_dataset import open_split
-    from utils.training.objectives.causal import collate
+    from utils.data.batch_plan import plan_batches
+    from utils.data.loaders import build_layout, build_train_loader
+    from utils.data.token_dataset import open_split
+    from utils.objectives.causal import collate
 
     layout = build_layout(
         open_split(sorted((arguments.folder / "ours").iterdir())[-1], "train"),

@@ -74,10 +74,10 @@ class Scorer:
     def __init__(self, dataset: Path, steps: int) -> None:
         from accelerate import Accelerator
 
-        from utils.batches.loaders import build_evaluation_loader, build_layout
-        from utils.batches.token_dataset import load_manifest, open_split
+        from utils.data.loaders import build_evaluation_loader, build_layout
+        from utils.data.token_dataset import load_manifest, open_split
+        from utils.objectives.causal import build_collator
         from utils.pretrained import read_tokenizer
-        from utils.training.objectives.causal import build_collator
 
         self.tokenizer, self.steps = read_tokenizer(dataset / "tokenizer"), steps
         rows = build_layout(
@@ -94,8 +94,8 @@ class Scorer:
     def score(self, model: Any, step: int) -> None:
         if step % EVERY and step != self.steps:
             return
-        from utils.training.evaluation import evaluate
-        from utils.training.objectives import Objective
+        from utils.evaluation import evaluate
+        from utils.objectives import Objective
 
         now = time.perf_counter()
         bits = evaluate(self.accelerator, Objective(model), self.loader).bits_per_byte(self.bytes)
@@ -117,7 +117,7 @@ def build(scorer: Scorer) -> Any:
 
 
 def stream(dataset: Path) -> Any:
-    from utils.batches.token_dataset import open_split
+    from utils.data.token_dataset import open_split
 
     tokens = open_split(dataset, "train")
     return tokens.read(0, tokens.num_tokens)

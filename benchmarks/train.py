@@ -153,13 +153,13 @@ def step(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     """Plainloop's model, loss and optimizer in a bare loop."""
     import torch
 
+    from training.optimization.optimizer import build_optimizer
     from utils.cli import parse_config
     from utils.config import TrainConfig
+    from utils.kernels import resolve_matmul_precision
+    from utils.model.build import build_model
+    from utils.objectives import build_objective
     from utils.pretrained import read_tokenizer
-    from utils.training.kernels import resolve_matmul_precision
-    from utils.training.modeling import build_model
-    from utils.training.objectives import build_objective
-    from utils.training.optimization import build_optimizer
 
     sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options_of(name, arguments).items())]
     config = parse_config(TrainConfig, "")
@@ -193,7 +193,7 @@ def peer_model(arguments: argparse.Namespace) -> Any:
 
 def rows_of(arguments: argparse.Namespace) -> Any:
     """All rows of the long text, (N, T) int64."""
-    from utils.batches.token_dataset import open_split
+    from utils.data.token_dataset import open_split
 
     length = SHAPES[arguments.shape].length
     tokens = open_split(arguments.folder / "one_text", "train")
@@ -293,7 +293,7 @@ def limit(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     """The matrix products of one step, forward and backward, at the model's shapes."""
     import torch
 
-    from utils.training.kernels import resolve_matmul_precision
+    from utils.kernels import resolve_matmul_precision
 
     shape = SHAPES[arguments.shape]
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -385,7 +385,7 @@ def write_datasets(source: Path, folder: Path) -> None:
 
     shutil.copytree(source, folder / "documents")
     shutil.copytree(source, folder / "one_text")
-    from utils.batches.token_dataset import open_split
+    from utils.data.token_dataset import open_split
 
     tokens = open_split(source, "train")
     shutil.rmtree(folder / "one_text" / "train")

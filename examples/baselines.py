@@ -31,15 +31,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from utils.batches.collation import EVALUATION_SEED, CollatedRows
-from utils.batches.loaders import build_layout
-from utils.batches.packing import IGNORED, Batch
-from utils.batches.token_dataset import load_manifest, open_split
 from utils.config import ScoringConfig
+from utils.data.collation import EVALUATION_SEED, CollatedRows
+from utils.data.loaders import build_layout
+from utils.data.packing import IGNORED, Batch
+from utils.data.token_dataset import load_manifest, open_split
 from utils.files import read_yaml
+from utils.model.build import pad_token_id
+from utils.objectives import objective_module
 from utils.pretrained import read_tokenizer
-from utils.training.modeling import pad_token_id
-from utils.training.objectives import objective_module
 
 ROWS = 64
 SMOOTHINGS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

@@ -42,15 +42,15 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env, release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 
-from utils.batches.batch_plan import plan_batches
-from utils.batches.collation import CollatedRows
-from utils.batches.loaders import build_layout, to_tensors
-from utils.batches.token_dataset import load_manifest, open_split
+from training.optimization.optimizer import build_optimizer
+from utils.data.batch_plan import plan_batches
+from utils.data.collation import CollatedRows
+from utils.data.loaders import build_layout, to_tensors
+from utils.data.token_dataset import load_manifest, open_split
+from utils.kernels import resolve_matmul_precision
+from utils.model.build import build_model, pad_token_id
+from utils.objectives import build_objective, count_targets, objective_module
 from utils.pretrained import read_tokenizer
-from utils.training.kernels import resolve_matmul_precision
-from utils.training.modeling import build_model, pad_token_id
-from utils.training.objectives import build_objective, count_targets, objective_module
-from utils.training.optimization import build_optimizer
 
 
 def main(config: MicroBatchConfig) -> None:

@@ -52,15 +52,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from matplotlib.figure import Figure
 
-from utils.batches.batch_plan import plan_batches
-from utils.batches.loaders import build_layout, build_train_loader
-from utils.batches.token_dataset import load_manifest, open_split
+from training.launch_check import context_parallel_size
+from training.optimization.optimizer import build_optimizer
+from utils.data.batch_plan import plan_batches
+from utils.data.loaders import build_layout, build_train_loader
+from utils.data.token_dataset import load_manifest, open_split
+from utils.kernels import resolve_matmul_precision
+from utils.model.build import build_model, pad_token_id
+from utils.objectives import build_objective, count_targets, objective_module
 from utils.pretrained import read_tokenizer
-from utils.training.kernels import resolve_matmul_precision
-from utils.training.launch_check import context_parallel_size
-from utils.training.modeling import build_model, pad_token_id
-from utils.training.objectives import build_objective, count_targets, objective_module
-from utils.training.optimization import build_optimizer
 
 SMOOTHING = 0.9  # of the exponential moving average of the loss
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 import os
 import socket
 
+from preparation.recipe import PrepareConfig, resolve_sources
 from utils.cli import UserError, exit_with, parse_config, run_script
-from utils.text.recipe import PrepareConfig, resolve_sources
 
 
 def check_supported(config: PrepareConfig) -> None:
@@ -84,10 +84,10 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import prepare_data
-from utils.text.documents import MAX_BROKEN_LISTED, read_sources
-from utils.text.source_config import SourceConfig
-from utils.text.sources import OTHER_KIND, count_other_files, reading_units
-from utils.text.stages import iter_slices, load_slices, map_slices
+from preparation.sources.documents import MAX_BROKEN_LISTED, read_sources
+from preparation.sources.source_config import SourceConfig
+from preparation.sources.sources import OTHER_KIND, count_other_files, reading_units
+from preparation.stages import iter_slices, load_slices, map_slices
 
 try:
     import ray

@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 from conftest import PATIENCE, ROOT, SMALL, environment, flags, start
 
-from utils.training.checkpoint_folders import find_problem, list_checkpoints
-from utils.training.watchdog import HEARTBEATS
+from training.monitoring.watchdog import HEARTBEATS
+from utils.checkpoint_folders import find_problem, list_checkpoints
 
 
 def command(output: Path, dataset: Path, *, name: str = "train.py", **options: object) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from conftest import SMALL, environment, flags, metrics, run, train_losses
 
+from training.launch_file import check_launch_file
 from utils.cli import UserError
-from utils.training.launch_file import check_launch_file
 
 pytestmark = pytest.mark.slow
 DOWN = "\x1b[B"

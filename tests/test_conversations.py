@@ -14,19 +14,19 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 import prepare_data
-from utils.batches.collation import CollatedRows
-from utils.batches.loaders import build_layout, to_tensors
-from utils.batches.token_dataset import TokenDataset, load_manifest, open_split
+from preparation.cleaning.cleaning import EMPTY, CleaningOptions, clean_documents, clean_standard
+from preparation.sources.conversations import ROLES, SEPARATOR, join_messages, split_messages, without_system
+from preparation.sources.documents import read_sources
+from preparation.sources.source_config import SourceConfig
+from preparation.tokenizer.conversation_encoding import ConversationEncoder
+from preparation.tokenizer.tokenization import train_tokenizer
 from utils.cli import UserError
+from utils.data.collation import CollatedRows
+from utils.data.loaders import build_layout, to_tensors
+from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+from utils.model.build import build_model
 from utils.model_config import ModelConfig
-from utils.text.cleaning import EMPTY, CleaningOptions, clean_documents, clean_standard
-from utils.text.conversation_encoding import ConversationEncoder
-from utils.text.conversations import ROLES, SEPARATOR, join_messages, split_messages, without_system
-from utils.text.documents import read_sources
-from utils.text.source_config import SourceConfig
-from utils.text.tokenization import train_tokenizer
-from utils.training.modeling import build_model
-from utils.training.objectives import Objective, instruction
+from utils.objectives import Objective, instruction
 
 MARKED = (ROOT / "configs" / "chat_template.jinja").read_text(encoding="utf-8")
 SPECIAL = ["<|im_start|>", "<|im_end|>"]

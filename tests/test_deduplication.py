@@ -18,10 +18,10 @@ import pytest
 from conftest import ROOT, run
 from growth import growth
 
-from utils.text import contamination, deduplication
-from utils.text.contamination import build_index, find_contaminated
-from utils.text.deduplication import digest, find_near_duplicates, first_of_each, sketch_documents
-from utils.text.shingles import hash_ngrams, hash_words, normalize, split_words
+from preparation.selection import contamination, deduplication
+from preparation.selection.contamination import build_index, find_contaminated
+from preparation.selection.deduplication import digest, find_near_duplicates, first_of_each, sketch_documents
+from preparation.selection.shingles import hash_ngrams, hash_words, normalize, split_words
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]
 LONG = [text for text in TEXTS if len(text.split()) >= 40]
@@ -441,8 +441,10 @@ def test_results_depend_on_no_hash_seed_batch_size_or_process():
 
 def test_the_cache_of_words_is_bounded_and_changes_nothing(monkeypatch):
     whole = hash_words(TEXTS[:300])[0]
-    monkeypatch.setattr("utils.text.shingles.CACHED_WORDS", 100)
-    monkeypatch.setattr("utils.text.shingles.WORD_HASHES", type(deduplication.hash_words.__globals__["WORD_HASHES"])())
+    monkeypatch.setattr("preparation.selection.shingles.CACHED_WORDS", 100)
+    monkeypatch.setattr(
+        "preparation.selection.shingles.WORD_HASHES", type(deduplication.hash_words.__globals__["WORD_HASHES"])()
+    )
     assert (hash_words(TEXTS[:300])[0] == whole).all()
     assert len(deduplication.hash_words.__globals__["WORD_HASHES"]) <= 100
 

@@ -24,7 +24,7 @@ def test_the_walk_through_of_a_new_objective_works_as_it_stands(dataset, tmp_pat
         source = source.replace(removed + "\n", added.replace("\n+", "\n").removeprefix("+"))
     source = source.replace("@dataclass\nclass ObjectiveConfig", f"{options}\n\n@dataclass\nclass ObjectiveConfig")
     path.write_text(source, encoding="utf-8")
-    (copy / "utils/training/objectives/prefix.py").write_text(module, encoding="utf-8")
+    (copy / "utils/objectives/prefix.py").write_text(module, encoding="utf-8")
 
     (command,) = blocks(text, "bash")
     launched = command.strip().removeprefix("accelerate launch ").split()

@@ -24,21 +24,18 @@ from transformers import (
     T5Config,
 )
 
-from utils.batches.batch_plan import plan_batches
-from utils.config import KernelConfig, TrainConfig
-from utils.model_config import ModelConfig
-from utils.objective_config import ObjectiveConfig
-from utils.optimizer_config import OptimizerConfig
-from utils.training import hardware
-from utils.training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
-from utils.training.estimates import (
+from training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
+from training.estimates import (
     count_flops,
     estimate_evaluation_activations,
     estimate_memory,
     fake_batch,
 )
-from utils.training.fake_copy import fake_copy
-from utils.training.hardware import (
+from training.optimization.optimizer import build_optimizer
+from utils import hardware
+from utils.config import KernelConfig, TrainConfig
+from utils.data.batch_plan import plan_batches
+from utils.hardware import (
     HARDWARE,
     UTILISATION,
     duration,
@@ -47,9 +44,12 @@ from utils.training.hardware import (
     measure_flops_per_second,
     precision_of,
 )
-from utils.training.modeling import count_parameters, enable_activation_checkpointing
-from utils.training.objectives import Objective, build_objective
-from utils.training.optimization import build_optimizer
+from utils.model.build import count_parameters, enable_activation_checkpointing
+from utils.model.fake_copy import fake_copy
+from utils.model_config import ModelConfig
+from utils.objective_config import ObjectiveConfig
+from utils.objectives import Objective, build_objective
+from utils.optimizer_config import OptimizerConfig
 
 D, L, H, M, V, P = 64, 2, 4, 160, 500, 128  # width, blocks, heads, MLP, vocabulary, positions
 SIZES = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": M}
@@ -391,10 +391,10 @@ def test_seven_billion_parameters_take_little_time_and_memory() -> None:
 import json, resource, sys, time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from utils.batches.batch_plan import plan_batches
+from utils.data.batch_plan import plan_batches
 from utils.config import TrainConfig
-from utils.training.dry_run import dry_run_report
-from utils.training.objectives import Objective
+from training.dry_run import dry_run_report
+from utils.objectives import Objective
 seconds = []
 for layers in (2, 8, 32):
     started = time.process_time()

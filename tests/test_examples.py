@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, script
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from utils.batches.token_dataset import open_split
+from utils.data.token_dataset import open_split
 
 
 def test_every_example_is_run_by_a_test():

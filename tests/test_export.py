@@ -13,11 +13,11 @@ from accelerate import Accelerator
 from conftest import SMALL, call, error_line, flags, run, script, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from utils.batches.token_dataset import load_manifest, open_split
+from utils.data.token_dataset import load_manifest, open_split
+from utils.evaluation import evaluate, write_text
+from utils.model.build import build_model
 from utils.model_config import ModelConfig
-from utils.training.evaluation import evaluate, write_text
-from utils.training.modeling import build_model
-from utils.training.objectives import Objective
+from utils.objectives import Objective
 
 STRANGER = """
 import sys, torch

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT
 
-from utils.text.cleaning import CleaningOptions, clean_documents, expand_steps
-from utils.text.deduplication import digest, sketch_documents
-from utils.text.html_report import collect_details, html_report
-from utils.text.recipe import DeduplicationConfig
-from utils.text.selection import Selection, select_documents
-from utils.text.stages import text_bytes
+from preparation.cleaning.cleaning import CleaningOptions, clean_documents, expand_steps
+from preparation.recipe import DeduplicationConfig
+from preparation.report.html_report import collect_details, html_report
+from preparation.selection.deduplication import digest, sketch_documents
+from preparation.selection.selection import Selection, select_documents
+from preparation.stages import text_bytes
 
 RECORDS = [json.loads(line) for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()][
     :1400

@@ -11,15 +11,15 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.activations import NewGELUActivation
 
-from utils.batches.packing import IGNORED
 from utils.cli import UserError
 from utils.config import KernelConfig
+from utils.data.packing import IGNORED
+from utils.kernels import resolve_matmul_precision, use_kernels
+from utils.kernels.attention import blocked_attention, sdpa_attention_forward
+from utils.kernels.dropout import FastDropout
+from utils.kernels.head_loss import head_loss
 from utils.objective_config import ObjectiveConfig
-from utils.training.kernels import resolve_matmul_precision, use_kernels
-from utils.training.kernels.attention import blocked_attention, sdpa_attention_forward
-from utils.training.kernels.dropout import FastDropout
-from utils.training.kernels.head_loss import head_loss
-from utils.training.objectives import Objective, build_objective, has_linear_head
+from utils.objectives import Objective, build_objective, has_linear_head
 
 CPU = torch.device("cpu")
 PLAIN = KernelConfig(chunked_head=False, fused_activation=False, fast_dropout=False)
@@ -59,7 +59,7 @@ def largest_difference(found: list[torch.Tensor], expected: list[torch.Tensor]) 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)])
 def test_the_chunked_head_has_the_loss_and_the_gradients_of_all_logits(bias, smoothing, z_loss, monkeypatch):
-    monkeypatch.setattr("utils.training.kernels.head_loss.LOGITS_AT_ONCE", 101 * 64)  # five chunks, the last one short
+    monkeypatch.setattr("utils.kernels.head_loss.LOGITS_AT_ONCE", 101 * 64)  # five chunks, the last one short
     torch.manual_seed(0)
     head = nn.Linear(32, 101, bias=bias).double()
     hidden = torch.randn(300, 32, dtype=torch.double, requires_grad=True)

@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
-from utils.batches.batch_plan import PADDING_SAMPLE, sample_ids
-from utils.batches.loaders import build_layout, to_tensors
-from utils.batches.packing import IGNORED
-from utils.batches.token_dataset import open_split
 from utils.config import DataConfig, KernelConfig
+from utils.data.batch_plan import PADDING_SAMPLE, sample_ids
+from utils.data.loaders import build_layout, to_tensors
+from utils.data.packing import IGNORED
+from utils.data.token_dataset import open_split
+from utils.kernels import use_kernels
+from utils.model.build import CHOSEN_LATER, build_model, pad_token_id
 from utils.model_config import ModelConfig
-from utils.training.kernels import use_kernels
-from utils.training.modeling import CHOSEN_LATER, build_model, pad_token_id
-from utils.training.objectives import Objective, count_targets, document_mask
-from utils.training.objectives.causal import collate
+from utils.objectives import Objective, count_targets, document_mask
+from utils.objectives.causal import collate
 
 ATTENTIONS = ModelConfig.__dataclass_fields__["attention"].type.__args__  # every one that can be chosen
 LAYOUTS = DataConfig.__dataclass_fields__["layout"].type.__args__

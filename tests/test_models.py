@@ -12,12 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from utils.cli import UserError
+from utils.model.adapters import add_adapters, hash_weights
+from utils.model.build import build_model, count_parameters
+from utils.model.initialization import describe_initialization
 from utils.model_config import SIZES, LoraConfig, ModelConfig
 from utils.objective_config import ObjectiveConfig
-from utils.training.adapters import add_adapters, hash_weights
-from utils.training.initialization import describe_initialization
-from utils.training.modeling import build_model, count_parameters
-from utils.training.objectives import Objective, check_documents_stay_apart
+from utils.objectives import Objective, check_documents_stay_apart
 
 HEADS = {
     "llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForMaskedLM,

@@ -11,8 +11,8 @@ from conftest import call, metrics
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from utils.batches.token_dataset import load_manifest, open_split
-from utils.training.adapters import hash_weights
+from utils.data.token_dataset import load_manifest, open_split
+from utils.model.adapters import hash_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"
 RUNS = ("run", "lora_run", "fsdp2_run")

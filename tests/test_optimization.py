@@ -16,11 +16,9 @@ from conftest import ROOT
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-from utils.cli import UserError
-from utils.optimizer_config import OptimizerConfig, ScheduleConfig
-from utils.training.ema import WeightAverage
-from utils.training.muon import Muon, orthogonalize
-from utils.training.optimization import (
+from training.optimization.ema import WeightAverage
+from training.optimization.muon import Muon, orthogonalize
+from training.optimization.optimizer import (
     build_optimizer,
     build_scheduler,
     hidden_matrices,
@@ -28,6 +26,8 @@ from utils.training.optimization import (
     resolve_max_steps,
     split_by_decay,
 )
+from utils.cli import UserError
+from utils.optimizer_config import OptimizerConfig, ScheduleConfig
 
 OPTIMIZERS = OptimizerConfig.__dataclass_fields__["name"].type.__args__
 SHAPES = ScheduleConfig.__dataclass_fields__["shape"].type.__args__
@@ -281,7 +281,7 @@ def reference_run(name: str, data: list[torch.Tensor], **options: bool) -> dict[
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_equal_a_plain_loop_with_torchs_own_optimizers(name, monkeypatch):
-    monkeypatch.setattr("utils.training.muon.fast_bf16", lambda device: True)  # torch's Muon computes in bf16
+    monkeypatch.setattr("training.optimization.muon.fast_bf16", lambda device: True)  # torch's Muon computes in bf16
     model, optimizer, scheduler = make(name)
     before, data = weights(model), batches(20)
     losses = run_steps(model, optimizer, scheduler, data)
@@ -293,7 +293,7 @@ def test_steps_equal_a_plain_loop_with_torchs_own_optimizers(name, monkeypatch):
 
 
 def test_where_bf16_is_slow_muon_computes_the_same_update_in_fp32(monkeypatch):
-    monkeypatch.setattr("utils.training.muon.fast_bf16", lambda device: False)
+    monkeypatch.setattr("training.optimization.muon.fast_bf16", lambda device: False)
     for shape in ((6, 40), (40, 6), (16, 16)):
         gradient = torch.randn(shape)
         ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))

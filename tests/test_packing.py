@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from growth import growth
 
-from utils.batches import packing
-from utils.batches.batch_plan import PADDING_SAMPLE
-from utils.batches.loaders import build_layout
-from utils.batches.packing import IGNORED, BestFitLayout, best_fit_decreasing
-from utils.batches.token_dataset import TokenDataset, open_split
+from utils.data import packing
+from utils.data.batch_plan import PADDING_SAMPLE
+from utils.data.loaders import build_layout
+from utils.data.packing import IGNORED, BestFitLayout, best_fit_decreasing
+from utils.data.token_dataset import TokenDataset, open_split
 
 PAD = 60_000
 

@@ -17,10 +17,10 @@ import pytest
 from conftest import ROOT, VALIDATION_FRACTION, call, error_line
 from transformers import AutoTokenizer
 
-from utils.batches.token_dataset import load_manifest, open_split
+from preparation.cleaning.cleaning import clean_standard
+from preparation.selection.deduplication import digest, is_validation
 from utils.cli import UserError
-from utils.text.cleaning import clean_standard
-from utils.text.deduplication import digest, is_validation
+from utils.data.token_dataset import load_manifest, open_split
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]

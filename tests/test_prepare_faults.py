@@ -16,7 +16,7 @@ from conftest import environment, error_line, script
 from growth import growth
 from test_prepare_data import TEXTS, prepare
 
-from utils.batches.token_dataset import load_manifest, open_split
+from utils.data.token_dataset import load_manifest, open_split
 
 STAGES = ["read", "clean", "sketch", "select", "tokenizer"]
 

@@ -8,7 +8,7 @@ import transformers
 import yaml
 from conftest import ROOT, call, metrics, train_losses
 
-from utils.training.objectives import objective_module
+from utils.objectives import objective_module
 
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "small").glob("*.yaml"))}
 DATASETS = {"sft": "conversations"}

@@ -6,9 +6,9 @@ import pytest
 from conftest import SMALL, error_line, flags, metrics, script, train
 from processes import weights
 
+from training.optimization.optimizer import learning_rate_factor
+from utils.checkpoint_folders import resolve_checkpoint
 from utils.optimizer_config import ScheduleConfig
-from utils.training.checkpoint_folders import resolve_checkpoint
-from utils.training.optimization import learning_rate_factor
 
 
 def test_another_run_is_refused_and_untouched(finished_run, dataset):

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, SMALL, environment, flags, metrics, run, script, train_losses
 from safetensors.torch import load_file
 
-from utils.training.hardware import fast_bf16
+from utils.hardware import fast_bf16
 
 pytestmark = pytest.mark.slow
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -105,7 +105,7 @@ def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_anot
     assert same_weights(*checkpoints, tolerance=1e-3 if rough else 1e-5)
     parts = len(list((tmp_path / "run/checkpoints/step-00000020/optimizer").glob("*.safetensors")))
     assert parts == (0 if way == "ddp" else WAYS[way][1])  # each rank has written its own
-    script("-m", "utils.training.checkpoints", "verify", tmp_path / "run")
+    script("-m", "utils.checkpoints", "verify", tmp_path / "run")
 
     # Its step 10 goes on on one process, and one process's here.
     for source, goes_on in ((tmp_path / "run", None), (one, way)):

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from training.saving.shards import check_complete, check_shards, read_tensors, save_shards
 from utils.cli import UserError
-from utils.training.shards import check_complete, check_shards, read_tensors, save_shards
 
 
 def test_a_missing_part_and_a_disk_of_one_machine_are_noticed(tmp_path):

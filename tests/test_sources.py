@@ -14,11 +14,11 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT
 
+from preparation.recipe import SourceConfig, parse_source
+from preparation.sources.documents import check_broken, read_sources
+from preparation.sources.readers import MAX_RECORD_BYTES, TEXT_PART_BYTES, Broken, Document, Skipped
+from preparation.sources.sources import OTHER_KIND, iter_records, reading_units
 from utils.cli import UserError
-from utils.text.documents import check_broken, read_sources
-from utils.text.readers import MAX_RECORD_BYTES, TEXT_PART_BYTES, Broken, Document, Skipped
-from utils.text.recipe import SourceConfig, parse_source
-from utils.text.sources import OTHER_KIND, iter_records, reading_units
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").open()][40:80]
 
@@ -271,7 +271,7 @@ def test_a_line_without_end_is_passed_over_in_bounded_memory(tmp_path):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + GOOD)
     program = (
-        "import sys, resource; from utils.text.recipe import SourceConfig; from utils.text.sources import *\n"
+        "import sys, resource; from preparation.recipe import SourceConfig; from preparation.sources.sources import *\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "for r in iter_records(SourceConfig(path=sys.argv[1], text_column='text'), reading_units(SourceConfig(path=sys.argv[1]))):"
         " print(r.why if hasattr(r, 'why') else 'document')\n"

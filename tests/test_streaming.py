@@ -17,18 +17,18 @@ from conftest import SMALL, call, error_line, flags, metrics, script, train, tra
 from processes import kill_at, weights
 from transformers import AutoTokenizer
 
-import utils.text.lane_reader
-import utils.text.streaming
-from utils.batches.batch_plan import BatchPlan, plan_batches
-from utils.batches.packing import IGNORED
-from utils.batches.streaming import StreamLoader, check_stream_options, describe_stream, iter_rows
+import preparation.lane_reader
+import preparation.stream
+from preparation.cleaning.cleaning import CleaningOptions, clean_documents
+from preparation.recipe import PrepareConfig
+from preparation.selection.deduplication import digest, is_validation
+from preparation.stream import TextStream
+from training.stream_loader import StreamLoader, check_stream_options, describe_stream, iter_rows
 from utils.cli import UserError
 from utils.config import TrainConfig
-from utils.text.cleaning import CleaningOptions, clean_documents
-from utils.text.deduplication import digest, is_validation
-from utils.text.recipe import PrepareConfig
-from utils.text.streaming import TextStream
-from utils.training.objectives.causal import collate
+from utils.data.batch_plan import BatchPlan, plan_batches
+from utils.data.packing import IGNORED
+from utils.objectives.causal import collate
 
 LANES, ROWS, LENGTH = 4, 8, 128
 SAMPLE = Path(__file__).parent.parent / "sample_data" / "dictionaries.jsonl"
@@ -50,10 +50,10 @@ def small_blocks(request, monkeypatch):
     """
     if "streamed" in request.fixturenames:
         return
-    monkeypatch.setattr(utils.text.lane_reader, "BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(utils.text.lane_reader, "READ_RECORDS", 5)
-    monkeypatch.setattr(utils.text.lane_reader, "OPEN_SOURCES", 3)
-    monkeypatch.setattr(utils.text.streaming, "ENCODED_DOCUMENTS", 3)
+    monkeypatch.setattr(preparation.lane_reader, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(preparation.lane_reader, "READ_RECORDS", 5)
+    monkeypatch.setattr(preparation.lane_reader, "OPEN_SOURCES", 3)
+    monkeypatch.setattr(preparation.stream, "ENCODED_DOCUMENTS", 3)
 
 
 def write_lines(path: Path, texts: list[str]) -> str:
@@ -380,6 +380,6 @@ def test_a_position_in_another_order_is_not_resumed(name, texts, dataset, tmp_pa
     sources = several_sources(tmp_path, texts)
     loader = make_loader(make_stream(dataset, sources))
     take(loader, 5)
-    monkeypatch.setattr(utils.text.lane_reader, name, getattr(utils.text.lane_reader, name) + 1)
+    monkeypatch.setattr(preparation.lane_reader, name, getattr(preparation.lane_reader, name) + 1)
     with pytest.raises(UserError, match="or this code reads them in another order"):
         make_loader(make_stream(dataset, sources), state=loader.state())

@@ -15,10 +15,23 @@ from conftest import ROOT, environment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from preparation.tokenizer import encoding
+from preparation.tokenizer.encoding import (
+    Encoder,
+    build_encoder,
+    find_template,
+    has_new_characters,
+    iter_pieces,
+    splits_at_spaces,
+)
+from preparation.tokenizer.tokenization import (
+    describe_tokenizer,
+    iter_sample,
+    load_tokenizer,
+    token_dtype,
+    train_tokenizer,
+)
 from utils.cli import UserError
-from utils.text import encoding
-from utils.text.encoding import Encoder, build_encoder, find_template, has_new_characters, iter_pieces, splits_at_spaces
-from utils.text.tokenization import describe_tokenizer, iter_sample, load_tokenizer, token_dtype, train_tokenizer
 
 ENGLISH = [
     json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").read_text("utf-8").splitlines()
@@ -211,7 +224,7 @@ def test_a_template_may_refuse_a_conversation():
 def test_training_is_the_same_in_every_process():
     texts = [*ENGLISH[:60], *JAPANESE]
     program = (
-        "import hashlib, json, sys; from utils.text.tokenization import train_tokenizer\n"
+        "import hashlib, json, sys; from preparation.tokenizer.tokenization import train_tokenizer\n"
         "for algorithm in ['bpe', 'unigram', 'wordpiece']:\n"
         "    tokenizer = train_tokenizer([json.loads(sys.argv[1])], algorithm=algorithm, vocab_size=700)\n"
         "    print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())"

@@ -20,10 +20,10 @@ from processes import changed_copy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train as train_module
-from utils.batches.batch_plan import sample_ids
-from utils.batches.packing import IGNORED, PackedLayout
-from utils.batches.token_dataset import open_split
-from utils.training.tracking import draw_losses
+from training.monitoring.tracking import draw_losses
+from utils.data.batch_plan import sample_ids
+from utils.data.packing import IGNORED, PackedLayout
+from utils.data.token_dataset import open_split
 
 SPLITS = {"1 x 8": (1, 8), "1 x (2 x 4)": (1, 4), "2 x (2 x 2)": (2, 2)}  # processes, per_device_batch_size; global 8
 

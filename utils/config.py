@@ -125,7 +125,7 @@ class GuardConfig:
 
 @dataclass
 class KernelConfig:
-    """Faster ways to the same result, beyond rounding; see utils/training/kernels/. Attention is model.attention."""
+    """Faster ways to the same result, beyond rounding; see utils/kernels/. Attention is model.attention."""
 
     chunked_head: bool = True
     """Compute the loss for some rows' logits at a time; all of them would be the largest tensor of a small model. For

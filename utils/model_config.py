@@ -1,4 +1,4 @@
-"""Options of the model, and the sizes that go by a name; see utils/training/modeling.py."""
+"""Options of the model, and the sizes that go by a name; see utils/model/build.py."""
 
 from dataclasses import dataclass, field
 from typing import Literal

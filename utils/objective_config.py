@@ -1,4 +1,4 @@
-"""Options of the objectives: `objective.name` is a module of utils/training/objectives/, its section the options of it."""
+"""Options of the objectives: `objective.name` is a module of utils/objectives/, its section the options of it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +8,7 @@ from utils.cli import at_least
 
 @dataclass
 class MaskedConfig:
-    """Masked language modelling; see utils/training/objectives/masked.py."""
+    """Masked language modelling; see utils/objectives/masked.py."""
 
     mask_rate: float = 0.15
     """Share of the tokens to predict."""
@@ -30,7 +30,7 @@ class MaskedConfig:
 
 @dataclass
 class SpanCorruptionConfig:
-    """Span corruption for encoder-decoder models; see utils/training/objectives/span_corruption.py."""
+    """Span corruption for encoder-decoder models; see utils/objectives/span_corruption.py."""
 
     noise_density: float = 0.15
     """Share of the tokens that are cut out of the input and become the target."""
@@ -45,7 +45,7 @@ class SpanCorruptionConfig:
 
 @dataclass
 class FillInTheMiddleConfig:
-    """Fill-in-the-middle; see utils/training/objectives/fill_in_the_middle.py."""
+    """Fill-in-the-middle; see utils/objectives/fill_in_the_middle.py."""
 
     rate: float = 0.5
     """Share of the documents that are rearranged; the others stay as they are."""

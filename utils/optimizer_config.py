@@ -1,4 +1,4 @@
-"""Options of the optimizer and of the learning rate's schedule; see utils/training/optimization.py."""
+"""Options of the optimizer and of the learning rate's schedule; see training/optimization/optimizer.py."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -21,16 +21,16 @@ from processes import changed_copy, command, invalid_checkpoints, kill_at, state
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from utils.batches.batch_plan import sample_ids
-from utils.batches.packing import PackedLayout
-from utils.batches.token_dataset import open_split
+from training.optimization.ema import WeightAverage
+from training.optimization.optimizer import learning_rate_factor
+from training.saving.checkpoint_writer import CheckpointWriter
+from utils.checkpoint_folders import find_problem, hash_file, list_checkpoints, new_checkpoint
+from utils.checkpoints import TrainState
 from utils.config import CheckpointConfig
+from utils.data.batch_plan import sample_ids
+from utils.data.packing import PackedLayout
+from utils.data.token_dataset import open_split
 from utils.optimizer_config import ScheduleConfig
-from utils.training.checkpoint_folders import find_problem, hash_file, list_checkpoints, new_checkpoint
-from utils.training.checkpoint_writer import CheckpointWriter
-from utils.training.checkpoints import TrainState
-from utils.training.ema import WeightAverage
-from utils.training.optimization import learning_rate_factor
 
 # Dropout, accumulation, evaluations, an average of the weights, patience: all that a resumed run could get wrong.
 FULL: dict[str, object] = {
@@ -457,7 +457,7 @@ def test_archived_checkpoints_stay_and_the_command_lists_them(dataset, tmp_path)
     )
     names = ["step-00000004", "step-00000008", "step-00000010"]
     assert sorted(path.name for path in (output / "checkpoints").glob("step-*")) == names
-    listing = ["-m", "utils.training.checkpoints", "list", output]
+    listing = ["-m", "utils.checkpoints", "list", output]
     assert [line.split()[0] for line in script(*listing).stdout.splitlines()] == names
     flip_bit(output / "checkpoints" / names[1])
     result = script(*listing[:2], "verify", output, check=False)

@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, SMALL, flags, metrics, run, script, start, train, train_losses
 from processes import PATIENCE, Training, command
 
-from utils.batches.batch_plan import plan_batches
+from training.launch_check import describe_launch
+from training.launch_file import SECTIONS, check_launch_file
 from utils.cli import UserError
-from utils.training.launch_check import describe_launch
-from utils.training.launch_file import SECTIONS, check_launch_file
+from utils.data.batch_plan import plan_batches
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 
@@ -128,11 +128,11 @@ def test_31_a_misspelt_key_is_refused_at_the_start_and_by_hand(dataset, tmp_path
     file.write_text(FSDP + "  fsdp_reshard_after_foward: true\n")
     line = refused([*LAUNCH, "--config_file", str(file)], dataset, tmp_path / "run")
     assert "fsdp_config.fsdp_reshard_after_foward is unknown" in line and "fsdp_reshard_after_forward?" in line
-    by_hand = script("-m", "utils.training.launch_check", file, check=False)
+    by_hand = script("-m", "training.launch_check", file, check=False)
     assert (
         by_hand.returncode == 2 and by_hand.stderr.count("\n") == 1 and "fsdp_reshard_after_forward?" in by_hand.stderr
     )
-    good = script("-m", "utils.training.launch_check", "accelerate_configs/multi_gpu.yaml")
+    good = script("-m", "training.launch_check", "accelerate_configs/multi_gpu.yaml")
     assert "nothing is wrong" in good.stdout
 
 

@@ -10,12 +10,12 @@ from conftest import flags, metrics, script, train, train_losses
 from processes import changed_copy, command, state, summary
 from safetensors.torch import load_file
 
-from utils.batches.token_dataset import load_manifest
+from training.monitoring.guards import find_fault
+from training.optimization.optimizer import learning_rate_factor
+from utils.checkpoints import TrainState
 from utils.config import GuardConfig
+from utils.data.token_dataset import load_manifest
 from utils.optimizer_config import ScheduleConfig
-from utils.training.checkpoints import TrainState
-from utils.training.guards import find_fault
-from utils.training.optimization import learning_rate_factor
 
 MICRO_LOSS = "                micro_loss = objective(**batch)\n"
 

@@ -23,7 +23,7 @@ from processes import (
     weights,
 )
 
-from utils.training import stopping
+from training.monitoring import stopping
 
 ENDLESS: dict[str, object] = {"schedule__max_steps": 4000, "schedule__shape": "constant", "checkpoint__every_steps": 50}
 MICRO_BATCHES = '        watchdog.beat(step + 1, "training")\n'

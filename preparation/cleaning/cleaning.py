@@ -1,0 +1,238 @@
+"""Cleaning: a recipe of named steps over batches of documents, each a transformation (text to text) or a filter.
+
+Every transformation is idempotent: applied twice, it does what it does once.
+"""
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import compress
+from typing import Any
+
+import numpy as np
+
+from preparation.cleaning.filters import FILTERS, Verdict, language, length, licence
+from preparation.cleaning.personal_data import mask_personal_data
+from preparation.sources.conversations import assistant_text, lacks_content, map_contents
+
+# Everything in Unicode's categories Cc (controls) but tab and newline, and the zero-width characters that no script
+# needs: ZERO WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D spell words and emoji: kept.
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
+LINE_ENDS = re.compile("\r\n?|[\u2028\u2029\x85]")
+BLANK_LINES = re.compile(r"\n{3,}")
+NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
+
+# Of what ftfy can do, only the repair of text that was decoded by the wrong encoding, C1 controls from Windows-1252
+# included. The rest is off. Straight quotes, letters for ligatures and half for full width (，！ to ,!) are another
+# spelling, in Chinese and Japanese a wrong one, not a repair; &lt; and escape sequences belong to texts about HTML and
+# terminals; line ends, controls and NFC are steps of their own.
+FTFY_OPTIONS: dict[str, Any] = {
+    "unescape_html": False, "remove_terminal_escapes": False, "fix_latin_ligatures": False, "uncurl_quotes": False,
+    "fix_character_width": False, "fix_line_breaks": False, "fix_surrogates": False, "remove_control_chars": False,
+    "normalization": None,
+}  # fmt: skip
+
+BOILERPLATE_LINE = 120  # characters; what is longer is prose that mentions such things
+_SITE = r"(?:twitter|x|facebook|linked ?in|reddit|pinterest|whatsapp|tumblr|telegram|instagram|youtube|e-?mail)"
+_LINK = (
+    r"(?:home|next|prev(?:ious)?|back|up|top|index|contents|menu|search|help|faqs?|about(?: us)?|contact(?: us)?"
+    r"|site ?map|log ?in|sign ?(?:in|up)|register|privacy(?: policy)?|cookies?(?: policy| settings)?|imprint|disclaimer"
+    r"|terms(?: (?:of (?:use|service)|(?:and|&) conditions))?|accessibility|careers|press|blog|advertis(?:e|ing))"
+)
+# Lines that are boilerplate from end to end, in lower case: what such a line holds (looked for first: it costs least)
+# and what it looks like. Prose about cookies or copyright has to survive.
+_BOILERPLATE = [
+    (("|", " · ", " • ", " » ", " / "), rf"[^\w|]*{_LINK}(?:[ \t]*[|·•»/][ \t|·•»/]*{_LINK})+[\W_]*"),
+    (("skip to", " top"), r"skip to (?:main |the )?content|(?:back|return|go) to (?:the )?top(?: of (?:the )?page)?"),
+    (("terms", "privacy"), r"(?:terms (?:of (?:use|service)|(?:and|&) conditions)|privacy (?:policy|statement))\.?"),
+    (("copyright", "©", "(c)"), r"(?:copyright(?: ?(?:©|\(c\)))?|©|\(c\))[ :]*(?:19|20)\d\d\b.*"),
+    (("all rights reserved",), r".{0,60}\ball rights reserved\b.{0,30}"),
+    (("cookie",), r"(?:this|our) (?:web)?(?:site|page) uses cookies\b.*|(?:accept|reject|manage)(?: all)? cookies\.?"
+                  r"|cookie (?:policy|settings|preferences)\.?"),
+    (("cookie",), r"(?:by |we use )(?:.*\b)?cookies\b.*\b(?:experience|(?:web)?site|browsing|consent|policy|traffic"
+                  r"|personali[sz]e|accept|advertis).*"),
+    (("javascript",), r"(?:please )?(?:enable|turn on|activate) javascript\b.*|(?:.{0,40}\b)?javascript "
+                      r"(?:must be|needs to be|is (?:currently )?(?:disabled|required|not enabled))\b.*"),
+    (("share ", "us on "), rf"(?:share|follow|like|find|join)(?: (?:this|us|it|on|to|via|with|page|article|post))*:? "
+                           rf"{_SITE}(?:(?:,|/| and| or)* {_SITE})*[.!]?|share this(?: (?:page|post))?[:.!]?"),
+    (("newsletter",), r"(?:subscribe to|sign up (?:for|to)) (?:our|the) (?:(?:free|weekly|monthly) )*newsletter\b.*"),
+    (("read more", "click here", "leave a ", "advertisement"),
+     r"(?:read more|click here|leave a (?:comment|reply))[ .…»>→]*|advertisement"),
+]  # fmt: skip
+BOILERPLATE = [(hint, re.compile(form)) for hints, form in _BOILERPLATE for hint in hints]
+
+# C4's rules for lines: Raffel et al. 2019, arXiv 1910.10683, section 2.2, and the released code.
+C4_END_MARKS = (".", "!", "?", '"', "”")
+C4_MIN_WORDS = 5
+C4_NOTICES = re.compile(r"javascript|terms of use|(?:privacy|cookie) policy|uses? (?:of )?cookies", re.IGNORECASE)
+
+
+def fix_unicode(text: str) -> str:
+    """Repair mojibake, UTF-8 that was decoded as another encoding ("schÃ¶n"), by ftfy; line by line, as ftfy does."""
+    if text.isascii():
+        return text
+    import ftfy  # here, so that a configuration can be checked (see `check_steps`) without waiting for it
+
+    return "\n".join([line if line.isascii() else ftfy.fix_text(line, **FTFY_OPTIONS) for line in text.split("\n")])
+
+
+def unify_line_ends(text: str) -> str:
+    return text if text.isascii() and "\r" not in text else LINE_ENDS.sub("\n", text)
+
+
+def remove_controls(text: str) -> str:
+    """No control characters and no zero-width ones but the joiners; a carriage return becomes a newline."""
+    return CONTROL_CHARACTERS.sub("", unify_line_ends(text))
+
+
+def nfc(text: str) -> str:
+    """Unicode normalisation form C."""
+    return unicodedata.normalize("NFC", text)
+
+
+def tidy_whitespace(text: str) -> str:
+    """Unified line ends, no trailing space, at most one blank line, none at the ends; indents stay."""
+    text = "\n".join([line.rstrip(" \t") for line in unify_line_ends(text).split("\n")])
+    return BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def clean_standard(text: str) -> str:
+    """NFC, unified line ends, no control characters, no trailing space, at most one blank line; indents stay.
+
+    In this order: a removed character may join a letter and its accent, or bare a space at the end of a line.
+    """
+    return tidy_whitespace(nfc(remove_controls(text)))
+
+
+def clean_basic(text: str) -> str:
+    """One line of words and plain punctuation; deletes about an eighth of ordinary prose, every newline included."""
+    return " ".join(nfc(NOT_BASIC.sub("", nfc(text))).split())
+
+
+def remove_boilerplate(text: str) -> str:
+    """Without the lines that are a web page's furniture from end to end: cookie notices, copyright, navigation."""
+    lower = text.lower()
+    short = [line if len(line) <= BOILERPLATE_LINE else "" for line in lower.split("\n")]
+    forms = [(hint, form) for hint, form in BOILERPLATE if hint in lower]
+    found = {i for hint, form in forms for i, line in enumerate(short) if hint in line and form.fullmatch(line.strip())}
+    return _keep_lines(text, [i not in found for i in range(len(short))]) if found else text
+
+
+def c4_lines(text: str) -> str:
+    """C4's rules for lines: they end as a sentence does, have five words and are no notice. Blank lines stay."""
+    lines = text.split("\n")
+    keep = [not line.strip() or _is_c4_line(line.strip()) for line in lines]
+    return text if all(keep) else _keep_lines(text, keep)
+
+
+def _is_c4_line(line: str) -> bool:
+    ends = line.endswith(C4_END_MARKS) and not line.endswith("...")
+    return ends and len(line.split(None, C4_MIN_WORDS)) >= C4_MIN_WORDS and not C4_NOTICES.search(line)
+
+
+def _keep_lines(text: str, keep: list[bool]) -> str:
+    return BLANK_LINES.sub("\n\n", "\n".join(compress(text.split("\n"), keep))).strip("\n")
+
+
+TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
+    "fix_unicode": fix_unicode,
+    "remove_controls": remove_controls,
+    "nfc": nfc,
+    "tidy_whitespace": tidy_whitespace,
+    "basic": clean_basic,
+    "remove_boilerplate": remove_boilerplate,
+    "c4_lines": c4_lines,
+    "mask_personal_data": mask_personal_data,
+}
+STANDARD = ["fix_unicode", "remove_controls", "nfc", "tidy_whitespace"]
+PROSE_STEPS = {"remove_boilerplate", "c4_lines", "c4", "gopher_quality", "gopher_repetition", "fineweb", "language"}
+CODE_STEPS = {"generated_code", "code_lines", "licence"}
+EMPTY = "empty after cleaning"
+
+
+def expand_steps(steps: Iterable[str]) -> list[str]:
+    """The steps by their own names: "standard" stands for those in STANDARD."""
+    return [name for step in steps for name in (STANDARD if step == "standard" else [step])]
+
+
+def check_steps(steps: Iterable[str]) -> list[str]:
+    """What is wrong with a recipe, one line each; nothing heavy is imported."""
+    known = [*TRANSFORMATIONS, *FILTERS]
+    problems, expanded = [], expand_steps(steps)
+    for name in dict.fromkeys(expanded):
+        if name not in known:
+            close = difflib.get_close_matches(name, ["standard", *known], n=1, cutoff=0.5)
+            nearest = f" (did you mean {close[0]}?)" if close else ""
+            problems.append(f"cleaning: unknown step {name!r}{nearest}; known are standard, {', '.join(known)}")
+        elif expanded.count(name) > 1:
+            problems.append(f"cleaning: {name} stands twice (standard holds {', '.join(STANDARD)})")
+    return problems
+
+
+@dataclass(frozen=True)
+class CleaningOptions:
+    """A recipe and what its filters ask for; what belongs to a filter that is not in the recipe does nothing."""
+
+    steps: tuple[str, ...] = ("standard",)  # names of TRANSFORMATIONS and FILTERS, in order, or "standard"
+    languages: tuple[str, ...] = ("en",)  # language: ISO 639-1 codes to keep; empty: any
+    min_language_score: float = 0.65  # language: what FineWeb asks for (arXiv 2406.17557)
+    min_characters: int = 1  # length
+    max_characters: int | None = None  # length; None: any
+    licences: tuple[str, ...] = ()  # licence: SPDX identifiers to keep; "NONE" keeps files that state none
+    code_sources: frozenset[str] = frozenset()  # values of column `source`: code
+    conversations: bool = False  # texts are conversations, as `preparation.sources.conversations` writes them
+
+
+def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[str, Any]:
+    """Columns text, source, id → the same and reason, changed.
+
+    `text` is cleaned, that of a dropped document as far as it got; `reason` says why it is dropped, "" that it is kept;
+    bit i of `changed` (uint32) is set when step i of `expand_steps(options.steps)` changed the text. PROSE_STEPS pass
+    over documents whose source is in `code_sources`, CODE_STEPS over the others. Of a conversation, transformations
+    change the content of each message, and filters judge what the assistant says: that is what is learnt.
+    """
+    filters: dict[str, Callable[[str], Verdict]] = FILTERS | {
+        "language": partial(language, languages=options.languages, min_score=options.min_language_score),
+        "length": partial(length, min_characters=options.min_characters, max_characters=options.max_characters),
+        "licence": partial(licence, licences=options.licences),
+    }
+    transform: Callable[[str, Callable[[str], str]], str] = map_contents if options.conversations else _transform
+    judged: Callable[[str], str] = assistant_text if options.conversations else str
+    is_empty: Callable[[str], bool] = lacks_content if options.conversations else lambda text: not text.strip()
+    steps = list(enumerate(expand_steps(options.steps)))
+    texts, reasons, changes = [], [], []
+    for raw, source in zip(batch["text"], batch["source"], strict=True):
+        text, reason, changed = encodable(raw or ""), "", 0
+        passed_over = PROSE_STEPS if source in options.code_sources else CODE_STEPS
+        for index, name in steps:
+            if name in passed_over:
+                continue
+            if name in TRANSFORMATIONS:
+                before, text = text, transform(text, TRANSFORMATIONS[name])
+                changed |= (text != before) << index
+            elif (verdict := filters[name](judged(text))) is not True:
+                reason = verdict[1]
+                break
+        texts.append(text)
+        reasons.append(EMPTY if is_empty(text) else reason)
+        changes.append(changed)
+    return {
+        "text": texts, "source": batch["source"], "id": batch["id"], "reason": reasons,
+        "changed": np.array(changes, dtype=np.uint32),
+    }  # fmt: skip
+
+
+def _transform(text: str, step: Callable[[str], str]) -> str:
+    return step(text)
+
+
+def encodable(text: str) -> str:
+    """`text` as UTF-8 can hold it: surrogate pairs become their character, lone surrogates U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -1,0 +1,272 @@
+"""From an open file to documents, one function per kind of file.
+
+A record that cannot be read becomes a `Broken` with its place and the reason, and reading goes on behind it.
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+import string
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from preparation.sources.conversations import find_fault, join_messages
+from preparation.sources.source_config import SourceConfig
+
+MAX_RECORD_BYTES = 32 << 20  # a longer line is no document but an accident; it is not even held in memory
+TEXT_PART_BYTES = 4 << 20  # a longer text file is read as several documents, cut between paragraphs or lines
+SNIFFED_BYTES = 1 << 16
+NOT_UTF8 = "not UTF-8 text"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
+BINARY = "a binary file, not text (it holds zero bytes)"
+
+
+class Document(NamedTuple):
+    text: str
+    id: str
+    """Where it stands: the file, and the line or record in it."""
+
+
+class Broken(NamedTuple):
+    """A record that could not be read; `why` begins with its line or number in the file."""
+
+    file: str
+    why: str
+
+
+class Skipped(NamedTuple):
+    """A file that is left out on purpose."""
+
+    file: str
+    why: str
+
+
+Record = Document | Broken | Skipped
+
+
+def read_text(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    """One document per file, or per line that `new_document` matches; a very long one in parts."""
+    if b"\0" in stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]:  # type: ignore[attr-defined]
+        yield Broken(name, BINARY)
+        return
+    pieces = _split_at(stream, re.compile(source.new_document)) if source.new_document else [stream]
+    line, parts = 1, 0
+    for piece in pieces:
+        for part in _cut(piece):
+            parts += 1
+            id = name if parts == 1 and not source.new_document else f"{name}:{line}"
+            yield _decode(part, name, id, line)
+            line += part.count(b"\n")
+    if parts == 0:
+        yield Document("", name)
+
+
+def _split_at(stream: BinaryIO, pattern: re.Pattern) -> Iterator[BinaryIO]:
+    buffer = io.BytesIO()
+    for line in iter(lambda: stream.readline(TEXT_PART_BYTES), b""):
+        begins = pattern.search(line.decode("utf-8", "replace")) or buffer.tell() >= TEXT_PART_BYTES
+        if begins and buffer.tell():
+            buffer.seek(0)
+            yield buffer
+            buffer = io.BytesIO()
+        buffer.write(line)
+    buffer.seek(0)
+    yield buffer
+
+
+def _cut(stream: BinaryIO) -> Iterator[bytes]:
+    rest = b""
+    while chunk := stream.read(TEXT_PART_BYTES - len(rest)):
+        rest += chunk
+        if len(rest) < TEXT_PART_BYTES:
+            continue
+        cut = max(rest.rfind(b"\n\n", len(rest) // 2) + 2, 2)
+        if cut == 2:
+            cut = rest.rfind(b"\n", len(rest) // 2) + 1 or len(rest)
+        if cut == len(rest):  # not through a character: back to where the last one begins
+            while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:
+                cut -= 1
+            if cut > 1 and rest[cut - 1] & 0xC0 == 0xC0:
+                cut -= 1
+        yield rest[:cut]
+        rest = rest[cut:]
+    if rest:
+        yield rest
+
+
+def _decode(data: bytes, name: str, id: str, first_line: int = 1) -> Record:
+    try:
+        return Document(data.decode("utf-8-sig"), id)
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        start = data.rfind(b"\n", 0, error.start) + 1
+        return Broken(name, f"line {line}: {NOT_UTF8} ({error.reason} at byte {error.start - start} of the line)")
+
+
+def read_html(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    """The main text of a page, without navigation, by resiliparse."""
+    from resiliparse.extract.html2text import extract_plain_text  # here: the other kinds need not wait for it
+    from resiliparse.parse.encoding import detect_encoding
+    from resiliparse.parse.html import HTMLTree
+
+    data = stream.read(MAX_RECORD_BYTES + 1)
+    if len(data) > MAX_RECORD_BYTES:
+        yield Broken(name, f"longer than {MAX_RECORD_BYTES:,} bytes")
+    elif b"\0" in data[:SNIFFED_BYTES]:
+        yield Broken(name, BINARY)
+    else:
+        tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
+        yield Document(extract_plain_text(tree, main_content=True, alt_texts=False), name)
+
+
+def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    """A file of source code, as it is."""
+    data = stream.read(source.max_file_bytes + 1)
+    if len(data) > source.max_file_bytes:
+        yield Skipped(name, "code: file too long")
+    elif b"\0" in data[:SNIFFED_BYTES]:
+        yield Skipped(name, "code: binary file")
+    else:
+        yield _decode(data, name, name)
+
+
+def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    """JSON lines; also a file that is one JSON value: a list of records, or a record."""
+    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[attr-defined]
+    if not head:
+        yield Broken(name, "the file is empty")
+    elif head[:1] == b"[" or (head[:1] == b"{" and head[1:].lstrip(b" \t")[:1] in (b"\n", b"\r")):
+        yield from _read_json_value(stream, name, source)
+    else:
+        for number, line in _iter_lines(stream):
+            if line is None:
+                yield Broken(name, f"line {number}: longer than {MAX_RECORD_BYTES:,} bytes")
+            elif line.strip():
+                yield _parse_json_line(line, name, number, source)
+
+
+def _parse_json_line(line: bytes, name: str, number: int, source: SourceConfig) -> Record:
+    try:
+        return make_document(json.loads(line.decode("utf-8-sig")), name, number, "line", source)
+    except UnicodeDecodeError as error:
+        return Broken(name, f"line {number}: {NOT_UTF8} ({error.reason} at byte {error.start} of the line)")
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
+        if isinstance(error, json.JSONDecodeError):
+            why = f"{error.msg}, column {error.colno}"
+        return Broken(name, f"line {number}: not a JSON record ({why})")
+
+
+def _read_json_value(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    try:
+        value = json.loads(stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        yield Broken(name, f"{NOT_UTF8} ({error.reason} at byte {error.start})")
+    except (ValueError, RecursionError) as error:
+        yield Broken(name, f"not a JSON value ({' '.join(str(error).split())})")
+    else:
+        for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
+            yield make_document(record, name, number, "record", source)
+
+
+def _iter_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """(number, line); None for a line over the limit, which is passed over in pieces."""
+    for number in itertools.count(1):
+        line = stream.readline(MAX_RECORD_BYTES)
+        if not line:
+            return
+        if len(line) < MAX_RECORD_BYTES or line.endswith(b"\n"):
+            yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_RECORD_BYTES)
+        yield number, None
+
+
+def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    """Comma- or, in .tsv files, tab-separated values with a line of column names."""
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    # Bytes that are not UTF-8 pass through as surrogates, so that only their record is lost.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    rows = csv.DictReader(text, delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", name.lower()) else ",", strict=True)
+    start = 2
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            break
+        except csv.Error as error:
+            yield Broken(name, f"line {start}: not a CSV record ({error})")
+            start = rows.line_num + 1
+            continue
+        line, start = start, rows.line_num + 1
+        columns = rows.fieldnames or []
+        if None in row or None in row.values():
+            found = (
+                len([value for value in row.values() if value is not None]) + len(row.get(None) or ()) - (None in row)
+            )
+            yield Broken(name, f"line {line}: {found} fields, the first line names {len(columns)}")
+        elif LONE_SURROGATE.search("".join(row.values())):
+            yield Broken(name, f"line {line}: {NOT_UTF8}")
+        else:
+            yield make_document(row, name, line, "line", source)
+    if not rows.fieldnames:
+        yield Broken(name, "the file is empty")
+
+
+def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    try:  # its directory stands at the end: what cannot be sought in is held in memory
+        file = pyarrow.parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
+        number, columns = 0, needed_columns(source)
+        if not set(columns) <= set(file.schema_arrow.names):
+            columns = file.schema_arrow.names  # for the message to name
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield make_document(row, name, number, "record", source)
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        yield Broken(name, f"cannot be read as parquet: {' '.join(str(error).split())[:200]}")
+
+
+def needed_columns(source: SourceConfig) -> list[str]:
+    """The columns that `make_document` looks at."""
+    if source.template is None:
+        return [str(source.messages_column or source.text_column)]
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None))
+
+
+def make_document(record: Any, name: str, number: int, unit: str, source: SourceConfig) -> Document | Broken:
+    """The text of a record, by the source's column or template, or its conversation. A null text is an empty document.
+
+    `name` and `number` (of the line or record: `unit`) say where it stands.
+    """
+    if not isinstance(record, dict):
+        return Broken(name, f"{unit} {number}: expected named fields, found {type(record).__name__}")
+    try:
+        if source.template is not None:
+            text = source.template.format_map({key: "" if value is None else value for key, value in record.items()})
+        elif source.messages_column is not None:
+            messages = record[source.messages_column]
+            if fault := find_fault(messages):
+                return Broken(name, f"{unit} {number}: column {source.messages_column!r} {fault}")
+            text = join_messages(messages)
+        else:
+            text = record[str(source.text_column)]
+    except KeyError as error:
+        have = ", ".join(map(str, list(record)[:20])) or "nothing"
+        option = "messages_column" if source.messages_column else "text_column"
+        return Broken(name, f"{unit} {number}: no column {error.args[0]!r}; it has {have} (see {option})")
+    if text is not None and not isinstance(text, str):
+        return Broken(name, f"{unit} {number}: column {source.text_column!r} holds {type(text).__name__}, not text")
+    return Document(LONE_SURROGATE.sub("\ufffd", text or ""), f"{name}:{number}")
+
+
+READERS: dict[str, Callable[[BinaryIO, str, SourceConfig], Iterator[Record]]] = {
+    "text": read_text, "html": read_html, "code": read_code, "json": read_json, "csv": read_csv,
+    "parquet": read_parquet,
+}  # fmt: skip

@@ -1,0 +1,172 @@
+"""What is said of a training before it starts: its parameters, memory, data, work and time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from training.estimates import (
+    BatchShapes,
+    count_flops,
+    estimate_evaluation_activations,
+    estimate_memory,
+    share_out,
+)
+from utils.config import TrainConfig
+from utils.data.batch_plan import BatchPlan
+from utils.hardware import (
+    HARDWARE,
+    UTILISATION,
+    duration,
+    estimate_time,
+    measure_flops_per_second,
+    precision_of,
+    readable,
+)
+from utils.kernels import resolve_matmul_precision
+from utils.model.adapters import without_adapters
+from utils.model.initialization import is_norm
+from utils.objectives import Objective
+
+PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")
+
+
+def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Part (of `PARTS`) → trainable and frozen parameters, a shared one once, where it comes first.
+
+    attention: what stands in a module of that name, within a block. MLP: the rest of the blocks, routers and experts
+    included. norms: all of them, wherever they stand. head: what stands outside the base model. A block is an entry of
+    a module list.
+    """
+    bare = without_adapters(model)
+    backbone = getattr(bare, bare.base_model_prefix, None)
+    head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
+    counts = {part: [0, 0] for part in PARTS}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, where: str) -> None:
+        if isinstance(module, nn.ModuleList) and where == "other":
+            where = "MLP"
+        elif where == "MLP" and "Attention" in type(module).__name__:
+            where = "attention"
+        elif module in head and module is not bare:
+            where = "head"
+        part = where
+        if is_norm(module):
+            part = "norms"
+        elif where == "other" and isinstance(module, nn.Embedding):
+            part = "embeddings"
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
+        for child in module.children():
+            visit(child, where)
+
+    visit(bare, "other")
+    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
+
+
+def describe_model(model: nn.Module) -> list[str]:
+    """Lines: the class and its parameters, then those of each part."""
+    counts = count_parameters_by_part(model)
+    trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
+    trained = "all trainable" if not frozen else f"{trainable:,} trainable ({trainable / (trainable + frozen):.2%})"
+    lines = [f"model: {type(without_adapters(model)).__name__}, {trainable + frozen:,} parameters, {trained}"]
+    for part, (part_trainable, part_frozen) in counts.items():
+        number = part_trainable + part_frozen
+        if number:
+            of_them = f", {part_trainable:,} trainable" if frozen else ""
+            lines.append(f"  {part:<10} {number:>15,} {number / (trainable + frozen):6.1%}{of_them}")
+    return lines
+
+
+def dry_run_report(
+    objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan, *, max_steps: int,
+    num_rows: int | None, mixed_precision: str, device: torch.device, ranks_per_copy: int = 1, measure: bool = True,
+) -> list[str]:  # fmt: skip
+    """Lines on a training that is about to start, of seconds' work and little memory, with its model on any device.
+
+    Args:
+        objective: not yet prepared by accelerate.
+        example: a batch of any number of rows, as the collator makes it, or its shapes.
+        num_rows: training rows; None for a stream.
+        mixed_precision: accelerate's: no, bf16 or fp16.
+        device: what a process trains on.
+        ranks_per_copy: over how many ranks the parameters are shared out.
+        measure: estimate the time on this machine too, which takes half a second of matrix products.
+    """
+    longest = config.data.sequence_length if config.data.layout == "padded" else None
+    rows = plan.global_batch_size * max_steps
+    positions = rows * config.data.sequence_length
+    epochs = "" if num_rows is None else f", {rows / num_rows:.2f} epochs of {num_rows:,} rows"
+    lines = [
+        *describe_model(objective.model),
+        f"data: {max_steps:,} steps of {plan.global_batch_size} rows of {config.data.sequence_length}: {rows:,} rows, "
+        f"{positions:,} positions{epochs}",
+    ]
+    micro_batch = resized(example, plan.micro_batch, longest)
+    share = plan.context_parallel_size
+    precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
+    processes = plan.num_processes
+    try:
+        memory = estimate_memory(
+            objective, resized(example, plan.micro_batch, longest, share), config.optimizer, num_processes=processes,
+            accumulation=plan.accumulation, mixed_precision=mixed_precision, device=device.type,
+        )  # fmt: skip
+        if ranks_per_copy > 1:
+            memory = share_out(memory, objective.model, ranks_per_copy, 4 if mixed_precision == "no" else 2)
+        evaluation = estimate_evaluation_activations(
+            objective, resized(example, config.evaluation.per_device_batch_size, longest, share),
+            mixed_precision=mixed_precision, device=device.type,
+        )  # fmt: skip
+        flops = count_flops(objective, micro_batch) * plan.accumulation * plan.data_parallel_size
+    except RuntimeError as error:  # an operation of this model does not work on tensors without values
+        return [*lines, f"memory and time: no estimate for this model: {' '.join(str(error).split())[:150]}"]
+    evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
+    step = sum(memory.values())
+    lines += [
+        f"memory on each device: {readable(step)} at the peak of a step (micro-batch {plan.micro_batch}, precision "
+        f"{mixed_precision}), {readable(evaluation)} in an evaluation (batch {config.evaluation.per_device_batch_size})",
+        *(f"  {part:<15} {readable(size, of=step):>10}" for part, size in memory.items() if size),
+        f"work: {flops:.3g} FLOPs a step, {flops * max_steps:.3g} in all",
+        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}, which small models do not reach:",
+    ]
+    for name, figures in HARDWARE.items():
+        fits = (
+            ""
+            if max(step, evaluation) < figures["memory"] * 1e9
+            else f"; its {figures['memory']:.0f} GB are too little"
+        )
+        seconds = estimate_time(flops * max_steps, figures[precision], processes)
+        lines.append(f"  {name:<15} {duration(seconds):>10}{fits}")
+    if measure:
+        speed = measure_flops_per_second(device, mixed_precision)
+        seconds = estimate_time(flops * max_steps, speed, processes)
+        lines.append(f"  {'this machine':<15} {duration(seconds):>10}; {speed / 1e12:.2g} TFLOP/s measured")
+    return lines
+
+
+def describe_work(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> str:
+    """A line with the floating-point operations of one step on all devices; nothing is computed."""
+    longest = config.data.sequence_length if config.data.layout == "padded" else None
+    try:
+        flops = count_flops(objective, resized(example, plan.micro_batch, longest))
+    except RuntimeError as error:
+        return f"work: not counted for this model: {' '.join(str(error).split())[:150]}"
+    return f"work: {flops * plan.accumulation * plan.data_parallel_size:.3g} FLOPs a step"
+
+
+def resized(
+    batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1
+) -> dict[str, tuple[int, ...]]:  # fmt: skip
+    """The shapes of `batch` with `rows` rows; with `longest`, its length in positions, all lengths in proportion.
+
+    `share`: over how many devices the positions are shared out, of which one is meant. (The keys and values that it
+    gathers of the others are not counted.)
+    """
+    shapes: dict[str, Sequence[int]] = {
+        name: value.shape if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
+    length = max(shape[1] for shape in shapes.values())
+    return {name: (rows, -(-shape[1] * (longest or length) // (length * share))) for name, shape in shapes.items()}

@@ -1,0 +1,85 @@
+"""Updates that are better not made: what is not finite, and spikes of loss or gradient."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from utils.checkpoints import TrainState
+from utils.cli import UserError
+from utils.config import GuardConfig
+
+
+def find_fault(state: TrainState, config: GuardConfig, loss: float, grad_norm: float, *, scaled: bool) -> str | None:
+    """Why this update should not be made, or None. The numbers are those of the global batch, so all ranks agree.
+
+    Args:
+        loss: in nats per token.
+        grad_norm: before clipping.
+        scaled: fp16's gradients are scaled, and the scaler sees to those that are not finite.
+
+    A spike is more than `spike_deviations` standard deviations above the mean of the updates in the window: the rule of
+    OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), but that a spike which
+    was left out does not enter the window. An update that is no fault does.
+    """
+    if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
+        state.nonfinite += 1
+        return f"not finite: loss {loss}, gradient norm {grad_norm}"
+    if config.spike_deviations is None or not math.isfinite(grad_norm):
+        return None
+    if len(state.recent) >= config.spike_window // 2:
+        for name, value, history in zip(
+            ("loss", "gradient norm"), (loss, grad_norm), zip(*state.recent, strict=True), strict=True
+        ):
+            mean, deviation = statistics.fmean(history), statistics.stdev(history)
+            if value - mean > config.spike_deviations * deviation:
+                state.spikes += 1
+                return f"a spike: {name} {value:.4g}, where the last {len(history)} had {mean:.4g} ± {deviation:.2g}"
+    state.recent = [*state.recent, [loss, grad_norm]][-config.spike_window :]
+    return None
+
+
+def check_limits(state: TrainState, config: GuardConfig, fault: str) -> None:
+    """`UserError` if more updates have been left out than the run may leave out."""
+    for name, count, limit in (
+        ("max_nonfinite", state.nonfinite, config.max_nonfinite), ("max_spikes", state.spikes, config.max_spikes)
+    ):  # fmt: skip
+        if count > limit:
+            raise UserError(
+                f"step {state.optimizer_step + 1} is {fault}; the update was not made, and the run is not to leave out more "
+                f"than {limit} (guards.{name}). Its texts are in bad_batches/. Go on from the last checkpoint with "
+                f"--checkpoint.resume auto and a higher --guards.{name}, or start again with a lower "
+                "optimizer.learning_rate"
+            )
+
+
+def write_bad_batch(
+    accelerator: Accelerator, run: Path, state: TrainState, micro_batches: list[dict[str, torch.Tensor]], tokenizer: Any,
+    fault: str, warn: Callable[[str], None],
+) -> None:  # fmt: skip
+    """The rows of a global batch, as ids and as text, to `bad_batches/` (all ranks call; the main process writes).
+
+    Under context parallelism a record is what a rank has of a row: two pieces, one after the other.
+    """
+    rows = gather_object([
+        {"rank": accelerator.process_index, "micro_batch": number, "input_ids": ids}
+        for number, batch in enumerate(micro_batches)
+        for ids in batch["input_ids"].tolist()
+    ])  # fmt: skip
+    if accelerator.is_main_process:
+        where = {"step": state.optimizer_step + 1, "samples_seen": state.samples_seen, "fault": fault}
+        records = [where | row | {"text": tokenizer.decode(row["input_ids"])} for row in rows]
+        path = run / "bad_batches" / f"samples-{state.samples_seen:010d}.jsonl"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(
+                "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
+            )
+        except OSError as error:
+            warn(f"{path} cannot be written: {error.strerror}")

@@ -1,0 +1,226 @@
+"""Writing checkpoints while the training goes on."""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from training.optimization.ema import WeightAverage
+from training.parallel.sharding import is_sharded
+from training.saving.shards import Tensors, check_complete, save_shards, save_weights, shared_checkpoint, take_weights
+from utils.checkpoint_folders import (
+    checkpoint_name,
+    find_problem,
+    link_checkpoint,
+    new_checkpoint,
+    remove_old_checkpoints,
+)
+from utils.checkpoints import TrainState, take_tensors
+from utils.cli import UserError
+from utils.config import CheckpointConfig
+from utils.model.adapters import has_adapters, save_base
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run: a copy to memory, during which training pauses, then to the disk in a thread.
+
+    Every rank has one; only the main process's writes, but under FSDP, where each writes its own part. The copy stays for
+    the next save: it costs as much memory on the host as the process writes to the disk (FSDP: more for a while, see
+    `save_shards`). A save that fails leaves the earlier checkpoints as they are; it is reported by `warn`, and the next
+    one tries again, unless somebody waits for it.
+
+    Attributes:
+        pause_seconds: what the latest save cost the training.
+        write_seconds: how long the latest took in all, with what it wrote beside the training.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, tokenizer: Any, *,
+        warn: Callable[[str], None], note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        """`note` is told what the writing does at each moment: writing, rotating or idle."""
+        self.accelerator, self.folder, self.config, self.warn, self.note = accelerator, folder, config, warn, note
+        self.pause_seconds = self.write_seconds = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._buffers: Tensors = {}
+        self._group: dist.ProcessGroup | None = None
+        if is_sharded(accelerator):
+            # Of the threads that write, whose messages must not meet those of the training.
+            # They wait for the merging of the weights, which takes as long as the disk does; a rank that dies ends the launch.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            on_gpu = accelerator.device.type != "cpu"
+            self._stager = DefaultStager(StagingOptions(
+                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+            ))  # fmt: skip
+        self._tokenizer_files: dict[Path, bytes] = {}
+        if accelerator.is_main_process:
+            # Read once: a run's tokenizer stays as it is, and may be in use while a checkpoint is written.
+            with tempfile.TemporaryDirectory() as temporary:
+                tokenizer.save_pretrained(temporary)
+                files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+                self._tokenizer_files = {path.relative_to(temporary): path.read_bytes() for path in files}
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._wait()
+
+    def save(
+        self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
+        average: WeightAverage | None, *, wait: bool,
+    ) -> None:  # fmt: skip
+        """Save `step-N` of `state` (all ranks call); with `wait`, as `finish` after it.
+
+        A checkpoint of that step that is there and intact is kept, and only the links are moved: a run that was stopped
+        before its evaluation makes that first when it goes on.
+        """
+        started = time.perf_counter()
+        wait = wait or not self.config.asynchronous
+        needed = [False]
+        self._wait()
+        if self.accelerator.is_main_process:
+            target = self.folder / checkpoint_name(state.optimizer_step)
+            needed[0] = not target.exists() or find_problem(target) is not None
+        if self._group is not None:
+            broadcast_object_list(needed)
+        write: Callable[[], None] | None = None
+        if needed[0] and (self._group is not None or self.accelerator.is_main_process):
+            # From a GPU's memory also where it is waited for: the copy's place is there, and safetensors would make one.
+            snapshot = not wait or self.accelerator.device.type != "cpu"
+            write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
+        if write is not None or self.accelerator.is_main_process:
+            arguments = (write, state.optimizer_step, state.best_step, started)
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            self._thread.start()
+        if wait:
+            self.finish()
+        self.pause_seconds = time.perf_counter() - started
+
+    def finish(self) -> None:
+        """Until all is on the disk (all ranks call); `UserError` if the latest save failed."""
+        if self._thread is not None:
+            self._thread.join()
+        failure = [self._error and f"cannot write the last checkpoint in {self.folder}: {self._error}; the earlier ones "
+                   "are untouched"]  # fmt: skip
+        self._thread = self._error = None
+        broadcast_object_list(failure)
+        if failure[0]:
+            raise UserError(failure[0])
+
+    def _wait(self) -> None:
+        """Until the save under way is done; its failure is a warning."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            self.warn(f"a checkpoint could not be written: {self._error}; the earlier ones are untouched, and the run "
+                      "goes on to the next")  # fmt: skip
+        self._thread = self._error = None
+
+    def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
+        """In the thread: the checkpoint, unless it is there; then the links, and what is no longer needed."""
+        try:
+            if write is not None:
+                self.note("writing")
+                write()
+                self.write_seconds = time.perf_counter() - started
+            if self.accelerator.is_main_process:
+                self.note("rotating")
+                link_checkpoint(self.folder, "last", step)
+                if not link_checkpoint(self.folder, "best", best_step) and best_step is not None:
+                    self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
+                remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
+        except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError; all must be told
+            if self.accelerator.is_main_process:  # a failure of another rank is its failure, too
+                self._error = error
+        finally:
+            self.note("idle")
+
+    def _prepare(
+        self, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
+        average: WeightAverage | None, *, snapshot: bool,
+    ) -> Callable[[], None]:  # fmt: skip
+        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself."""
+        weights = model.state_dict(keep_vars=True)
+        if hasattr(model, "peft_config"):  # only the adapters are saved
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            weights = {name: tensor for name, tensor in weights.items() if name in trained}
+        owners: dict[int, str] = {}  # of a tensor with two names, the first
+        shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
+        owned = {name: weights[name].detach() for name in owners.values()}
+        optimizer_record, tensors = take_tensors(optimizer.state_dict())
+        averages = average.state_dict() if average else {}
+        if (group := self._group) is not None:
+            staged: Any = self._stager.stage({"owned": owned, "tensors": tensors, "averages": averages})
+            owned, tensors, averages = staged["owned"], staged["tensors"], staged["averages"]
+        elif snapshot:
+            owned = {name: self._copy(tensor, f"model.{name}") for name, tensor in owned.items()}
+            tensors = {name: self._copy(tensor, name) for name, tensor in tensors.items()}
+            averages = {name: self._copy(tensor, f"average.{name}") for name, tensor in averages.items()}
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
+        record = {"state": asdict(state), "scheduler": scheduler.state_dict(), "optimizer": optimizer_record}
+        if self.accelerator.scaler is not None:
+            record["scaler"] = self.accelerator.scaler.state_dict()
+        text, step = json.dumps(record, indent=2), state.optimizer_step
+
+        def write_rest(temporary: Path) -> None:
+            for name, content in self._tokenizer_files.items():
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / name).write_bytes(content)
+            (temporary / "state.json").write_text(text, encoding="utf-8")
+
+        def write() -> None:
+            with new_checkpoint(self.folder, step) as temporary:
+                model.save_pretrained(temporary, state_dict={name: owned[owner] for name, owner in shared.items()})
+                if has_adapters(temporary):
+                    save_base(model, temporary)
+                save_file(tensors, temporary / "optimizer.safetensors")
+                if averages:
+                    save_file(averages, temporary / "average.safetensors")
+                write_rest(temporary)
+
+        if group is None:
+            return write
+
+        def write_together() -> None:
+            with shared_checkpoint(self.folder, step, group) as temporary:
+                save_weights(owned, temporary, group)
+                save_shards(tensors, temporary / "optimizer", group)
+                if averages:
+                    save_shards(averages, temporary / "average", group)
+                # No rank waits for another from here on: what raises here ends the save of the main process alone.
+                if self.accelerator.is_main_process:
+                    check_complete(temporary / "optimizer", tensors)
+                    check_complete(temporary / "average", averages)
+                    model.save_pretrained(temporary, state_dict={}, save_original_format=False)
+                    take_weights(owned, temporary)
+                    write_rest(temporary)
+
+        return write_together
+
+    def _copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            pinned = tensor.device.type == "cuda"
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        return buffer.copy_(tensor, non_blocking=True)

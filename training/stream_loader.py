@@ -1,0 +1,232 @@
+"""Batches of documents that are not stored: the next global batch from a state, as for stored data.
+
+A stream is a fixed number of lanes, each an endless sequence of documents of its own. Every global batch takes the same
+number of rows from each lane, so which rows it holds depends neither on the number of processes (each packs the lanes
+with number % processes == rank) nor on that of the loader's workers (who share the lanes of their process alike). A
+lane's cursor is where its next row begins; a checkpoint holds the cursors of all lanes.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import fsspec.asyn
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from utils.cli import UserError
+from utils.config import TrainConfig
+from utils.data.batch_plan import BatchPlan
+from utils.data.collation import Collator, RowGenerators
+from utils.data.loaders import ignore_signals
+from utils.data.packing import IGNORED, Row
+
+# JSON. `epoch`, `broken` and `last_broken` are what `describe_stream` tells; the rest is the stream's own business.
+Position = dict[str, Any]
+# A document's position and `token`: how many of its tokens are in earlier rows.
+Cursor = dict[str, Any]
+
+
+class EncodedDocument(NamedTuple):
+    input_ids: np.ndarray
+    """(n,) with n ≥ 1."""
+    here: Position
+    """The position from which `documents` begins with this one."""
+    after: Position
+    """The position from which it begins with the next."""
+
+
+class DocumentStream(Protocol):
+    """What a lane reads. It is sent to the loader's workers, so it opens nothing before `documents` is called."""
+
+    num_lanes: int
+    identity: str
+    """Changes when the documents or their order do: a position means nothing in another stream."""
+
+    def documents(self, lane: int, position: Position | None) -> Iterator[EncodedDocument]:
+        """The lane's documents without end, from a position; None is the beginning. `UserError` if there is none."""
+
+
+def check_stream_options(config: TrainConfig, plan: BatchPlan) -> None:
+    """`UserError` if the options cannot go with a stream, with numbers of lanes that would fit."""
+    if config.data.layout != "packed":
+        raise UserError(f"data.layout {config.data.layout} needs stored documents; a stream is always packed")
+    lanes, ranks, rows = config.data.stream_lanes, plan.data_parallel_size, plan.global_batch_size
+    if lanes % ranks or rows % lanes:
+        fitting = ", ".join(str(size) for size in range(ranks, rows + 1, ranks) if rows % size == 0)
+        problem = f"cannot be shared by {ranks} processes" if lanes % ranks else (
+            f"does not divide batch.global_batch_size {rows}")  # fmt: skip
+        raise UserError(f"data.stream_lanes {lanes} {problem}; {fitting} would fit")
+
+
+def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token: int) -> Iterator[tuple[Row, Cursor]]:
+    """Documents end to end, cut every T tokens: rows as `PackedLayout`'s, each with the cursor of the one after it.
+
+    The first `token` tokens of the first document have been in earlier rows.
+    """
+    document = next(documents)
+    while True:
+        ids = np.empty(sequence_length, np.int64)
+        labels = np.full(sequence_length, IGNORED, np.int64)
+        positions = np.empty(sequence_length, np.int64)
+        filled = 0
+        while filled < sequence_length:
+            if token == len(document.input_ids):
+                document, token = next(documents), 0
+            stop = min(token + sequence_length - filled, len(document.input_ids))
+            end = filled + stop - token
+            targets = document.input_ids[token + 1 : stop + 1]  # where the row cuts the document, the token behind too
+            ids[filled:end] = document.input_ids[token:stop]
+            labels[filled : filled + len(targets)] = targets
+            positions[filled:end] = np.arange(end - filled)
+            filled, token = end, stop
+        if token < len(document.input_ids):
+            cursor = {**document.here, "token": token}
+        else:  # without a look at the next document, for which a block of text might have to be read
+            cursor = {**document.after, "token": 0}
+        row = {"input_ids": ids, "targets": labels, "position_ids": positions, "lengths": np.array(sequence_length)}
+        yield row, cursor
+
+
+class LaneRows(NamedTuple):
+    """What one lane gives to one optimizer step."""
+
+    lane: int
+    rows: list[Row]
+    cursor: Cursor
+    """Of the row after them."""
+
+
+class _Lanes(IterableDataset):
+    """Per step, one list with the `LaneRows` of the lanes that this worker has; in place of a step, an error."""
+
+    def __init__(
+        self, stream: DocumentStream, lanes: Sequence[int], cursors: dict[int, Cursor], rows_per_lane: int,
+        sequence_length: int,
+    ) -> None:  # fmt: skip
+        self.stream, self.lanes, self.cursors = stream, lanes, cursors
+        self.rows_per_lane, self.sequence_length = rows_per_lane, sequence_length
+
+    def __iter__(self) -> Iterator[list[LaneRows] | Exception]:
+        worker = get_worker_info()
+        lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
+        try:
+            parts = [self._iter_lane(lane) for lane in lanes]
+            while True:
+                yield [next(part) for part in parts]
+        except (UserError, OSError) as error:  # as an item: raised, the loader would wrap it in a traceback's text
+            yield error
+
+    def _iter_lane(self, lane: int) -> Iterator[LaneRows]:
+        position = dict(self.cursors.get(lane, {}))
+        token = position.pop("token", 0)
+        rows = iter_rows(self.stream.documents(lane, position or None), self.sequence_length, token)
+        while True:
+            taken, cursors = zip(*itertools.islice(rows, self.rows_per_lane), strict=True)
+            yield LaneRows(lane, list(taken), cursors[-1])
+
+
+class StreamLoader:
+    """Endless micro-batches of this process's share of each global batch, on `device`.
+
+    Not for `accelerator.prepare`, which would cut the share once more: it has been handed out by lanes.
+
+    Attributes:
+        cursors: lane → where the step begins that follows the one whose micro-batches were handed out last.
+    """
+
+    def __init__(
+        self, stream: DocumentStream, collate: Collator, plan: BatchPlan, *, rank: int, sequence_length: int,
+        num_workers: int, device: torch.device, state: dict[str, Any] | None, samples_seen: int, seed: int,
+    ) -> None:  # fmt: skip
+        """`state` is an earlier `state()`, or None for the beginning; the first step is read at once (all ranks call).
+
+        Raises `UserError` for a source that cannot be read, a lane without documents, a state of another stream.
+        """
+        if state is not None and state["identity"] != stream.identity:
+            raise UserError("the stream is not that of the checkpoint: files were added, removed or have another size, "
+                            "or this code reads them in another order; restore them, or start again in another "
+                            "--output")  # fmt: skip
+        self.identity, self.device, self.collate = stream.identity, device, collate
+        self.plan, self.samples_seen, self.seed = plan, samples_seen, seed
+        self.rows_per_lane = plan.global_batch_size // stream.num_lanes
+        lanes = range(rank, stream.num_lanes, plan.data_parallel_size)
+        self.cursors: dict[int, Cursor] = {lane: state["lanes"][lane] for lane in lanes} if state else {}
+        num_workers = min(num_workers, len(lanes))
+        dataset = _Lanes(stream, lanes, self.cursors, self.rows_per_lane, sequence_length)
+        loader = DataLoader(
+            dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # else it draws from the numbers that dropout uses
+        )  # fmt: skip
+        steps = _iter_steps(iter(loader), num_workers)
+        # What cannot be read should be known before the run claims its folder, and on all ranks, whosever lane it is.
+        try:
+            self._steps = itertools.chain([next(steps)], steps)
+            problem = None
+        except (UserError, OSError) as error:
+            problem = str(error)
+        if problems := [text for text in gather_object([problem]) if text]:
+            raise UserError(problems[0])
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for step in self._steps:
+            self.cursors = {part.lane: part.cursor for part in step}
+            rows = [row for part in step for row in part.rows]
+            # A row's draw is its number among all rows of the run, on whichever process it is.
+            draws = [
+                self.samples_seen + part.lane * self.rows_per_lane + number
+                for part in step
+                for number in range(self.rows_per_lane)
+            ]
+            for start in range(0, len(rows), self.plan.micro_batch):
+                micro_batch = slice(start, start + self.plan.micro_batch)
+                batch = {name: np.stack([row[name] for row in rows[micro_batch]]) for name in rows[0]}
+                collated = self.collate(batch, RowGenerators(self.seed, draws[micro_batch]))
+                tensors = {name: torch.from_numpy(values) for name, values in collated.items()}
+                yield send_to_device(tensors, self.device)
+            self.samples_seen += self.plan.global_batch_size
+
+    def state(self) -> dict[str, Any]:
+        """JSON: the cursors of all lanes, of this process and the others (all ranks call)."""
+        cursors = dict(gather_object(list(self.cursors.items())))
+        return {"identity": self.identity, "lanes": [cursors[lane] for lane in sorted(cursors)]}
+
+
+def _iter_steps(items: Iterator[list[LaneRows] | Exception], num_workers: int) -> Iterator[list[LaneRows]]:
+    """The lanes of each step, in order, however many workers there are: they answer in turn, one item per step.
+
+    No method of the loader, which would then be part of a cycle: torch stops workers at once when their last reference
+    goes, but takes 5 seconds for each when the garbage collector finds them.
+    """
+    while True:
+        step: list[LaneRows] = []
+        answers = list(itertools.islice(items, max(1, num_workers)))
+        for answer in answers:
+            if isinstance(answer, Exception):
+                del items
+                raise answer
+            step += answer
+        yield sorted(step, key=lambda part: part.lane)
+
+
+def describe_stream(state: dict[str, Any]) -> str:
+    """How far the lanes have come, and what they could not read, on one line."""
+    epochs = sorted({cursor["epoch"] + 1 for cursor in state["lanes"]})
+    line = f"stream: the lanes are in epoch {' to '.join(map(str, epochs[:: max(1, len(epochs) - 1)]))}"
+    if broken := sum(cursor["broken"] for cursor in state["lanes"]):
+        last = next(cursor["last_broken"] for cursor in state["lanes"] if cursor["broken"])
+        line += f"; broken records passed over: {broken:,}, such as {last}"
+    return line
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(worker: int) -> None:
+    ignore_signals(worker)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    fsspec.asyn.reset_lock()  # datasets does this for its own workers: a fork with a connection open would hang

@@ -1,0 +1,251 @@
+"""Layouts: how a stream of documents becomes rows of T positions.
+
+No layout loses a target: every token but its document's first is a target exactly once. The target of a row's last
+position is the token that follows it in the document, wherever that token itself is laid. Ignored targets are -100.
+A layout is a map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
+
+Every batch has `lengths` (B,) int64: how many positions of a row hold tokens, 0 for a `PADDING_SAMPLE`. Where the tokens
+have a loss mask, it has `loss_mask`, aligned with `targets`, uint8: 1 where a target is one and may be trained on. The
+targets themselves stay: what to do with the mask is an objective's business.
+"""
+
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Iterator
+
+import numpy as np
+
+from utils.data.batch_plan import PADDING_SAMPLE
+from utils.data.token_dataset import TokenDataset
+
+IGNORED = -100
+WINDOW = 2**17  # documents laid out at a time, so that only what is kept grows; another number is another layout
+Row = dict[str, np.ndarray]  # name → (T,)
+Batch = dict[str, np.ndarray]  # name → (B, T); `lengths` (B,)
+
+
+class PackedLayout:
+    """Documents end to end, cut every T tokens.
+
+    A batch is `input_ids`, `targets` (the next token of the same document) and `position_ids`, each (B, T) int64.
+    `position_ids` restart at 0 with every document and every row, by which a model keeps documents apart. The free
+    positions at the end of a row count as a document of their own.
+    """
+
+    def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
+        self.tokens, self.sequence_length = tokens, sequence_length
+        self.columns = np.arange(sequence_length)
+
+    def __len__(self) -> int:
+        return -(-self.tokens.num_tokens // self.sequence_length)
+
+    @property
+    def utilisation(self) -> float:
+        """The share of positions that hold a token, at most 1."""
+        return self.tokens.num_tokens / (len(self) * self.sequence_length)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The rows `indices` (B,) as one batch; PyTorch's loaders ask for many samples at once by this name."""
+        length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
+        spans = [row * length if row != PADDING_SAMPLE else end for row in indices]
+        stops = [start + length + 1 for start in spans]
+        starts = np.array(spans)
+        # The documents that begin behind a row's first position, up to just behind its last; empty ones included.
+        first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
+        counts = last - first
+        ends = offsets[np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)]
+        ends += (np.arange(len(starts)) * length - starts).repeat(counts)
+        return self._batch(spans, stops, end - starts, ends)
+
+    def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
+        """The batch of the spans of tokens [start, stop), B × (T + 1) in all: each row with the one that follows it.
+
+        In row i, the tokens behind the first used[i] are no document's. `ends` are the places behind each document's
+        last token, counted over the (B, T) positions.
+        """
+        length = self.sequence_length
+        buffer = self.tokens.gather(starts, stops).reshape(-1, length + 1)
+        labels = buffer[:, 1:].astype(np.int64)
+        labels.reshape(-1)[ends - 1] = IGNORED  # what follows is another document
+        if used.min() <= length:
+            labels[self.columns + 1 >= used[:, None]] = IGNORED
+        restarts = np.concatenate([np.arange(len(labels) + 1) * length, ends])
+        restarts.sort()
+        positions = (restarts[:-1] % length).repeat(restarts[1:] - restarts[:-1]).reshape(labels.shape)
+        np.subtract(self.columns, positions, out=positions)
+        batch = {
+            "input_ids": buffer[:, :-1].astype(np.int64), "targets": labels, "position_ids": positions,
+            "lengths": np.minimum(used, length),
+        }  # fmt: skip
+        if self.tokens.loss_mask is not None:
+            mask = self.tokens.loss_mask.gather(starts, stops).reshape(-1, length + 1)[:, 1:]
+            batch["loss_mask"] = mask * (labels != IGNORED)
+        return batch
+
+
+class BestFitLayout(PackedLayout):
+    """Whole documents; one longer than T is cut into full rows and a rest, which is laid like a whole document.
+
+    In windows of consecutive documents, these go where they leave the least space, the longest first. Rows below
+    `num_shared` hold documents: row r those of members[first_member[r] : first_member[r + 1]], of a long one its rest.
+    The rows from there on are full rows of the long documents, first_full[i + 1] - first_full[i] of document long[i].
+    """
+
+    def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
+        super().__init__(tokens, sequence_length)
+        id_type = np.min_scalar_type(len(tokens.offsets))  # 4 bytes for 1e9 documents
+        members, first_member = [np.empty(0, id_type)], [np.zeros(1, id_type)]
+        long, first_full = [np.empty(0, id_type)], [np.zeros(1, np.int64)]
+        num_members = num_full = 0
+        for start, lengths in document_windows(tokens):
+            filled = np.flatnonzero(lengths)
+            full, rest = np.divmod(lengths[filled] - 1, sequence_length)
+            order, sizes = best_fit_decreasing(rest + 1, sequence_length)
+            members.append((start + filled[order]).astype(id_type))
+            first_member.append((num_members + sizes.cumsum()).astype(id_type))
+            long.append((start + filled[full > 0]).astype(id_type))
+            first_full.append(num_full + full[full > 0].cumsum())
+            num_members += len(order)
+            num_full += int(full.sum())
+        self.members, self.first_member = np.concatenate(members), np.concatenate(first_member)
+        self.long, self.first_full = np.concatenate(long), np.concatenate(first_full)
+        self.num_shared = len(self.first_member) - 1
+
+    def __len__(self) -> int:
+        return self.num_shared + int(self.first_full[-1])
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
+        starts, stops, used, ends = [], [], [], []
+        for place, row in enumerate(indices):
+            column = 0
+            if row >= self.num_shared:
+                row -= self.num_shared
+                which = int(self.first_full.searchsorted(row, "right")) - 1
+                starts.append(int(offsets[self.long[which]]) + (row - int(self.first_full[which])) * length)
+                stops.append(starts[-1] + length + 1)  # with the target of the last position
+                column = length + 1
+            elif row != PADDING_SAMPLE:
+                for document in self.members[self.first_member[row] : self.first_member[row + 1]].tolist():
+                    start, stop = offsets[document : document + 2].tolist()
+                    size = (stop - start - 1) % length + 1
+                    starts.append(stop - size)
+                    stops.append(stop)
+                    column += size
+                    ends.append(place * length + column)
+            starts.append(end)  # the rest of the row is zeros
+            stops.append(end + length + 1 - column)
+            used.append(column)
+        return self._batch(starts, stops, np.array(used), np.array(ends, np.int64))
+
+
+class PaddedLayout:
+    """One document per row, one longer than T in as many rows as it needs; a batch is padded to its longest row.
+
+    A batch is `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
+    with 1 ≤ longest ≤ T; (B, T) with `fixed_length`.
+    """
+
+    def __init__(
+        self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False
+    ) -> None:
+        self.tokens, self.sequence_length, self.pad_token_id = tokens, sequence_length, pad_token_id
+        self.fixed_length = fixed_length
+        # A document of n tokens has n - 1 targets. `rows` counts the rows before each document.
+        self.rows = np.zeros_like(tokens.offsets)
+        self._num_inputs = 0
+        for start, lengths in document_windows(tokens):
+            targets = (lengths - 1).clip(min=0)
+            self.rows[start + 1 : start + 1 + len(lengths)] = -(-targets // sequence_length)
+            self._num_inputs += int((targets + (targets % sequence_length > 0)).sum())
+        np.cumsum(self.rows, out=self.rows)
+
+    def __len__(self) -> int:
+        return int(self.rows[-1])
+
+    @property
+    def utilisation(self) -> float:
+        """The share of positions that would hold a token if every row were padded to T, at most 1."""
+        return self._num_inputs / (len(self) * self.sequence_length)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """The rows `indices` (B,) as one batch."""
+        length, offsets, rows = self.sequence_length, self.tokens.offsets, np.array(indices)
+        documents = self.rows.searchsorted(rows, "right") - 1
+        starts = offsets[documents] + (rows - self.rows[documents]) * length
+        sizes = np.minimum(offsets[documents + 1] - starts, length + 1)  # with the target of a full row's last position
+        padding = rows == PADDING_SAMPLE
+        starts[padding], sizes[padding] = self.tokens.num_tokens, 0
+        lengths = sizes.clip(1, length)  # one position of a padding row is attended to: its softmax is defined
+        width = length if self.fixed_length else int(lengths.max())
+        spans = starts.tolist(), (starts + width + 1).tolist()
+        buffer = self.tokens.gather(*spans).reshape(-1, width + 1).astype(np.int64)
+        columns = np.arange(width)
+        has_target = columns + 1 < sizes[:, None]
+        batch = {
+            "input_ids": np.where(columns < sizes[:, None], buffer[:, :-1], self.pad_token_id),
+            "targets": np.where(has_target, buffer[:, 1:], IGNORED),
+            "attention_mask": (columns < lengths[:, None]).astype(np.int64),
+            "lengths": np.minimum(sizes, length),
+        }
+        if self.tokens.loss_mask is not None:
+            batch["loss_mask"] = self.tokens.loss_mask.gather(*spans).reshape(-1, width + 1)[:, 1:] * has_target
+        return batch
+
+
+def document_windows(tokens: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:
+    """The documents in windows of `WINDOW`: (number of the first, their lengths (n,) int64)."""
+    for start in range(0, len(tokens.offsets) - 1, WINDOW):
+        yield start, np.diff(tokens.offsets[start : start + WINDOW + 1])
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack items of `lengths` (n,), each in [1, capacity], into bins of `capacity`.
+
+    Returns (order, sizes): the numbers of the items, bin after bin, (n,), and how many items each bin holds. The
+    longest item comes first, and each goes to a bin where it leaves the least space (best-fit decreasing: Johnson et
+    al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). Lengths are few and items
+    many, so all equal items go to all equal bins in one step (packing a histogram: Krell et al., 2021, arXiv
+    2107.02027). A step takes from its bins more than half of their space, and a length splits no more than two groups
+    of equal bins, so there are O(capacity × log capacity) steps, however many items there are.
+    """
+    steps: list[tuple[int, int, int]] = []  # first bin, number of bins, items that each of them takes
+    # Free space → groups of consecutive bins that have it: first bin, number of bins. The spaces, sorted.
+    groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    spaces: list[int] = []
+    num_bins = 0
+    counts = np.bincount(lengths)
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[length])
+        while left:
+            place = bisect_left(spaces, length)
+            if place < len(spaces):
+                space = spaces[place]
+                first, available = groups[space].pop()
+            else:  # as many new bins as it takes
+                space, first, available = capacity, num_bins, left
+            each = min(left, space // length)
+            bins = min(available, left // each)
+            left -= bins * each
+            steps.append((first, bins, each))
+            if place == len(spaces):
+                num_bins += bins
+            elif bins < available:
+                groups[space].append((first + bins, available - bins))
+            elif not groups[space]:
+                del groups[spaces.pop(place)]
+            if rest := space - each * length:
+                if rest not in groups:
+                    insort(spaces, rest)
+                groups[rest].append((first, bins))
+    first_bin, bins_filled, items_each = np.array(steps, np.int64).reshape(-1, 3).T
+    bin_of_item = np.repeat(_ranges(first_bin, bins_filled), np.repeat(items_each, bins_filled))  # the longest first
+    by_length = np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")
+    order = by_length[np.argsort(bin_of_item.astype(np.min_scalar_type(num_bins)), kind="stable")]
+    return order, np.bincount(bin_of_item, minlength=num_bins)
+
+
+def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[i], first[i] + 1, ... (counts[i] numbers) for every i, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - counts), counts)

@@ -1,0 +1,134 @@
+"""Attention on a CPU: plain matrix products, of which the causal ones leave out most of what is masked."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from utils.kernels.dropout import random_mask, scale_kept
+from utils.kernels.head_loss import product_dtype
+
+QUERIES_AT_ONCE = 128
+LONGEST_BLOCKED = 1024  # positions; measured on a CPU with AVX2, sdpa trains faster from here on, and keeps less
+
+
+def blocked_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
+    is_causal: bool | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Attention as transformers asks for it; where causal, each block of queries reads only the keys up to its end.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, G, S, D) and (B, G, S, E), G dividing H.
+        attention_mask: (B or 1, H or 1, T, S), added to the scores; of a causal module it hides what is to come.
+
+    Returns:
+        (B, T, H, E), and no weights.
+
+    What only some models need, long rows, reading a cache and evaluation are left to `sdpa`. Under autocast to bf16 the scores
+    are rounded to it before the softmax, as transformers' eager attention does and sdpa does not.
+    """
+    causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    length, seen = query.shape[2], key.shape[2]
+    plain_mask = attention_mask is None or (
+        attention_mask.is_floating_point()
+        and not attention_mask.requires_grad
+        and attention_mask.shape[2:] == (length, seen)
+    )
+    usual = plain_mask and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    known = causal is not None and (length == seen or not causal)
+    # Without gradients sdpa keeps nothing; but a pass that drops numbers may be made once more with them.
+    pays = (torch.is_grad_enabled() or dropout > 0) and max(length, seen) < LONGEST_BLOCKED
+    if not (usual and known and pays):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype = product_dtype(query)  # rotary positions leave query and key in fp32 also under autocast
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if attention_mask is not None:
+        attention_mask = attention_mask.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        return _BlockedAttention.apply(query, key, value, attention_mask, scaling, causal, dropout), None
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """One function, not a chain of torch's: the gradients of slices would each be as large as the whole."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None,
+        scaling: float, causal: bool, dropout: float,
+    ) -> torch.Tensor:  # fmt: skip
+        (batch, heads, length, size), groups = query.shape, key.shape[1]
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        output = torch.empty(batch, length, heads, value.shape[3], dtype=query.dtype, device=query.device)
+        probabilities, kept = [], []
+        for start in range(0, length, QUERIES_AT_ONCE):
+            end = min(start + QUERIES_AT_ONCE, length)
+            seen = end if causal else key.shape[2]
+            queries = query[:, :, start:end].reshape(batch * groups, -1, size)
+            scores = torch.bmm(queries, keys[:, :seen].transpose(1, 2)).mul_(scaling)
+            by_head = scores.view(batch, heads, end - start, seen)
+            if mask is not None:
+                by_head += mask[:, :, start:end, :seen]
+            elif causal:
+                by_head[..., start:] += causal_mask(end - start, query)
+            probability = torch.softmax(scores, dim=-1)
+            probabilities.append(probability)
+            if dropout:
+                kept.append(random_mask(probability, dropout))
+                probability = scale_kept(probability, kept[-1], dropout)
+            block = torch.bmm(probability, values[:, :seen]).view(batch, heads, end - start, -1)
+            output[:, start:end] = block.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, *probabilities, *kept)
+        ctx.scaling, ctx.dropout = scaling, dropout
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, *saved = ctx.saved_tensors
+        (batch, heads, length, size), groups = query.shape, key.shape[1]
+        keys, values = key.flatten(0, 1), value.flatten(0, 1)
+        d_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+        blocks = range(0, length, QUERIES_AT_ONCE)
+        for number, start in enumerate(blocks):
+            end = min(start + QUERIES_AT_ONCE, length)
+            probability = saved[number]
+            seen = probability.shape[-1]
+            queries = query[:, :, start:end].reshape(batch * groups, -1, size)
+            d_output = gradient[:, start:end].transpose(1, 2).reshape(batch * groups, -1, value.shape[3])
+            weights, d_weights = probability, torch.bmm(d_output, values[:, :seen].transpose(1, 2))
+            if ctx.dropout:
+                kept = saved[len(blocks) + number]
+                weights = scale_kept(probability, kept, ctx.dropout)
+                d_weights = scale_kept(d_weights, kept, ctx.dropout)
+            d_values[:, :seen].baddbmm_(weights.transpose(1, 2), d_output)
+            d_scores = torch._softmax_backward_data(d_weights, probability, -1, probability.dtype)
+            d_keys[:, :seen].baddbmm_(d_scores.transpose(1, 2), queries, alpha=ctx.scaling)
+            block = torch.bmm(d_scores, keys[:, :seen]).mul_(ctx.scaling)
+            d_query[:, :, start:end] = block.view(batch, heads, end - start, size)
+        return d_query, d_keys.view(key.shape), d_values.view(value.shape), None, None, None, None
+
+
+def causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:
+    """(T, T), to be added to scores: the lowest number where the key comes after the query."""
+    return torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu(1)
+
+
+def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask of `sdpa`, in the form that scores are added to, made once for all layers."""
+    mask = sdpa_mask(dtype=dtype, device=device, **kwargs)
+    if mask is None:
+        return None
+    dtype = product_dtype(torch.empty(0, dtype=dtype, device=device))
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+# Without its own mask function every mask would be dropped without a word.
+AttentionInterface.register("blocked", blocked_attention)
+AttentionMaskInterface.register("blocked", additive_mask)

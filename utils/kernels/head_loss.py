@@ -1,0 +1,101 @@
+"""Cross-entropy without all logits."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.data.packing import IGNORED
+
+# Rows of the head's logits that are held at a time, and how many logits at most (fp32: 64 MB). On a CPU more rows leave its
+# caches, fewer make its products slow.
+ROWS_AT_ONCE, LOGITS_AT_ONCE = 512, 1 << 24
+
+
+def head_loss(
+    hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> torch.Tensor:
+    """Summed cross-entropy of `head(hidden)` in nats, an fp32 scalar, of which some rows' logits exist at a time.
+
+    Args:
+        hidden: (N, D).
+        targets: (N,); -100 where there is none.
+        label_smoothing, z_loss: as in `Objective.forward`.
+
+    The gradients are computed along with the loss, so that nothing of size (N, V) is kept or computed twice, as in
+    Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32;
+    under fp16 the gradients' products too, which are made before the scaler's factor could keep them in fp16's range.
+    May be differentiated once.
+    """
+    with_gradients = torch.is_grad_enabled()
+    dtype = product_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _HeadLoss.apply(hidden, head.weight, head.bias, targets, label_smoothing, z_loss, dtype, with_gradients)  # type: ignore[no-any-return]
+
+
+def product_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """What autocast would make of matrix products of `tensor`."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
+        label_smoothing: float, z_loss: float, dtype: torch.dtype, with_gradients: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // weight.shape[0]))
+        inputs, matrix = hidden.to(dtype), weight.to(dtype)
+        loss = torch.zeros((), device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if with_gradients else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients and weight.requires_grad else None
+        d_bias = torch.zeros_like(bias) if with_gradients and bias is not None and bias.requires_grad else None
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        matrix_back = weight.to(wide)
+        for start in range(0, len(inputs), rows):
+            part, target = inputs[start : start + rows], targets[start : start + rows, None]
+            logits = part @ matrix.T
+            if bias is not None:
+                logits += bias
+            probability = F.softmax(logits, dim=-1, dtype=torch.float32)
+            # The likeliest token's probability is never too small for its logarithm, as the target's may be. Differences
+            # to its logit keep the digits that large logits would lose.
+            largest, log_sum = logits.amax(-1, keepdim=True).float(), -probability.amax(-1, keepdim=True).log()
+            has_target = target != IGNORED
+            index = target.where(has_target, 0)
+            each = (1 - label_smoothing) * (log_sum + (largest - logits.gather(1, index).float()))
+            if label_smoothing:
+                mean = logits.mean(-1, keepdim=True, dtype=torch.float32)
+                each += label_smoothing * (log_sum + (largest - mean))
+            if z_loss:
+                log_normaliser = largest + log_sum
+                each += z_loss * log_normaliser.square()
+            loss += each.masked_fill(~has_target, 0).sum()
+            if d_hidden is None:
+                continue
+            d_logits = probability
+            if z_loss:
+                d_logits *= 1 + 2 * z_loss * log_normaliser
+            if label_smoothing:
+                d_logits -= label_smoothing / weight.shape[0]
+            d_logits.scatter_add_(1, index, torch.full_like(each, label_smoothing - 1))
+            d_logits = d_logits.to(wide)
+            # Rows without a target are left out here, where they are short.
+            d_hidden[start : start + rows] = (d_logits @ matrix_back).mul_(has_target)
+            part = part.to(wide) * has_target
+            if d_weight is not None and wide == d_weight.dtype:
+                d_weight.addmm_(d_logits.T, part)
+            elif d_weight is not None:
+                d_weight += d_logits.T @ part
+            if d_bias is not None:
+                d_bias += (d_logits * has_target).sum(0)
+        ctx.gradients = (d_hidden, d_weight, d_bias)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        gradients, ctx.gradients = ctx.gradients, None
+        d_hidden, d_weight, d_bias = (None if part is None else part.mul_(gradient) for part in gradients)
+        return d_hidden, d_weight, d_bias, None, None, None, None, None

@@ -1,0 +1,270 @@
+"""The model: from its configuration, a pretrained folder or a checkpoint."""
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from utils.cli import UserError
+from utils.model.adapters import add_adapters, base_of, has_adapters, import_peft
+from utils.model.initialization import INITIALIZATIONS
+from utils.model_config import SIZE_OVERRIDES, ModelConfig
+from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights, short
+
+# The class that opens a saved model for a stranger, from the objective's.
+AUTO_MODELS = (
+    transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+# Those of `model.attention` that `use_kernels` sets, when the device is known; until then the architecture's default.
+CHOSEN_LATER = {"auto": None, "blocked": None}
+# Our name of a size → its other names in configuration classes, beyond transformers' own `attribute_map`.
+OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
+
+
+def build_model(
+    config: ModelConfig, tokenizer: Any, auto_model: Any = transformers.AutoModelForCausalLM, *, weights: bool = True
+) -> PreTrainedModel:
+    """A model in fp32 with a row of the embedding for each token; the caller seeds torch first.
+
+    `auto_model` is the objective's. Without `weights`, those of `config.pretrained` are not read: for a model on the
+    meta device. Raises `UserError` if the configuration makes no model, or `config.pretrained` cannot be loaded or
+    belongs to another tokenizer.
+    """
+    special = {
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad_token_id(tokenizer),
+    }  # fmt: skip
+    architecture = build_architecture(config, auto_model, special)
+    multiple = config.vocabulary_multiple
+    entries = max(len(tokenizer), architecture.vocab_size if config.pretrained else 0)
+    architecture.vocab_size = -(-entries // multiple) * multiple
+    if config.pretrained is not None and weights:
+        model = load_pretrained(config, tokenizer, auto_model, architecture)
+    else:
+        try:
+            model = auto_model.from_config(
+                architecture,
+                attn_implementation=CHOSEN_LATER.get(config.attention, config.attention),
+                dtype=torch.float32,
+            )
+        except Exception as error:  # each class checks in its own way
+            raise UserError(
+                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, another architecture, "
+                "objective.name or model.attention"
+            ) from None
+        INITIALIZATIONS[config.initialization](model)
+    model.config.update(special)
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            **(special | {"eos_token_id": stop_token_ids(tokenizer)}),
+            **({"decoder_start_token_id": special["pad_token_id"]} if architecture.is_encoder_decoder else {}),
+        )
+    if config.lora.rank:
+        model = add_adapters(model, config.lora)
+    enable_activation_checkpointing(model, config)
+    return model
+
+
+def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, Any]) -> Any:
+    """transformers' own configuration; `config.dropout` goes to every dropout that the architecture has."""
+    if config.pretrained is not None:
+        architecture = read_config(config.pretrained)
+    else:
+        if config.architecture not in CONFIG_MAPPING:
+            hint = _nearest(config.architecture, CONFIG_MAPPING)
+            raise UserError(f"model.architecture {config.architecture} is not one of transformers'{hint}")
+        cls = CONFIG_MAPPING[config.architecture]
+        fields = {item.name for item in dataclasses.fields(cls)}
+        for name in config.overrides:
+            if name not in fields:
+                raise UserError(f"model.overrides: {cls.__name__} has no {name}{_nearest(name, fields)}")
+        values: dict[str, Any] = special | {"tie_word_embeddings": config.tie_word_embeddings}
+        for name, value in config.sizes().items():
+            names = (cls.attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
+            field = next((known for known in names if known in fields), None)
+            if field is not None and value is not None:
+                values[field] = value
+            elif getattr(config, name) is not None:
+                raise UserError(f"model.{name} is unknown to {cls.__name__}; name its own field in model.overrides")
+        if "num_key_value_heads" in fields and values.get("num_attention_heads") is not None:
+            values["num_key_value_heads"] = values["num_attention_heads"]
+        if config.num_attention_heads is None:
+            values |= SIZE_OVERRIDES.get((config.architecture, config.size or ""), {})
+        if config.architecture == "t5" and {"d_model", "num_heads"} <= values.keys():
+            values["d_kv"] = values["d_model"] // values["num_heads"]
+        for name in ("cls_token_id", "sep_token_id"):
+            values |= (
+                {name: special["bos_token_id" if name == "cls_token_id" else "eos_token_id"]} if name in fields else {}
+            )
+        try:
+            architecture = cls(**(values | config.overrides))
+        except Exception as error:  # each class checks in its own way
+            raise UserError(f"model: {cls.__name__} refuses these values: {short(error)}") from None
+        if architecture.is_encoder_decoder:
+            architecture.decoder_start_token_id = special["pad_token_id"]
+        heads, groups = (getattr(architecture, f"num_{name}_heads", 1) for name in ("attention", "key_value"))
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise UserError(f"model: {groups} key-value heads do not divide {heads} attention heads")
+    # An encoder with the head of a decoder would see what it is to predict.
+    if auto_model is transformers.AutoModelForCausalLM and hasattr(architecture, "is_decoder"):
+        architecture.is_decoder = True
+    set_dropout(architecture, config.dropout, config.overrides)
+    return architecture
+
+
+def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> None:
+    """Give every dropout of a configuration one probability, `but` those named."""
+    for name, value in vars(architecture).items():
+        is_dropout = ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
+        if is_dropout and name not in but and not isinstance(value, bool):
+            setattr(architecture, name, dropout)
+
+
+def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, architecture: Any) -> PreTrainedModel:
+    """The weights of `config.pretrained`, its embedding grown to the tokenizer's entries."""
+    name = str(config.pretrained)
+    entries = architecture.vocab_size
+    architecture.vocab_size = read_config(name).vocab_size
+    if not covers_vocabulary(tokenizer, name):
+        raise UserError(
+            f"model.pretrained {name} was trained with another tokenizer than the dataset's; prepare the data with "
+            f"--tokenizer.pretrained {name}"
+        )
+    model = load_model(name, config.attention, auto_model, architecture)
+    if entries > architecture.vocab_size:
+        if config.lora.rank:
+            raise UserError(
+                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}; adapters leave "
+                "the embedding as it is: train all weights (model.lora.rank 0), or use data without new tokens"
+            )
+        model.resize_token_embeddings(entries)
+    return model
+
+
+def load_model(
+    name: str | Path, attention: str = "auto", auto_model: Any = None, architecture: Any = None, dropout: float = 0.0
+) -> PreTrainedModel:
+    """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), by its own class if no other is given.
+
+    A folder with adapters gives the base model, with `dropout`, and the adapters beside its weights, trainable.
+    """
+    transformers_logging.disable_progress_bar()
+    if has_adapters(name):
+        base = base_of(name)
+        architecture = read_config(base)
+        set_dropout(architecture, dropout)
+        model = load_model(base, attention, architecture=architecture)
+        model = read_adapters(import_peft(), model, name)
+    else:
+        architecture = architecture or read_config(name)
+        model = read_weights(
+            auto_model or saved_class(architecture), name, architecture,
+            attn_implementation=CHOSEN_LATER.get(attention, attention), dtype=torch.float32,
+        )  # fmt: skip
+    # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
+    # inputs, and a resumed run is to equal the uninterrupted one.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def saved_class(architecture: Any) -> Any:
+    """The Auto class whose head a saved model has."""
+    saved = (architecture.architectures or [""])[0]
+    for auto_model in AUTO_MODELS:
+        if type(architecture) in auto_model._model_mapping:
+            found = auto_model._model_mapping[type(architecture)]
+            if saved in [getattr(cls, "__name__", "") for cls in (found if isinstance(found, tuple) else (found,))]:
+                return auto_model
+    return transformers.AutoModelForCausalLM
+
+
+def enable_activation_checkpointing(model: Any, config: ModelConfig) -> None:
+    """Recompute blocks in the backward pass, if `config` says so (Chen et al., 2016, arXiv 1604.06174)."""
+    if not config.activation_checkpointing:
+        return
+    if config.activation_offload and not torch.accelerator.is_available():
+        raise UserError("model.activation_offload is for GPUs: a CPU's activations are in the host's memory already")
+    try:
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False}, every_n_layers=config.activation_checkpointing_every,
+            offload=config.activation_offload,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(f"model.activation_checkpointing: {short(error)}") from None
+
+
+def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
+    """Whether `tokenizer` has all entries of the one at `name`; True where there is none to compare with."""
+    # For a folder without tokenizer files transformers would make one of a few entries.
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        return True
+    try:
+        vocabulary = read_tokenizer(name).get_vocab()
+    except UserError:
+        if Path(name).is_dir():
+            raise
+        return True
+    return vocabulary.items() <= tokenizer.get_vocab().items()
+
+
+def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
+    """`UserError` if the dataset's tokenizer is no longer the one that the checkpoint was trained with."""
+    trained, present = read_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
+        token, number = differing[0]
+        raise UserError(
+            f"the dataset's tokenizer is not the one that {checkpoint} was trained with: {len(present)} entries, there "
+            f"{len(trained)}; they first differ at {number}, {token!r}; restore it, or choose another --output"
+        )
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """The tokens that end a text, and, with a chat template, the one that ends the assistant's turn."""
+    found = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+        ids = chat_ids(tokenizer, turns)
+        found += [token for token in ids[-2:] if token in tokenizer.all_special_ids]  # white space may follow it
+    return sorted(set(found))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The tokenizer's padding token, or its end-of-text where it has none: what pads is masked in any case."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, a shared one once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def longest_sequence(model: PreTrainedModel) -> int:
+    """Positions that the model can read; without a limit for relative positions."""
+    longest = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
+    for name, module in model.named_modules():  # RoBERTa and its kin begin to count behind the padding's row
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            longest -= int(module.padding_idx) + 1  # type: ignore[arg-type]
+    return longest
+
+
+def check_length(model: Any, sequence_length: int) -> None:
+    if sequence_length > longest_sequence(model):
+        raise UserError(
+            f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
+            "model; lower it"
+        )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,22 @@
+"""Next-token prediction."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM
+
+from utils.data.collation import Collator
+from utils.data.packing import Batch
+from utils.objective_config import ObjectiveConfig
+
+AUTO_MODEL = AutoModelForCausalLM
+
+
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+    return collate
+
+
+def collate(rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
+    """The layouts' own targets, the next tokens; every token counts."""
+    return {name: values for name, values in rows.items() if name not in ("lengths", "loss_mask")}

@@ -1,0 +1,28 @@
+"""Instruction tuning: the next token, where it belongs to one of the assistant's turns."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForCausalLM
+
+from utils.cli import UserError
+from utils.data.collation import Collator
+from utils.data.packing import IGNORED, Batch
+from utils.objective_config import ObjectiveConfig
+
+AUTO_MODEL = AutoModelForCausalLM
+
+
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+    return collate
+
+
+def collate(rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
+    """The layouts' targets without those that the dataset's loss mask leaves out."""
+    if "loss_mask" not in rows:
+        raise UserError(
+            "objective.name instruction needs a dataset of conversations; prepare one with --messages_column messages"
+        )
+    batch = {name: values for name, values in rows.items() if name not in ("lengths", "loss_mask")}
+    return batch | {"targets": np.where(rows["loss_mask"], rows["targets"], IGNORED)}

@@ -1,0 +1,106 @@
+"""Span corruption: a decoder gives the spans cut out of the encoder's text (Raffel et al., 2020, arXiv 1910.10683)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForSeq2SeqLM
+
+from utils.data.collation import Collator
+from utils.data.packing import IGNORED, Batch
+from utils.model.build import pad_token_id
+from utils.objective_config import ObjectiveConfig, SpanCorruptionConfig
+
+AUTO_MODEL = AutoModelForSeq2SeqLM
+SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
+
+
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+    """Adds those of T5's sentinels that the tokenizer lacks, in place: the model is built afterwards."""
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in SENTINELS if token not in vocabulary]:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    sentinels = np.array(tokenizer.convert_tokens_to_ids(SENTINELS))
+    return SpanCorruption(config.span_corruption, sentinels, tokenizer.eos_token_id, pad_token_id(tokenizer))
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """Cuts spans out of each row's text: a sentinel stands for each in the input, and before it in the target.
+
+        text     Thank you for inviting me to your party last week
+        input    Thank you <0> me to your party <1> eos
+        target   <0> for inviting <1> last week eos
+
+    Text and spans follow T5's code (github.com/google-research/text-to-text-transfer-transformer, t5/data:
+    preprocessors.py, `random_spans_noise_mask` and `span_corruption`; tasks.py). A row is one text whatever documents
+    it holds, as T5 joins documents and cuts them into pieces of one length (`reduce_concat_tokens`, `split_tokens`);
+    the row's eos tokens stay in it as separators, except one at its end. The text begins with what stays and ends with
+    a span, so the target ends with eos and without the last sentinel of the paper's figures. All ways to cut that keep
+    the numbers below are equally likely. A text that would have more spans than there are sentinels has longer ones.
+    """
+
+    config: SpanCorruptionConfig
+    sentinels: np.ndarray
+    eos_token_id: int
+    pad_token_id: int
+
+    def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
+        """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U).
+
+        S and U are what a text of all T positions needs: the shapes depend on T alone. decoder_input_ids are the
+        targets one to the right after the padding token, T5's decoder start. The decoder is causal and padded on the
+        right, so it needs no mask. A row without two tokens of text has no target.
+        """
+        tokens = rows["input_ids"]
+        input_width, target_width = self.widths(tokens.shape[1])
+        inputs = np.full((len(tokens), input_width), self.pad_token_id)
+        attention_mask = np.zeros_like(inputs)
+        targets = np.full((len(tokens), target_width), IGNORED)
+        for number, (length, generator) in enumerate(zip(rows["lengths"].tolist(), generators, strict=True)):
+            text = tokens[number, :length]
+            if length and text[-1] == self.eos_token_id:
+                text = text[:-1]
+            left, cut_out = self.corrupt(text, generator)
+            inputs[number, : len(left)], attention_mask[number, : len(left)] = left, 1
+            targets[number, : len(cut_out)] = cut_out
+        starts = np.full((len(tokens), 1), self.pad_token_id)
+        shifted = np.where(targets[:, :-1] == IGNORED, self.pad_token_id, targets[:, :-1])
+        decoder_inputs = np.concatenate([starts, shifted], axis=1)
+        return {
+            "input_ids": inputs, "attention_mask": attention_mask, "decoder_input_ids": decoder_inputs,
+            "targets": targets,
+        }  # fmt: skip
+
+    def corrupt(self, text: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Input and target of one text (L,), each with its eos; for L < 2 the text with eos and an empty target."""
+        if len(text) < 2:
+            return np.append(text, self.eos_token_id), text[:0]
+        num_noise, num_spans = self.counts(len(text))
+        noise = random_segments(num_noise, num_spans, generator)
+        kept = random_segments(len(text) - num_noise, num_spans, generator)
+        is_noise = np.tile([False, True], num_spans).repeat(np.stack([kept, noise], axis=1).ravel())
+        sentinels = self.sentinels[:num_spans]
+        left = np.insert(text[~is_noise], kept.cumsum(), sentinels)
+        cut_out = np.insert(text[is_noise], noise.cumsum() - noise, sentinels)
+        return np.append(left, self.eos_token_id), np.append(cut_out, self.eos_token_id)
+
+    def counts(self, length: int) -> tuple[int, int]:
+        """How many tokens of a text of `length` ≥ 2 are cut out, in how many spans."""
+        num_noise = min(max(round(length * self.config.noise_density), 1), length - 1)
+        num_spans = max(round(num_noise / self.config.mean_span_length), 1)
+        return num_noise, min(num_spans, length - num_noise, len(self.sentinels))
+
+    def widths(self, length: int) -> tuple[int, int]:
+        """Tokens of input and target for a text of `length`, which no shorter text exceeds."""
+        if length < 2:
+            return length + 1, 1
+        num_noise, num_spans = self.counts(length)
+        return length - num_noise + num_spans + 1, num_noise + num_spans + 1
+
+
+def random_segments(total: int, parts: int, generator: np.random.Generator) -> np.ndarray:
+    """`parts` positive lengths that add up to `total`, each such sequence equally likely."""
+    cuts = np.sort(generator.choice(total - 1, parts - 1, replace=False, shuffle=False)) + 1
+    return np.diff(cuts, prepend=0, append=total)
