@@ -1,22 +1,39 @@
-"""Parameters that are shared out over the ranks (FSDP2)."""
+"""Parameters sharded over the ranks (FSDP2), and checkpoints of them: each rank writes its shard.
+
+utils/checkpoint_tensors.py reads the shards. torch.distributed.checkpoint takes 1.7 s to import, so the functions that
+need it import it.
+"""
 
 import dataclasses
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from training.saving.folders import new_checkpoint
+from utils.checkpoint_tensors import Tensors, read_shard_metadata
+from utils.cli import UserError
+from utils.pretrained import WEIGHTS
+
+MERGING = "weights"  # the sub-folder in which torch merges the shards of the weights
+
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a rank holds only a part of the parameters."""
+    """Whether a rank holds only a shard of each parameter."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def ranks_per_copy(accelerator: Accelerator) -> int:
-    """Over how many ranks each parameter is shared out; 1 where each rank has all of them."""
+    """The number of ranks that share each parameter; 1 if each rank has all of them."""
     if not is_sharded(accelerator):
         return 1
     parallelism = accelerator.parallelism_config
@@ -24,21 +41,92 @@ def ranks_per_copy(accelerator: Accelerator) -> int:
 
 
 def keep_sums_in_fp32(accelerator: Accelerator) -> None:
-    """Under FSDP in bf16: sum gradients over the ranks in fp32, and return the loss as the model does.
+    """With FSDP in bf16: reduce gradients in fp32, and return the loss in the model's own type. Call before `prepare`.
 
-    accelerate would have both in bf16, whose 8 bits make 9.0 of a loss of 9.03. To be called before `prepare`.
+    accelerate would do both in bf16, whose 8 bits turn a loss of 9.03 into 9.0.
     """
     if is_sharded(accelerator) and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
         policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all ranks' parts of it, on each rank: all must call."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor, on every rank (all must call); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def let_it_write(objective: nn.Module) -> None:
-    """Let FSDP gather the parameters for `generate` and `guess` as it does for `forward`; else nothing."""
-    for name in ("generate", "guess"):
+def enable_sharded_generate(objective: nn.Module) -> None:
+    """Let FSDP gather the parameters for `generate` and `predict`, as it does for `forward`. Without FSDP a no-op."""
+    for name in ("generate", "predict"):
         register_fsdp_forward_method(objective, name)
+
+
+def check_shards(run: Path, model: nn.Module) -> None:
+    """`UserError` on all ranks (which all call) if the shards of this model cannot be saved in this run's folder."""
+    for name, value in model.state_dict().items():
+        if value.ndim == 0 or not value.is_floating_point():
+            raise UserError(
+                f"with FSDP a model with {name} cannot be saved: torch merges shards only of floating-point tensors that "
+                "have dimensions; use DDP"
+            )
+    token, is_main = [f".seen-{uuid.uuid4().hex}"], dist.get_rank() == 0
+    if is_main:
+        (run / token[0]).touch()
+    broadcast_object_list(token)
+    seen = gather_object([(run / token[0]).exists()])
+    if is_main:
+        (run / token[0]).unlink()
+    if not all(seen):
+        raise UserError(
+            f"{run} is not on a disk that all machines share, but with FSDP each rank writes its shard of a checkpoint "
+            "there; choose another --output"
+        )
+
+
+@contextmanager
+def shared_checkpoint(folder: Path, step: int, group: dist.ProcessGroup) -> Iterator[Path]:
+    """The main process's `new_checkpoint`, for all ranks of `group` to write into; raises on all if it cannot begin."""
+    begun: list[Path | None] = [None]
+    with ExitStack() as stack:
+        try:
+            if dist.get_rank() == 0:
+                begun[0] = stack.enter_context(new_checkpoint(folder, step))
+        finally:  # else the others would wait for ever
+            dist.broadcast_object_list(begun, group=group)
+        if begun[0] is None:
+            raise OSError(f"the main process cannot write in {folder}")
+        yield begun[0]
+
+
+def save_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup) -> None:
+    """Write each rank's shard to its own file in `folder`; takes twice the shard's memory for a moment."""
+    import torch.distributed.checkpoint as dcp
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(tensors, storage_writer=writer, process_group=group)
+
+
+def save_weights(weights: Tensors, folder: Path, group: dist.ProcessGroup) -> None:
+    """Write each rank's shard; the main process merges them on the disk. No rank ever holds the whole model."""
+    import torch.distributed.checkpoint as dcp
+
+    merged = folder / MERGING
+    writer = dcp.HuggingFaceStorageWriter(str(merged), save_distributed=True, enable_consolidation=True)
+    dcp.save(weights, storage_writer=writer, process_group=group)
+    if dist.get_rank() == 0:
+        shutil.rmtree(merged / "sharded", ignore_errors=True)  # else the weights take the disk twice
+
+
+def take_weights(expected: Tensors, folder: Path) -> None:
+    """Move the merged file to where transformers looks for it (main process); `OSError` unless it is complete."""
+    check_complete(folder / MERGING, expected)
+    (folder / MERGING / "model-00001-of-00001.safetensors").replace(folder / WEIGHTS)
+    shutil.rmtree(folder / MERGING)  # only an index is left in it
+
+
+def check_complete(folder: Path, expected: Tensors) -> None:
+    """`OSError` unless the files hold all of each tensor. torch merges and reads whatever it finds."""
+    stored = read_shard_metadata(folder) if expected else {}
+    for name, tensor in expected.items():
+        if name not in stored or stored[name].size != tensor.shape:
+            raise OSError(f"{folder}: a shard of {name} is missing")
