@@ -27,7 +27,7 @@ from training.optimization.optimizer import (
     split_by_decay,
 )
 from utils.cli import UserError
-from utils.optimizer_config import OptimizerConfig, ScheduleConfig
+from utils.config import OptimizerConfig, ScheduleConfig
 
 OPTIMIZERS = OptimizerConfig.__dataclass_fields__["name"].type.__args__
 SHAPES = ScheduleConfig.__dataclass_fields__["shape"].type.__args__

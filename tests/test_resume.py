@@ -8,7 +8,7 @@ from processes import weights
 
 from training.optimization.optimizer import learning_rate_factor
 from utils.checkpoint_folders import resolve_checkpoint
-from utils.optimizer_config import ScheduleConfig
+from utils.config import ScheduleConfig
 
 
 def test_another_run_is_refused_and_untouched(finished_run, dataset):

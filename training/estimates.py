@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from training.optimization.optimizer import build_optimizer
+from utils.config import OptimizerConfig
 from utils.model.adapters import without_adapters
 from utils.model.fake_copy import fake_copy
 from utils.objectives import Objective
-from utils.optimizer_config import OptimizerConfig
 
 # A batch by name: tensors, or only their shapes (int64).
 BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]

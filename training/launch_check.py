@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import AutoModelForCausalLM
 
 from training.launch_file import PARALLEL, SUPPORTED, check_launch_file, find_size_problem
-from utils.cli import PARENT, UserError, run_script
+from utils.cli import LAUNCHER_PID, UserError, run_script
 from utils.config import TrainConfig
 from utils.data.batch_plan import BatchPlan
 from utils.hardware import fast_bf16
@@ -145,11 +145,11 @@ def check_process_count(num_processes: int) -> None:
 
 def launcher_command() -> list[str] | None:
     """The command line of the parent process, if it is `accelerate launch` or `torchrun`; empty if that has died."""
-    if os.getppid() != PARENT:
+    if os.getppid() != LAUNCHER_PID:
         started = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
         return [] if started else None
     try:
-        words = psutil.Process(PARENT).cmdline()
+        words = psutil.Process(LAUNCHER_PID).cmdline()
     except psutil.Error:
         return None
     is_torchrun = any(os.path.basename(word) == "torchrun" or word == "torch.distributed.run" for word in words[:4])

@@ -1,7 +1,6 @@
 """accelerate's configuration files: what accelerate would ignore or misread without a word."""
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, PrecisionType
 
-from utils.cli import UserError
+from utils.cli import UserError, nearest
 from utils.files import read_yaml
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
@@ -119,5 +118,4 @@ def find_problems(file: dict[str, Any]) -> list[str]:
 
 
 def _unknown(name: str, known: Iterable[str], where: str = "") -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"{where}{name} is unknown to accelerate, which may ignore it{f' (did you mean {near[0]}?)' if near else ''}"
+    return f"{where}{name} is unknown to accelerate, which may ignore it{nearest(name, known)}"

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from training.launch_check import launcher_command
-from utils.cli import PARENT
+from utils.cli import LAUNCHER_PID
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # What to say of each, in the order of `StopRequests.flags`.
@@ -53,7 +53,7 @@ class StopRequests:
         self._deadline = (
             None
             if max_minutes is None
-            else psutil.Process(PARENT if self._launcher else None).create_time() + 60 * max_minutes
+            else psutil.Process(LAUNCHER_PID if self._launcher else None).create_time() + 60 * max_minutes
         )
         self._next_look = self._last_time = 0.0
         self._stop_file_seen = self._warned = False
@@ -89,7 +89,7 @@ class StopRequests:
         if self.accelerator.is_main_process and now >= self._next_look:
             self._next_look = now + LOOK_SECONDS
             self._stop_file_seen = self.stop_file.exists()
-        launcher_gone = self._launcher is not None and os.getppid() != PARENT
+        launcher_gone = self._launcher is not None and os.getppid() != LAUNCHER_PID
         late = self._deadline is not None and self.accelerator.is_main_process and (
             now + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS > self._deadline)  # fmt: skip
         found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
