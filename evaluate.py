@@ -7,9 +7,9 @@ python evaluate.py --model exports/demo --text_file my_notes.txt
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from utils.cli import UserError, at_least, parse_config, parse_sections, run_script
+from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
 
 
 @dataclass
@@ -22,17 +22,17 @@ class EvaluateConfig:
     """Dataset folder whose validation documents are scored. null: the run's own, where the model lies in a run."""
     text_file: str | None = None
     """Score this UTF-8 text file, as one document, in place of a dataset."""
-    sequence_length: int | None = None
+    sequence_length: Annotated[int, ">= 2"] | None = None
     """Positions per row, in tokens. null: the run's own (an export's too), else the model's longest."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Sequences per batch."""
     prompt: str | None = None
     """Text for the model to continue; empty: the start of a document. null: write nothing."""
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Longest continuation, in tokens."""
-    temperature: float = 0.8
+    temperature: NonNegativeFloat = 0.8
     """Of the sampling; 0 takes the likeliest token."""
-    seed: int = 1234
+    seed: NonNegativeInt = 1234
     """Seed of the sampling."""
     compare_with_xz: bool = False
     """Also compress the scored text with xz -9 and print its bits per byte."""
@@ -40,10 +40,8 @@ class EvaluateConfig:
     """JSON file for the figures. null: print only."""
 
     def problems(self) -> list[str]:
-        found = at_least("", self, sequence_length=2, batch_size=1, max_new_tokens=1, temperature=0, seed=0)
-        if self.dataset is not None and self.text_file is not None:
-            found.append("give dataset or text_file, not both")
-        return found
+        both = self.dataset is not None and self.text_file is not None
+        return ["give dataset or text_file, not both"] if both else []
 
 
 config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else None
@@ -58,8 +56,8 @@ from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from preparation.tokenizer.encoding import Encoder
-from utils.checkpoint_folders import resolve_checkpoint
-from utils.config import ScoringConfig
+from utils.checkpoints import resolve_checkpoint
+from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
 from utils.evaluation import evaluate, write_text
@@ -72,7 +70,6 @@ from utils.model.build import (
     pad_token_id,
     saved_class,
 )
-from utils.objective_config import ObjectiveConfig
 from utils.objectives import Objective, objective_module
 from utils.pretrained import read_tokenizer
 

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from training.monitoring.watchdog import HEARTBEATS
-from utils.checkpoint_folders import find_problem, list_checkpoints
+from utils.checkpoints import find_problem, list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 # The most steps that a launch makes before it is killed, so that the run cannot end before all kills are made: up to

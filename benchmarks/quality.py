@@ -83,7 +83,7 @@ class Scorer:
         rows = build_layout(
             open_split(dataset, "validation"), "packed", LENGTH, pad_token_id=0, vocab_size=len(self.tokenizer)
         )
-        from utils.objective_config import ObjectiveConfig
+        from utils.config import ObjectiveConfig
 
         self.accelerator = Accelerator(cpu=True)
         self.loader = build_evaluation_loader(rows, build_collator(ObjectiveConfig(), self.tokenizer), 32)

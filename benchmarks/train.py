@@ -153,7 +153,7 @@ def step(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     """Plainloop's model, loss and optimizer in a bare loop."""
     import torch
 
-    from training.optimization.optimizer import build_optimizer
+    from training.optimization.optimizers import build_optimizer
     from utils.cli import parse_config
     from utils.config import TrainConfig
     from utils.kernels import resolve_matmul_precision

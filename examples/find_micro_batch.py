@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import UserError, at_least, parse_config, run_script
+from utils.cli import PositiveInt, UserError, parse_config, run_script
 from utils.config import TrainConfig
 
 
@@ -21,13 +21,10 @@ class MicroBatchConfig:
 
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
-    num_processes: int = 1
+    num_processes: PositiveInt = 1
     """Processes that will share the global batch. This script runs on one of them."""
-    repeats: int = 3
+    repeats: PositiveInt = 3
     """Timed passes of each size, after one that is not; the median counts."""
-
-    def problems(self) -> list[str]:
-        return at_least("", self, num_processes=1, repeats=1)
 
 
 config = parse_config(MicroBatchConfig, __doc__) if __name__ == "__main__" else None
@@ -42,7 +39,7 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env, release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 
-from training.optimization.optimizer import build_optimizer
+from training.optimization.optimizers import build_optimizer
 from utils.data.batch_plan import plan_batches
 from utils.data.collation import CollatedRows
 from utils.data.loaders import build_layout, to_tensors

@@ -9,10 +9,11 @@ any number of processes. A peak learning rate of a third to a tenth of where the
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import UserError, at_least, parse_config, run_script
+from utils.cli import PositiveFloat, UserError, parse_config, run_script
 from utils.config import TrainConfig
 
 
@@ -22,24 +23,21 @@ class RangeTestConfig:
 
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
-    min_learning_rate: float = 1e-5
+    min_learning_rate: PositiveFloat = 1e-5
     """Where it begins."""
     max_learning_rate: float = 1.0
     """Where it ends, at the latest."""
-    num_steps: int = 100
+    num_steps: Annotated[int, ">= 10"] = 100
     """Optimizer steps, at equal ratios."""
-    stop_ratio: float = 1.5
+    stop_ratio: Annotated[float, "> 1"] = 1.5
     """End when the smoothed loss is this many times its lowest."""
     plot: str = "runs/lr_range.png"
     """Image to write."""
 
     def problems(self) -> list[str]:
-        found = at_least("", self, num_steps=10)
-        if self.stop_ratio <= 1:
-            found.append(f"stop_ratio is {self.stop_ratio}; it must be more than 1")
-        if not 0 < self.min_learning_rate < self.max_learning_rate:
-            found.append("min_learning_rate must be positive and less than max_learning_rate")
-        return found
+        if self.min_learning_rate >= self.max_learning_rate:
+            return ["min_learning_rate must be less than max_learning_rate"]
+        return []
 
 
 config = parse_config(RangeTestConfig, __doc__) if __name__ == "__main__" else None
@@ -51,9 +49,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from matplotlib.figure import Figure
-
 from training.launch_check import context_parallel_size
-from training.optimization.optimizer import build_optimizer
+
+from training.optimization.optimizers import build_optimizer
 from utils.data.batch_plan import plan_batches
 from utils.data.loaders import build_layout, build_train_loader
 from utils.data.token_dataset import load_manifest, open_split

@@ -9,7 +9,7 @@ import yaml
 from conftest import ROOT, run
 
 from training.saving.run_folder import _differences
-from utils.cli import parse_config
+from utils.cli import _bound_of, parse_config
 from utils.config import TrainConfig
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -43,7 +43,10 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
         for section in dataclasses.fields(TrainConfig):
             for option in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else [section]:
                 assert option.name in text
-        assert "Sequences per optimizer step, over all processes and micro-batches." in text
+        assert (
+            "Sequences per optimizer step, over all processes and micro-batches. (type: int >= 1, default: 8)" in text
+        )
+        assert "Annotated" not in text and "Optional" not in text
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,7 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
         (["--config", "no/such.yaml"], "no/such.yaml: no such file"),
         (
             ["--model.dropout", "2", "--seed=-1"],
-            "model.dropout is 2.0; it must be at least 0 and less than 1; seed is -1",
+            "model.dropout is 2.0; it must be >= 0 and < 1; seed is -1",
         ),
         (
             ["--data.sequence_length", "512"],
@@ -71,7 +74,10 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
         (["--schedule.max_steps", "5.5"], "schedule.max_steps: Expected int or null. Got value: 5.5"),
         (["--tracking.trackers", "wandb"], "Expected a list. Write '[wandb]'"),
         (["--tracking.trackers", "[wandb,"], "put '…' around it"),
-        (["--seed", "5000000000"], "less than 2**32"),
+        (["--seed", "5000000000"], "seed is 5000000000; it must be >= 0 and < 4294967296"),
+        (["--batch.per_device_batch_size", "0"], "batch.per_device_batch_size is 0; it must be >= 1"),
+        (["--batch.per_device_batch_size", "1.5"], "Expected int or null. Got value: 1.5"),
+        (["--optimizer.ema_decay", "1"], "optimizer.ema_decay is 1.0; it must be > 0 and < 1"),
         (["--config", "configs"], "configs: not a file"),
         (["--model.num_attention_heads", "5"], "does not divide model.hidden_size"),
     ],
@@ -90,7 +96,7 @@ def test_mistakes_on_the_command_line(arguments, expected, capsys):
         ("model: {hidden_siz: 3}", "unknown option model.hidden_siz (did you mean model.hidden_size?)"),
         ("modl: {hidden_size: 3}", "unknown option modl.hidden_size (did you mean model.hidden_size?)"),
         ("hidden_size: 3", "did you mean model.hidden_size?"),
-        ("model:\n  hidden_size: 4\n  hidden_size: 5", "line 3: 'hidden_size' stands twice"),
+        ("model:\n  hidden_size: 4\n  hidden_size: 5", "line 3: duplicate key 'hidden_size'"),
         ("model: {hidden_size: 3.5}", "model.hidden_size: Expected int or null"),
         ("model: [1", "expected ',' or ']'"),
         ("output: null", "output is null"),
@@ -111,6 +117,17 @@ def test_mistakes_in_a_file_are_reported_under_its_name(text, expected, tmp_path
         parse("--config", str(path))
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and expected in lines[0] and (str(path) in lines[0] or "null" in expected)
+
+
+def test_every_bound_is_one_that_is_checked():
+    """A bound that is misspelt would hold for every number."""
+
+    def kinds(cls) -> list[object]:
+        types = [item.type for item in dataclasses.fields(cls)]
+        return [kind for each in types for kind in (kinds(each) if dataclasses.is_dataclass(each) else [each])]
+
+    bounds = {bound for bound in map(_bound_of, kinds(TrainConfig)) if bound}
+    assert len(bounds) >= 8 and all(re.fullmatch(r"[<>]=? \d+( and [<>]=? \d+)?", bound) for bound in bounds)
 
 
 def test_flags_win_over_files_over_defaults(tmp_path):

@@ -31,9 +31,9 @@ from training.estimates import (
     estimate_memory,
     fake_batch,
 )
-from training.optimization.optimizer import build_optimizer
+from training.optimization.optimizers import build_optimizer
 from utils import hardware
-from utils.config import KernelConfig, TrainConfig
+from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from utils.data.batch_plan import plan_batches
 from utils.hardware import (
     HARDWARE,
@@ -46,10 +46,7 @@ from utils.hardware import (
 )
 from utils.model.build import count_parameters, enable_activation_checkpointing
 from utils.model.fake_copy import fake_copy
-from utils.model_config import ModelConfig
-from utils.objective_config import ObjectiveConfig
 from utils.objectives import Objective, build_objective
-from utils.optimizer_config import OptimizerConfig
 
 D, L, H, M, V, P = 64, 2, 4, 160, 500, 128  # width, blocks, heads, MLP, vocabulary, positions
 SIZES = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": M}

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from conftest import SMALL, call, error_line, flags, run, script, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from utils.config import ModelConfig
 from utils.data.token_dataset import load_manifest, open_split
 from utils.evaluation import evaluate, write_text
 from utils.model.build import build_model
-from utils.model_config import ModelConfig
 from utils.objectives import Objective
 
 STRANGER = """

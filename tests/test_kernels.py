@@ -12,13 +12,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaske
 from transformers.activations import NewGELUActivation
 
 from utils.cli import UserError
-from utils.config import KernelConfig
+from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import resolve_matmul_precision, use_kernels
 from utils.kernels.attention import blocked_attention, sdpa_attention_forward
 from utils.kernels.dropout import FastDropout
 from utils.kernels.head_loss import head_loss
-from utils.objective_config import ObjectiveConfig
 from utils.objectives import Objective, build_objective, has_linear_head
 
 CPU = torch.device("cpu")

@@ -7,14 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
-from utils.config import DataConfig, KernelConfig
+from utils.config import DataConfig, KernelConfig, ModelConfig
 from utils.data.batch_plan import PADDING_SAMPLE, sample_ids
 from utils.data.loaders import build_layout, to_tensors
 from utils.data.packing import IGNORED
 from utils.data.token_dataset import open_split
 from utils.kernels import use_kernels
 from utils.model.build import CHOSEN_LATER, build_model, pad_token_id
-from utils.model_config import ModelConfig
 from utils.objectives import Objective, count_targets, document_mask
 from utils.objectives.causal import collate
 

@@ -12,11 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from utils.cli import UserError
+from utils.config import SIZES, LoraConfig, ModelConfig, ObjectiveConfig
 from utils.model.adapters import add_adapters, hash_weights
 from utils.model.build import build_model, count_parameters
 from utils.model.initialization import describe_initialization
-from utils.model_config import SIZES, LoraConfig, ModelConfig
-from utils.objective_config import ObjectiveConfig
 from utils.objectives import Objective, check_documents_stay_apart
 
 HEADS = {

@@ -28,12 +28,12 @@ from transformers.trainer_pt_utils import LabelSmoother
 from preparation.tokenizer.encoding import Encoder
 from preparation.tokenizer.tokenization import train_tokenizer
 from utils.cli import UserError
+from utils.config import FillInTheMiddleConfig, MaskedConfig, ObjectiveConfig, SpanCorruptionConfig
 from utils.data.batch_plan import PADDING_SAMPLE
 from utils.data.collation import CollatedRows
 from utils.data.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
 from utils.data.token_dataset import TokenDataset
 from utils.model.build import pad_token_id
-from utils.objective_config import FillInTheMiddleConfig, MaskedConfig, ObjectiveConfig, SpanCorruptionConfig
 from utils.objectives import Objective, count_targets, masked, objective_module, span_corruption
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data/dictionaries.jsonl").read_text().splitlines()[:500]]

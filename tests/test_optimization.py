@@ -14,10 +14,6 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from conftest import ROOT
 from safetensors.torch import load, save
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
-
-from training.optimization.ema import WeightAverage
-from training.optimization.muon import Muon, orthogonalize
 from training.optimization.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -26,8 +22,12 @@ from training.optimization.optimizer import (
     resolve_max_steps,
     split_by_decay,
 )
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+from training.optimization.ema import WeightAverage
+from training.optimization.muon import Muon, orthogonalize
 from utils.cli import UserError
-from utils.optimizer_config import OptimizerConfig, ScheduleConfig
+from utils.config import OptimizerConfig, ScheduleConfig
 
 OPTIMIZERS = OptimizerConfig.__dataclass_fields__["name"].type.__args__
 SHAPES = ScheduleConfig.__dataclass_fields__["shape"].type.__args__

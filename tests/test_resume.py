@@ -6,9 +6,9 @@ import pytest
 from conftest import SMALL, error_line, flags, metrics, script, train
 from processes import weights
 
-from training.optimization.optimizer import learning_rate_factor
-from utils.checkpoint_folders import resolve_checkpoint
-from utils.optimizer_config import ScheduleConfig
+from training.optimization.schedule import learning_rate_factor
+from utils.checkpoints import resolve_checkpoint
+from utils.config import ScheduleConfig
 
 
 def test_another_run_is_refused_and_untouched(finished_run, dataset):

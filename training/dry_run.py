@@ -15,6 +15,8 @@ from training.estimates import (
     estimate_memory,
     share_out,
 )
+from training.launch import describe_launch
+from training.parallel.sharding import ranks_per_copy
 from utils.config import TrainConfig
 from utils.data.batch_plan import BatchPlan
 from utils.hardware import (
@@ -26,8 +28,6 @@ from utils.hardware import (
     precision_of,
     readable,
 )
-from training.launch import describe_launch
-from training.parallel.sharding import ranks_per_copy
 from utils.kernels import resolve_matmul_precision
 from utils.model.adapters import without_adapters
 from utils.model.build import build_model, check_length
@@ -154,9 +154,7 @@ def dry_run_report(
     ]
     for name, figures in HARDWARE.items():
         fits = (
-            ""
-            if max(step, evaluation) < figures["memory"] * 1e9
-            else f"; its {figures['memory']:.0f} GB are too few"
+            "" if max(step, evaluation) < figures["memory"] * 1e9 else f"; its {figures['memory']:.0f} GB are too few"
         )
         seconds = estimate_time(flops * max_steps, figures[precision], processes)
         lines.append(f"  {name:<15} {duration(seconds):>10}{fits}")

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from training.optimization.optimizers import OPTIMIZERS, build_optimizer
+from utils.config import OptimizerConfig
 from utils.model.adapters import without_adapters
 from utils.model.fake_copy import fake_copy
 from utils.objectives import Objective
-from utils.optimizer_config import OptimizerConfig
 
 # A batch: name → a tensor, or only its shape (int64).
 BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
@@ -182,7 +182,9 @@ def _prepare_update(
 ) -> Callable[[], Any]:
     """Make the optimizer's state by a first update; returns a function that makes another, to be called under `live`."""
     trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
-    if OPTIMIZERS[config.name].library:  # bitsandbytes' kernels take no fake tensors: a byte per number, a scale per 256
+    if OPTIMIZERS[
+        config.name
+    ].library:  # bitsandbytes' kernels take no fake tensors: a byte per number, a scale per 256
         sizes = [parameter.numel() for parameter in trainable]
         blocks = [size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes]
         state = [torch.empty(size, dtype=torch.uint8) for size in blocks for _ in range(2)]

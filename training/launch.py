@@ -47,7 +47,9 @@ SECTIONS = {
     "dynamo_config": ("Resource Selection Arguments", "dynamo_"),
 }
 OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still reads them
-NEEDS_FSDP2 = "fsdp_config.fsdp_version must be 2: version 1 trains nothing without use_orig_params, and does not say so"
+NEEDS_FSDP2 = (
+    "fsdp_config.fsdp_version must be 2: version 1 trains nothing without use_orig_params, and does not say so"
+)
 
 
 def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig) -> None:

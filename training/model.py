@@ -15,7 +15,9 @@ from utils.model.initialization import describe_initialization
 from utils.objectives import Objective, build_objective, check_documents_stay_apart
 
 
-def build_training_objective(model: Any, config: TrainConfig, accelerator: Accelerator, data: TrainingData) -> Objective:
+def build_training_objective(
+    model: Any, config: TrainConfig, accelerator: Accelerator, data: TrainingData
+) -> Objective:
     """`model` with its loss, and the kernels that compute it on this device.
 
     `UserError` if the model cannot read rows of this length, or would mix the documents of a row.

@@ -103,9 +103,7 @@ class Run:
     def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`."""
         state = self.state
-        write_bad_batch(
-            self.accelerator, self.folder, state, micro_batches, self.tokenizer, fault, self.tracker.warn
-        )
+        write_bad_batch(self.accelerator, self.folder, state, micro_batches, self.tokenizer, fault, self.tracker.warn)
         check_limits(state, self.config.guards, fault)
         state.skipped += 1
         self.tracker.warn(f"step {state.optimizer_step + 1}: the update is skipped: {fault}")

@@ -18,7 +18,6 @@ No random state is stored: train.py seeds every step from (seed, samples seen, r
 This module does not import torch, so that both commands answer at once.
 """
 
-import hashlib
 import os
 import re
 import sys
@@ -29,7 +28,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 from utils.cli import UserError, run_script
-from utils.files import read_json, readable
+from utils.files import hash_file, read_json, readable
 
 PREFIX = "step-"
 LINKS = ("best", "last")
@@ -171,11 +170,6 @@ def is_inside(path: Path, folder: Path) -> bool:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError):
         return False
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: list[str]) -> None:

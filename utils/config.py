@@ -1,18 +1,45 @@
-"""The options of train.py: one dataclass per subject, one docstring with the unit per field.
+"""The options of train.py: one dataclass per subject; each field's docstring is its `--help` text and gives its unit.
 
-The defaults train the demo's model on the demo's data by AdamW, so `train.py` runs without any option. `problems()`
-returns what is wrong with the *values* of a section, in words that name the option; types and names are checked by
-`utils.cli.parse_config`.
-"Step" means optimizer step everywhere.
+The defaults train the demo's model on the demo's data with AdamW, so `train.py` runs without any option. Bounds stand in
+the types; `problems()` checks values against each other. "Step" means optimizer step everywhere.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from utils.cli import at_least
-from utils.model_config import ModelConfig
-from utils.objective_config import ObjectiveConfig
-from utils.optimizer_config import OptimizerConfig, ScheduleConfig
+from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+# architecture → name → hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings.
+# `tiny` trains in minutes on a CPU. The others have the width, depth and heads of published models: SmolLM2, Llama 3.2
+# and Llama 2 (with fewer positions and rope_theta 10,000), GPT-2, BERT, ModernBERT, T5.
+SIZES: dict[str, dict[str, tuple[int, int, int, int, int]]] = {
+    "llama": {
+        "tiny": (192, 4, 4, 512, 256), "135m": (576, 30, 9, 1536, 2048), "1b": (2048, 16, 32, 8192, 8192),
+        "7b": (4096, 32, 32, 11008, 4096),
+    },
+    "gpt2": {
+        "tiny": (192, 4, 4, 768, 256), "124m": (768, 12, 12, 3072, 1024), "355m": (1024, 24, 16, 4096, 1024),
+        "774m": (1280, 36, 20, 5120, 1024), "1.5b": (1600, 48, 25, 6400, 1024),
+    },
+    "bert": {
+        "tiny": (192, 4, 4, 768, 256), "base": (768, 12, 12, 3072, 512), "large": (1024, 24, 16, 4096, 512),
+    },
+    "modernbert": {
+        "tiny": (192, 4, 4, 512, 256), "base": (768, 22, 12, 1152, 8192), "large": (1024, 28, 16, 2624, 8192),
+    },
+    "t5": {
+        "tiny": (192, 3, 4, 768, 512), "small": (512, 6, 8, 2048, 512), "base": (768, 12, 12, 3072, 512),
+        "large": (1024, 24, 16, 4096, 512),
+    },
+}  # fmt: skip
+# What a published model has beyond its five sizes.
+SIZE_OVERRIDES: dict[tuple[str, str], dict[str, int]] = {
+    ("llama", "135m"): {"num_key_value_heads": 3},
+    ("llama", "1b"): {"num_key_value_heads": 8},
+}
+SIZE_NAMES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
+)  # fmt: skip
 
 
 @dataclass
@@ -21,140 +48,326 @@ class DataConfig:
 
     dataset: str = "data/demo"
     """Folder written by prepare_data.py."""
-    sequence_length: int = 256
-    """Positions per row (T), in tokens. Of an encoder-decoder: tokens of text, before spans are cut out of it."""
+    sequence_length: Annotated[int, ">= 2"] = 256
+    """Positions per row (T), in tokens. For an encoder-decoder: tokens of text, before spans are cut out."""
     layout: Literal["packed", "best_fit", "padded"] = "packed"
-    """packed: documents end to end, cut every T tokens, each attending to itself only. best_fit: likewise, but only
+    """packed: documents end to end, cut every T tokens; each attends only to itself. best_fit: the same, but only
     documents longer than T are cut, and a row may have a few free positions. padded: one document, or one piece of a
-    longer one, per row, with an attention_mask. None of them loses a target."""
+    longer one, per row, with an attention_mask. No layout loses a target."""
     pad_to: Literal["longest", "max_length"] = "longest"
-    """Layout padded: fill rows up to the longest of the batch, or to sequence_length, for the same shape every time."""
-    num_workers: int = 0
-    """Loader processes per rank. 0 is fastest for stored data: a row is a slice of a mapped file. Those of a stream, at
-    most one per lane, read and tokenize beside the training."""
-    stream_lanes: int = 8
-    """Streams only: independent sequences of documents that each global batch is taken from, in equal parts. It must
-    divide batch.global_batch_size and be a multiple of the processes; they and their loader workers share the lanes."""
+    """Layout padded: pad rows to the longest row of the batch, or to sequence_length, so that all shapes are equal."""
+    num_workers: NonNegativeInt = 0
+    """Loader processes per rank. Stored data is fastest with 0: a row is a slice of a mapped file. For a stream the
+    workers, at most one per lane, read and tokenize while the model trains."""
+    stream_lanes: PositiveInt = 8
+    """Streams only: independent sequences of documents; each global batch takes an equal part from every lane. Must
+    divide batch.global_batch_size and be a multiple of the number of processes. Processes and their loader workers
+    share the lanes."""
+
+
+@dataclass
+class MaskedConfig:
+    """Masked language modelling; see utils/objectives/masked.py."""
+
+    mask_rate: Annotated[float, "> 0 and <= 1"] = 0.15
+    """Share of the tokens to predict."""
+    replace_rate: Fraction = 0.8
+    """Share of the tokens to predict that become the mask token."""
+    random_rate: Fraction = 0.1
+    """Share of the tokens to predict that become a random token. The rest stay as they are."""
+    whole_words: bool = False
+    """Choose all tokens of a word, or none."""
 
     def problems(self) -> list[str]:
-        return at_least("data", self, sequence_length=2, num_workers=0, stream_lanes=1)
+        too_many = self.replace_rate + self.random_rate > 1
+        return ["objective.masked.replace_rate and random_rate add up to more than 1"] if too_many else []
+
+
+@dataclass
+class SpanCorruptionConfig:
+    """Span corruption for encoder-decoder models; see utils/objectives/span_corruption.py."""
+
+    noise_density: Fraction = 0.15
+    """Share of the tokens that are cut out of the input and become the target."""
+    mean_span_length: Annotated[float, ">= 1"] = 3.0
+    """Mean length of a span that is cut out, in tokens."""
+
+
+@dataclass
+class FillInTheMiddleConfig:
+    """Fill-in-the-middle; see utils/objectives/fill_in_the_middle.py."""
+
+    rate: Fraction = 0.5
+    """Share of the documents that are rearranged. The others stay as they are."""
+    suffix_first_rate: Fraction = 0.5
+    """Share of the rearranged documents in the order suffix, prefix, middle. The others are prefix, suffix, middle."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """What the model learns to predict."""
+
+    name: Literal["causal", "masked", "span_corruption", "fill_in_the_middle", "instruction"] = "causal"
+    """causal: the next token. masked: tokens hidden from an encoder. span_corruption: spans cut out of an
+    encoder-decoder's input. fill_in_the_middle: causal, with the middle of documents moved to their end. instruction:
+    the assistant's turns of conversations."""
+    label_smoothing: BelowOne = 0.0
+    """Share of each target's probability that is spread over the vocabulary, in training only."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small, in training only."""
+    masked: MaskedConfig = field(default_factory=MaskedConfig)
+    span_corruption: SpanCorruptionConfig = field(default_factory=SpanCorruptionConfig)
+    fill_in_the_middle: FillInTheMiddleConfig = field(default_factory=FillInTheMiddleConfig)
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters beside frozen weights (Hu et al., 2021, arXiv 2106.09685), by the library peft."""
+
+    rank: NonNegativeInt = 0
+    """Rank of each adapter. 0: no adapters; all weights are trained."""
+    alpha: PositiveFloat = 16.0
+    """An adapter's output is scaled by alpha / rank."""
+    dropout: BelowOne = 0.0
+    """Probability of dropout on an adapter's input."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Name endings of the linear layers that get an adapter. all-linear: every one but the output head."""
+
+
+@dataclass
+class ModelConfig:
+    """A model from its configuration, or from a folder of weights."""
+
+    pretrained: str | None = None
+    """Folder or Hub name of a model to start from. Its own architecture and sizes are used; those below are ignored."""
+    architecture: str = "llama"
+    """llama, gpt2, bert, modernbert or t5. With `size` null also another `model_type` of transformers whose model has
+    the head that the objective needs; check it with --dry_run."""
+    size: str | None = "tiny"
+    """Sizes by name: llama tiny, 135m, 1b, 7b; gpt2 tiny, 124m, 355m, 774m, 1.5b; bert and modernbert tiny, base, large;
+    t5 tiny, small, base, large. null: the sizes below, or the architecture's own."""
+    hidden_size: PositiveInt | None = None
+    """Width of the residual stream (D). null, here and in the next four: as `size` says."""
+    num_hidden_layers: PositiveInt | None = None
+    """Transformer blocks. For an encoder-decoder: in each of the two."""
+    num_attention_heads: PositiveInt | None = None
+    """Attention heads per block (H). Must divide hidden_size."""
+    intermediate_size: PositiveInt | None = None
+    """Width of the MLP."""
+    max_position_embeddings: Annotated[int, ">= 2"] | None = None
+    """Longest sequence the model can read, in tokens. T5 has no such limit."""
+    overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
+    """Further fields of the architecture's configuration class, by name, as in '{num_key_value_heads: 2}'."""
+    dropout: BelowOne = 0.0
+    """Probability of every dropout that the architecture has (llama has only the attention's)."""
+    tie_word_embeddings: bool = True
+    """Use one matrix for the input embedding and the output head."""
+    vocabulary_multiple: PositiveInt = 1
+    """Round the number of embedding rows up to a multiple of this. 64 or 128 suit matrix units."""
+    initialization: Literal["model", "normal", "gpt2"] = "model"
+    """model: the architecture's own. normal: weights N(0, 0.02), biases 0, norm weights 1. gpt2: the same, but
+    projections into the residual stream are divided by the square root of their number."""
+    attention: Literal["auto", "blocked", "sdpa", "eager"] = "auto"
+    """blocked: in training, on rows shorter than 1,024 positions, multiply each block of queries only with the keys that it
+    may see; elsewhere use sdpa. sdpa: torch's fused attention. eager: plain matrix products. auto: blocked on a CPU, else
+    sdpa; eager where the architecture has nothing else."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
+    activation_checkpointing_every: PositiveInt = 1
+    """Checkpoint every n-th block only; the others keep their activations. --dry_run shows what fits."""
+    activation_offload: bool = False
+    """GPU only: keep the checkpointed inputs in host memory. Worth it for long sequences; costs two copies per block."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def sizes(self) -> dict[str, int | None]:
+        """The five sizes, `size` filled in; None where neither says anything."""
+        named = (None,) * len(SIZE_NAMES) if self.size is None else SIZES[self.architecture][self.size]
+        given = [getattr(self, name) for name in SIZE_NAMES]
+        return dict(
+            zip(SIZE_NAMES, [a if a is not None else b for a, b in zip(given, named, strict=True)], strict=True)
+        )
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.activation_offload and not self.activation_checkpointing:
+            found.append("model.activation_offload needs model.activation_checkpointing; set that to true too")
+        if self.pretrained is not None:
+            return found
+        if self.lora.rank:
+            found.append("model.lora.rank trains adapters beside pretrained weights; give model.pretrained")
+        if self.size is not None and self.size not in SIZES.get(self.architecture, {}):
+            known = ", ".join(SIZES.get(self.architecture, ()))
+            advice = f"it has {known}" if known else "give model.size null and the sizes one by one"
+            return [*found, f"model.architecture {self.architecture} has no size {self.size}; {advice}"]
+        sizes = self.sizes()
+        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+        if width is not None and heads is not None:
+            if width % heads:
+                found.append(f"model.num_attention_heads ({heads}) does not divide model.hidden_size ({width})")
+            elif self.architecture in ("llama", "modernbert") and width // heads % 2:
+                found.append("model.hidden_size / model.num_attention_heads must be even for rotary positions")
+        return found
 
 
 @dataclass
 class BatchConfig:
     """How many sequences make one update, and how many a device computes at once."""
 
-    global_batch_size: int = 8
+    global_batch_size: PositiveInt = 8
     """Sequences per optimizer step, over all processes and micro-batches."""
-    per_device_batch_size: int | None = None
-    """Sequences per micro-batch on one device; trades speed for memory only. null: the device's whole share."""
-
-    def problems(self) -> list[str]:
-        return at_least("batch", self, global_batch_size=1, per_device_batch_size=1)
-
-
-@dataclass
-class EvaluationConfig:
-    """Loss on the validation documents, all of them, and what follows from it."""
-
-    every_steps: int = 200
-    """Optimizer steps between evaluations; the last step is always evaluated."""
-    at_start: bool = False
-    """Evaluate before the first step too: what a pretrained model brings along."""
-    per_device_batch_size: int = 32
-    """Sequences per evaluation batch on one device."""
-    early_stopping_patience: int | None = None
-    """Stop after this many evaluations in a row without improvement. null: never."""
-    early_stopping_min_delta: float = 0.0
-    """For patience, a loss is an improvement when it is lower than at the last one by more than this, in nats per token.
-    The best checkpoint is that of the lowest loss, however little lower."""
-
-    def problems(self) -> list[str]:
-        return at_least(
-            "evaluation", self, every_steps=1, per_device_batch_size=1, early_stopping_patience=1,
-            early_stopping_min_delta=0,
-        )  # fmt: skip
-
-
-@dataclass
-class CheckpointConfig:
-    """What is written so that a run can go on."""
-
-    every_steps: int = 200
-    """Optimizer steps between checkpoints; the best and the last step are always saved."""
-    keep_last: int = 2
-    """Newest checkpoints kept, beside the best one."""
-    archive_every_steps: int | None = None
-    """Checkpoints of the steps that this divides are never removed. null: none is archived."""
-    asynchronous: bool = True
-    """Write to the disk beside the training, from a copy in memory (of the weights and the optimizer's state, on the
-    main process's host). The last checkpoint of a launch is written without."""
-    resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest valid checkpoint of the run folder; start if it has no checkpoint; refuse if all are
-    damaged. never: refuse a run folder that is in use."""
-
-    def problems(self) -> list[str]:
-        return at_least("checkpoint", self, every_steps=1, keep_last=1, archive_every_steps=1)
-
-
-@dataclass
-class GuardConfig:
-    """When an update is left out, and when the run is given up. All ranks decide alike, before the update."""
-
-    max_nonfinite: int = 0
-    """Updates with a loss or gradient that is not finite that the run may leave out; the next one stops it. Their texts
-    are written to bad_batches/ in the run folder. fp16's overflows do not count: its scaler leaves them out."""
-    spike_deviations: float | None = None
-    """Leave out an update whose loss or gradient norm is more than this many standard deviations above the mean of the
-    updates before it, such as 6 (the rule and the numbers of OLMo-core's SkipStepOptimizer). null: never."""
-    spike_window: int = 128
-    """Updates that mean and deviation are taken over; until there is half as many, none is left out."""
-    max_spikes: int = 10
-    """Spikes that the run may leave out; the next one stops it."""
-    hang_minutes: float = 10.0
-    """A rank that comes no further for this long, and twice what a save may take, is ended; its stacks are in
-    .heartbeats/ of the run folder."""
-
-    def problems(self) -> list[str]:
-        found = at_least("guards", self, max_nonfinite=0, spike_window=4, max_spikes=0)
-        for name in ("spike_deviations", "hang_minutes"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                found.append(f"guards.{name} is {getattr(self, name)}; it must be positive")
-        return found
+    per_device_batch_size: PositiveInt | None = None
+    """Sequences per micro-batch on one device. Only trades speed for memory. null: the device's whole share."""
 
 
 @dataclass
 class KernelConfig:
-    """Faster ways to the same result, beyond rounding; see utils/kernels/. Attention is model.attention."""
+    """Faster implementations with the same results up to rounding; see utils/kernels/. Attention is model.attention."""
 
     chunked_head: bool = True
-    """Compute the loss for some rows' logits at a time; all of them would be the largest tensor of a small model. For
-    models whose logits are one linear map of their last hidden state."""
+    """Compute the loss for a chunk of rows at a time: all logits would be the largest tensor of a small model. Used where
+    the logits are one linear map of the last hidden state."""
     fused_activation: bool = True
-    """GPT-2's gelu_new in one pass over the memory, not eight."""
+    """Compute GPT-2's gelu_new in one pass over memory, not eight."""
     fast_dropout: bool = True
-    """On a CPU: dropout from fewer random numbers, its probability rounded to 1/65,536."""
+    """On a CPU: draw fewer random numbers for dropout. Rounds its probability to 1/65,536."""
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer. Each option names the optimizers that use it."""
+
+    name: str = "adamw"
+    """adamw: AdamW. muon: Muon for the matrices of hidden layers, AdamW for embeddings, output head, norms and biases;
+    Muon's updates are scaled to suit AdamW's learning_rate and weight_decay. adafactor: keeps one row and one column in
+    place of each matrix of squared gradients, no momentum; learning_rate is relative to the size of each parameter, at
+    most 1 / sqrt(step). sgd: Nesterov momentum; trains transformers slowly, even at ten times the learning_rate.
+    adamw_8bit: AdamW with 8-bit state; needs bitsandbytes (`[optim8bit]`); saves memory, not time."""
+    learning_rate: PositiveFloat = 3e-3
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay on matrices only, never on biases and norm weights. sgd adds it to the gradient instead."""
+    beta1: BelowOne = 0.9
+    """Decay rate of the gradient's running mean. For adamw, adamw_8bit, and the AdamW part of muon."""
+    beta2: BelowOne = 0.95
+    """Decay rate of the squared gradient's running mean. For adamw, adamw_8bit, and the AdamW part of muon."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the denominator. For adamw, adamw_8bit, and the AdamW part of muon."""
+    momentum: BelowOne = 0.95
+    """Decay rate of the gradient's running mean (muon) or sum (sgd)."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the gradient's global norm to this. 0: measure but do not clip."""
+    ema_decay: Annotated[float, "> 0 and < 1"] | None = None
+    """Also keep a moving average of the weights, with this decay per step, such as 0.999. null: none."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The learning rate as a function of the step, and how long to train."""
+
+    shape: Literal["linear", "cosine", "warmup_stable_decay", "inverse_sqrt", "constant"] = "cosine"
+    """What follows the linear warm-up. linear, cosine: decay over all steps. warmup_stable_decay: constant, then decay
+    over the last decay_steps as 1 - sqrt. inverse_sqrt: decay as 1 / sqrt(step), independent of the number of steps.
+    constant: the peak."""
+    warmup_steps: NonNegativeInt = 40
+    """Steps from 0 to the peak learning rate."""
+    decay_steps: PositiveInt | None = None
+    """warmup_stable_decay only: steps of the final decay. null: a fifth of all steps, or what the warm-up leaves."""
+    min_learning_rate_ratio: Fraction = 0.0
+    """Learning rate at the last step, as a share of the peak. For inverse_sqrt: its lower limit. Not used by constant."""
+    max_steps: PositiveInt | None = 800
+    """Total optimizer steps. Give one of this, num_epochs and max_tokens, and null for the others."""
+    num_epochs: PositiveFloat | None = None
+    """Passes over the training rows. The next pass completes the last global batch."""
+    max_tokens: PositiveInt | None = None
+    """Total positions, rows × data.sequence_length, rounded up to a whole global batch."""
+
+    def problems(self) -> list[str]:
+        found = []
+        if [self.max_steps, self.num_epochs, self.max_tokens].count(None) != 2:
+            found.append(
+                "give exactly one of schedule.max_steps, schedule.num_epochs and schedule.max_tokens (null for the others)"
+            )
+        if self.decay_steps is not None:
+            if self.shape != "warmup_stable_decay":
+                found.append(f"schedule.decay_steps is for shape warmup_stable_decay, not {self.shape}; leave it null")
+            elif self.max_steps is not None and self.warmup_steps + self.decay_steps > self.max_steps:
+                found.append(
+                    f"schedule.warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps}) are more than "
+                    f"schedule.max_steps ({self.max_steps}); lower one of them"
+                )
+        return found
+
+
+@dataclass
+class EvaluationConfig:
+    """Loss on all validation documents, and early stopping."""
+
+    every_steps: PositiveInt = 200
+    """Optimizer steps between evaluations. The last step is always evaluated."""
+    at_start: bool = False
+    """Also evaluate before the first step: what a pretrained model already knows."""
+    per_device_batch_size: PositiveInt = 32
+    """Sequences per evaluation batch on one device."""
+    early_stopping_patience: PositiveInt | None = None
+    """Stop after this many evaluations in a row without improvement. null: never."""
+    early_stopping_min_delta: NonNegativeFloat = 0.0
+    """For patience, a loss counts as an improvement if it is lower than the last improvement by more than this, in nats
+    per token. The best checkpoint is always the one with the lowest loss."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What is saved so that a run can continue."""
+
+    every_steps: PositiveInt = 200
+    """Optimizer steps between checkpoints. The best and the last step are always saved."""
+    keep_last: PositiveInt = 2
+    """Number of newest checkpoints to keep, in addition to the best one."""
+    archive_every_steps: PositiveInt | None = None
+    """Never remove the checkpoints of steps that are multiples of this. null: archive none."""
+    asynchronous: bool = True
+    """Write in the background while training continues, from a copy of weights and optimizer state in the memory of the
+    main process's host. The last checkpoint of a launch is always written synchronously."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: continue from the newest valid checkpoint in the run folder; start if there is none; refuse if all are
+    damaged. never: refuse a run folder that is in use."""
+
+
+@dataclass
+class GuardConfig:
+    """When to skip an update, and when to give up the run. All ranks decide alike, before the update."""
+
+    max_nonfinite: NonNegativeInt = 0
+    """Updates with a loss or gradient that is not finite that the run may skip; one more stops it. Their texts are
+    written to bad_batches/ in the run folder. fp16 overflows do not count: the gradient scaler skips them."""
+    spike_deviations: PositiveFloat | None = None
+    """Skip an update whose loss or gradient norm is more than this many standard deviations above the mean of the
+    updates before it, such as 6 (the rule and the numbers of OLMo-core's SkipStepOptimizer). null: never."""
+    spike_window: Annotated[int, ">= 4"] = 128
+    """Number of updates that give mean and deviation. No update is skipped before half as many were made."""
+    max_spikes: NonNegativeInt = 10
+    """Spikes that the run may skip; one more stops it."""
+    hang_minutes: PositiveFloat = 10.0
+    """End a rank that makes no progress for this long plus twice the time a save may take. Its stack traces are in
+    .heartbeats/ in the run folder."""
 
 
 @dataclass
 class TrackingConfig:
     """What a person sees. metrics.jsonl, training.log, loss.png and summary.json are always written."""
 
-    log_every_steps: int = 20
+    log_every_steps: PositiveInt = 20
     """Optimizer steps between log lines."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])  # type: ignore[arg-type]
-    """Trackers beside the files. W&B without a key runs offline."""
+    """Trackers in addition to the files. W&B without a key runs offline."""
     project: str = "plainloop"
     """Project name for the trackers."""
-    sample_every_steps: int = 200
-    """Optimizer steps between texts written by the model into samples.md. 0: never."""
+    sample_every_steps: NonNegativeInt = 200
+    """Optimizer steps between sample texts that the model adds to samples.md. 0: never."""
     sample_prompt: str = ""
     """Beginning of the sample text. Empty: the start of a document."""
-    sample_max_new_tokens: int = 128
+    sample_max_new_tokens: PositiveInt = 128
     """Longest sample, in tokens."""
-
-    def problems(self) -> list[str]:
-        return at_least("tracking", self, log_every_steps=1, sample_every_steps=0, sample_max_new_tokens=1)
 
 
 @dataclass
@@ -171,16 +384,16 @@ class TrainConfig:
 
     output: str = "runs/demo"
     """Run folder."""
-    seed: int = 1234
-    """Seed of the initial weights, the data order, dropout and the samples."""
-    max_minutes: float | None = None
-    """Save and end in time, so that this launch takes no longer than this, from the start of its processes. null: no
-    limit."""
+    seed: Annotated[int, ">= 0 and < 4294967296"] = 1234
+    """Seed of the initial weights, the data order, dropout and the samples: 32 bits."""
+    max_minutes: PositiveFloat | None = None
+    """Save and stop in time, so that this launch takes at most this long, counted from the start of its processes. null:
+    no limit."""
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision: what fp32 matrix products may round to. auto: medium on a CPU with AVX-512 and
-    without AMX, where it rounds no more, but takes a faster library; else highest."""
+    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: highest; but medium on a CPU with
+    AVX-512 and without AMX, where it selects a faster library that rounds no more."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -194,17 +407,13 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
-        found = at_least("", self, seed=0)
-        if self.max_minutes is not None and self.max_minutes <= 0:
-            found.append(f"max_minutes is {self.max_minutes}; it must be positive, or null")
-        if self.seed >= 2**32:
-            found.append(f"seed is {self.seed}; it must be less than 2**32")
-        if self.model.pretrained is None and not self.model.problems() and self.model.architecture != "t5":
-            positions = self.model.sizes()["max_position_embeddings"]
-            positions = self.model.overrides.get("max_position_embeddings", positions)  # type: ignore[assignment]
-            if positions is not None and self.data.sequence_length > positions:
-                found.append(
-                    f"data.sequence_length ({self.data.sequence_length}) is longer than "
-                    f"model.max_position_embeddings ({positions}); lower one or raise the other"
-                )
-        return found
+        if self.model.pretrained is not None or self.model.architecture == "t5" or self.model.problems():
+            return []
+        positions = self.model.sizes()["max_position_embeddings"]
+        positions = self.model.overrides.get("max_position_embeddings", positions)  # type: ignore[assignment]
+        if positions is None or self.data.sequence_length <= positions:
+            return []
+        return [
+            f"data.sequence_length ({self.data.sequence_length}) is longer than model.max_position_embeddings "
+            f"({positions}); lower one or raise the other"
+        ]

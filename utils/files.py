@@ -1,10 +1,11 @@
-"""Small files: read within bounds, written so that a kill or a full disk leaves them whole; a lock that a kill lets go.
+"""Small files: read as plain data, replaced in one step, hashed, locked.
 
-What is read may have been written by somebody else: it is data, of a bounded size and depth, or a `UserError`.
+A file that is read may have been written by somebody else. Whatever is wrong with it is a `UserError`.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -15,19 +16,14 @@ from typing import Any
 
 import yaml
 
-MAX_YAML_CHARACTERS = 1 << 18  # a configuration has some thousand; the parser takes seconds for this many
-MAX_VALUE_CHARACTERS = (
-    8000  # of one text in it: options read texts as YAML again, where C's stack bears 16,000 brackets
-)
-
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message names the file, option or record and says how."""
+    """A mistake that the user can fix. The message names the file, option or record and says how."""
 
 
-class BoundedLoader(yaml.SafeLoader):
-    """Plain values only. Refuses aliases, by which a kilobyte becomes gigabytes, and a key that stands twice, of which
-    YAML silently takes the last."""
+class PlainLoader(yaml.SafeLoader):
+    """Plain values only. Refuses aliases, by which a kilobyte becomes gigabytes, and duplicate keys, of which YAML
+    silently takes the last."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -37,41 +33,30 @@ class BoundedLoader(yaml.SafeLoader):
             )
         return super().compose_node(parent, index)
 
-    def construct_scalar(self, node: Any) -> Any:
-        if isinstance(node.value, str) and len(node.value) > MAX_VALUE_CHARACTERS:
-            line, size = node.start_mark.line + 1, len(node.value)
-            raise yaml.YAMLError(
-                f"line {line}: a value of {size:,} characters; at most {MAX_VALUE_CHARACTERS:,} are read"
-            )
-        return super().construct_scalar(node)
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = str(key_node.value)
             if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: {key!r} stands twice")
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text; `yaml.YAMLError` whatever is wrong with it."""
-    if len(text) > MAX_YAML_CHARACTERS:
-        raise yaml.YAMLError(f"it has {len(text):,} characters; a configuration has at most {MAX_YAML_CHARACTERS:,}")
     try:
-        return yaml.load(text, Loader=BoundedLoader)
+        return yaml.load(text, Loader=PlainLoader)
     except RecursionError:
         raise yaml.YAMLError("it is nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits, a date that is none
+    except ValueError as error:  # a number of thousands of digits, an impossible date
         raise yaml.YAMLError(str(error)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The `option: value` lines of a YAML file; `UserError` if it holds anything else."""
     try:
-        with path.open(encoding="utf-8") as file:
-            value = parse_yaml(file.read(MAX_YAML_CHARACTERS + 1))
+        value = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -95,8 +80,29 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return value
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → one level, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits; a second per GB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def readable(size: int, of: int | None = None) -> str:
+    """`size` in bytes as text, in the unit that suits it, or that suits the sum that it is part `of`."""
+    if (of or size) < 1e7:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` beside `path`, flush it to the disk, and put it in the place of `path` in one step."""
+    """Write `text` beside `path`, flush it to the disk, and rename it to `path` in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -111,10 +117,10 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
-    """Whether this process got the lock on `path`; it is let go at the end of the block, or when the process ends.
+    """Whether this process got the lock on `path`. The end of the block or of the process releases it.
 
     `lockf` belongs to the process: worker processes that outlive a killed parent do not keep it, as they would `flock`.
-    Who has the lock writes its host and number into the file.
+    The owner of the lock writes its host and process number into the file.
     """
     with path.open("a") as file:
         try:

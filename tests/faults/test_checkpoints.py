@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from training.optimization.ema import WeightAverage
-from training.optimization.optimizer import learning_rate_factor
+from training.optimization.schedule import learning_rate_factor
 from training.saving.checkpoint_writer import CheckpointWriter
-from utils.checkpoint_folders import find_problem, hash_file, list_checkpoints, new_checkpoint
-from utils.checkpoints import TrainState
-from utils.config import CheckpointConfig
+from training.saving.folders import new_checkpoint
+from utils.checkpoints import TrainState, find_problem, list_checkpoints
+from utils.config import CheckpointConfig, ScheduleConfig
 from utils.data.batch_plan import sample_ids
 from utils.data.packing import PackedLayout
 from utils.data.token_dataset import open_split
-from utils.optimizer_config import ScheduleConfig
+from utils.files import hash_file
 
 # Dropout, accumulation, evaluations, an average of the weights, patience: all that a resumed run could get wrong.
 FULL: dict[str, object] = {

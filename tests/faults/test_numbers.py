@@ -11,11 +11,10 @@ from processes import changed_copy, command, state, summary
 from safetensors.torch import load_file
 
 from training.monitoring.guards import find_fault
-from training.optimization.optimizer import learning_rate_factor
+from training.optimization.schedule import learning_rate_factor
 from utils.checkpoints import TrainState
-from utils.config import GuardConfig
+from utils.config import GuardConfig, ScheduleConfig
 from utils.data.token_dataset import load_manifest
-from utils.optimizer_config import ScheduleConfig
 
 MICRO_LOSS = "                micro_loss = objective(**batch)\n"
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError, nearest
-from utils.optimizer_config import OptimizerConfig
+from utils.config import OptimizerConfig
 
 if TYPE_CHECKING:
     import torch

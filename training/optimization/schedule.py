@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from utils.cli import UserError
-from utils.optimizer_config import ScheduleConfig
+from utils.config import ScheduleConfig
 
 # Without a warm-up, 1 / sqrt(step) has no natural time scale; big_vision and transformers take this one.
 INVERSE_SQRT_TIMESCALE = 10_000

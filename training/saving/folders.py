@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints import LINKS, PREFIX, checkpoint_name, hash_file, list_checkpoints, step_of
+from utils.checkpoints import LINKS, PREFIX, checkpoint_name, list_checkpoints, step_of
 from utils.cli import UserError
 from utils.config import CheckpointConfig
-from utils.files import readable
+from utils.files import hash_file, readable
 
 TEMPORARY_PREFIX = ".tmp-"
 

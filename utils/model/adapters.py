@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
-from utils.files import read_json
-from utils.model_config import LoraConfig
+from utils.config import LoraConfig
+from utils.files import hash_file, read_json
 
 BASE_FILE = "base.json"
 
@@ -73,8 +73,7 @@ def hash_weights(name: str) -> str | None:
     """SHA-256 over the weights of a local folder; None for a name on the Hub."""
     digest = hashlib.sha256()
     for path in sorted(Path(name).glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(hash_file(path)))
     return digest.hexdigest() if Path(name).is_dir() else None
 
 

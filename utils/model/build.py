@@ -1,7 +1,6 @@
 """The model: from its configuration, a pretrained folder or a checkpoint."""
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +12,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from utils.cli import UserError
+from utils.cli import UserError, nearest
+from utils.config import SIZE_OVERRIDES, ModelConfig
 from utils.model.adapters import add_adapters, base_of, has_adapters, import_peft
 from utils.model.initialization import INITIALIZATIONS
-from utils.model_config import SIZE_OVERRIDES, ModelConfig
 from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights, short
 
 # The class that opens a saved model for a stranger, from the objective's.
@@ -80,13 +79,13 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
         architecture = read_config(config.pretrained)
     else:
         if config.architecture not in CONFIG_MAPPING:
-            hint = _nearest(config.architecture, CONFIG_MAPPING)
+            hint = nearest(config.architecture, CONFIG_MAPPING)
             raise UserError(f"model.architecture {config.architecture} is not one of transformers'{hint}")
         cls = CONFIG_MAPPING[config.architecture]
         fields = {item.name for item in dataclasses.fields(cls)}
         for name in config.overrides:
             if name not in fields:
-                raise UserError(f"model.overrides: {cls.__name__} has no {name}{_nearest(name, fields)}")
+                raise UserError(f"model.overrides: {cls.__name__} has no {name}{nearest(name, fields)}")
         values: dict[str, Any] = special | {"tie_word_embeddings": config.tie_word_embeddings}
         for name, value in config.sizes().items():
             names = (cls.attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
@@ -263,8 +262,3 @@ def check_length(model: Any, sequence_length: int) -> None:
             f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
             "model; lower it"
         )
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -19,13 +19,12 @@ from transformers import AutoModelForMaskedLM
 
 from training.parallel.context_parallel import ContextGroup
 from utils.cli import UserError
-from utils.config import KernelConfig
+from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import use_kernels
 from utils.kernels.head_loss import head_loss
 from utils.model.adapters import without_adapters
 from utils.model.fake_copy import fake_copy
-from utils.objective_config import ObjectiveConfig
 
 
 def objective_module(name: str) -> ModuleType:

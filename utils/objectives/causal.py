@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM
 
+from utils.config import ObjectiveConfig
 from utils.data.collation import Collator
 from utils.data.packing import Batch
-from utils.objective_config import ObjectiveConfig
 
 AUTO_MODEL = AutoModelForCausalLM
 

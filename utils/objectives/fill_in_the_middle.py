@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM
 
+from utils.config import FillInTheMiddleConfig, ObjectiveConfig
 from utils.data.collation import Collator
 from utils.data.packing import IGNORED, Batch
-from utils.objective_config import FillInTheMiddleConfig, ObjectiveConfig
 
 AUTO_MODEL = AutoModelForCausalLM
 SPELLINGS = [

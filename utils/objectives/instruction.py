@@ -7,9 +7,9 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from utils.cli import UserError
+from utils.config import ObjectiveConfig
 from utils.data.collation import Collator
 from utils.data.packing import IGNORED, Batch
-from utils.objective_config import ObjectiveConfig
 
 AUTO_MODEL = AutoModelForCausalLM
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForMaskedLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.cli import UserError
+from utils.config import MaskedConfig, ObjectiveConfig
 from utils.data.collation import Collator
 from utils.data.packing import IGNORED, Batch
-from utils.objective_config import MaskedConfig, ObjectiveConfig
 
 AUTO_MODEL = AutoModelForMaskedLM
 MASK = "<|mask|>"

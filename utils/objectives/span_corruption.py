@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
 
+from utils.config import ObjectiveConfig, SpanCorruptionConfig
 from utils.data.collation import Collator
 from utils.data.packing import IGNORED, Batch
 from utils.model.build import pad_token_id
-from utils.objective_config import ObjectiveConfig, SpanCorruptionConfig
 
 AUTO_MODEL = AutoModelForSeq2SeqLM
 SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
