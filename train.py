@@ -110,8 +110,9 @@ def main(config: TrainConfig) -> None:
                     figures = found.metrics(data.validation_bytes)
                     if average is not None:
                         with average.swapped():
-                            averaged = evaluate(accelerator, objective, validation_loader, run.poll)
-                        figures["eval/average_loss"] = averaged.loss
+                            figures["eval/average_loss"] = evaluate(
+                                accelerator, objective, validation_loader, run.poll
+                            ).loss
                     evaluation = found
                     improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
                     run.tracker.log(figures, step)

@@ -24,19 +24,19 @@ MODEL: dict[str, Any] = STEPS_ONLY | {
     "batch.global_batch_size": 4, "data.sequence_length": 256, "evaluation.per_device_batch_size": 8,
 }  # fmt: skip
 GUARDED = "step // 10 % 2 == 0"
-VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.num_processes)\n"
+VOTE = "loss, grad_norm = run.vote(loss_sum / num_targets, norm)\n"
 BARE = "loss, grad_norm = float(loss_sum / num_targets), float(norm)\n"
 CHANGES = (
-    ("from utils.cli import", f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils.cli import"),
+    ("from training.options import", f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nfrom training.options import"),
     (f"        {VOTE}", f"        if {GUARDED}:\n            {VOTE}        else:\n            {BARE}"),
-    ("        fault = find_fault(", f"        fault = None if not {GUARDED} else find_fault("),
+    ("        fault = check_update(", f"        fault = None if not {GUARDED} else check_update("),
     (
-        '        watchdog.beat(step + 1, "fetching")\n',
-        f'        if {GUARDED}:\n            watchdog.beat(step + 1, "f")\n',
+        '        run.beat("fetching")\n',
+        f'        if {GUARDED}:\n            run.beat("fetching" )\n',
     ),
     (
-        '        watchdog.beat(step + 1, "training")\n',
-        f'        if {GUARDED}:\n            watchdog.beat(step + 1, "t")\n',
+        '        run.beat("training")\n',
+        f'        if {GUARDED}:\n            run.beat("training" )\n',
     ),
 )
 

@@ -25,7 +25,7 @@ class TrainingData:
 
     Attributes:
         key: identity of the dataset, from its manifest.
-        num_rows: training rows; None for a stream.
+        train_rows: the training rows; None for a stream.
         max_steps: optimizer steps of the whole run.
         example: the first validation row, collated; a batch of one row.
         validation_bytes: length of the validation text, if all its tokens are targets; else None.
@@ -46,11 +46,10 @@ class TrainingData:
             rank = dist.get_rank(self.context_group)
             self._collate = partial(collate_columns, collate_rows, rank, plan.context_parallel_size)
         self._validation_rows = self._lay_out("validation", tokenizer)
-        self._train_rows = None if self.manifest.get("stream") else self._lay_out("train", tokenizer)
-        if self._train_rows is None:
+        self.train_rows = None if self.manifest.get("stream") else self._lay_out("train", tokenizer)
+        if self.train_rows is None:
             check_stream_options(config, plan)
         self._stream: StreamLoader | None = None
-        self.num_rows = None if self._train_rows is None else len(self._train_rows)
         self.max_steps = resolve_max_steps(
             config.schedule, num_rows=self.num_rows, global_batch_size=plan.global_batch_size,
             sequence_length=config.data.sequence_length,
@@ -58,6 +57,11 @@ class TrainingData:
         self.example = to_tensors(CollatedRows(self._validation_rows, collate_rows, EVALUATION_SEED).__getitems__([0]))
         splits = self.manifest["splits"]
         self.validation_bytes = splits["validation"]["bytes"] if config.objective.name == "causal" else None
+
+    @property
+    def num_rows(self) -> int | None:
+        """Training rows; None for a stream."""
+        return None if self.train_rows is None else len(self.train_rows)
 
     def _lay_out(self, split: str, tokenizer: Any) -> Layout:
         return build_layout(
@@ -69,9 +73,9 @@ class TrainingData:
     def train_loader(self, state: TrainState) -> DataLoader | StreamLoader:
         """Endless micro-batches from where `state` stands, `plan.accumulation` of them per step."""
         config, plan = self.config, self.plan
-        if self._train_rows is not None:
+        if self.train_rows is not None:
             return build_train_loader(
-                self._train_rows, self._collate, plan, samples_seen=state.samples_seen, seed=config.seed,
+                self.train_rows, self._collate, plan, samples_seen=state.samples_seen, seed=config.seed,
                 num_workers=config.data.num_workers,
             )  # fmt: skip
         from preparation.stream import TextStream  # here: stored tokens need nothing that reads text
@@ -95,11 +99,11 @@ class TrainingData:
     def describe(self) -> str:
         """A line on the rows of the run and how often it reads them."""
         length = self.config.data.sequence_length
-        if self._train_rows is None:
+        if self.train_rows is None:
             lanes = self.config.data.stream_lanes
             return f"data: a stream of {lanes} lanes, rows of {length}; {self.max_steps} steps"
-        epochs = self.max_steps * self.plan.global_batch_size / len(self._train_rows)
+        epochs = self.max_steps * self.plan.global_batch_size / len(self.train_rows)
         return (
-            f"data: {len(self._train_rows):,} rows of {length}, {self._train_rows.utilisation:.2%} used; "
+            f"data: {len(self.train_rows):,} rows of {length}, {self.train_rows.utilisation:.2%} used; "
             f"{self.max_steps} steps, {epochs:.2f} epochs"
         )

@@ -13,10 +13,11 @@ from training.monitoring.stopping import StopRequests
 from training.monitoring.tracking import RunTracker
 from training.monitoring.watchdog import Watchdog
 from training.optimization.optimizers import OPTIMIZERS
-from training.parallel.sharding import check_shards, full_tensor, is_sharded
+from training.parallel.sharding import full_tensor, is_sharded
 from training.saving.checkpoint_writer import CheckpointWriter
 from training.saving.folders import check_disk
 from training.saving.run_folder import open_run, record_launch
+from training.saving.shards import check_shards
 from training.saving.training_state import load_training_state
 from training.stream_loader import describe_stream
 from utils.checkpoints import TrainState, load_state

@@ -52,7 +52,7 @@ def read_shard_metadata(folder: Path) -> Mapping[str, Any]:
 
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     for name, stored in found.items():
-        if sum(part.sizes.numel() for part in stored.chunks) != stored.size.numel():  # type: ignore[union-attr]
+        if sum(part.sizes.numel() for part in stored.chunks) != stored.size.numel():  # type: ignore[union-attr,misc]
             raise OSError(f"{folder}: a shard of {name} is missing")
     return found
 

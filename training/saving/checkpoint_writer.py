@@ -20,15 +20,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from training.optimization.ema import WeightAverage
-from training.parallel.sharding import (
-    check_complete,
-    is_sharded,
-    save_shards,
-    save_weights,
-    shared_checkpoint,
-    take_weights,
-)
+from training.parallel.sharding import is_sharded
 from training.saving.folders import link_checkpoint, new_checkpoint, remove_old_checkpoints
+from training.saving.shards import check_complete, save_shards, save_weights, shared_checkpoint, take_weights
 from training.saving.training_state import split_tensors
 from utils.checkpoint_tensors import Tensors
 from utils.checkpoints import TrainState, checkpoint_name, find_problem
