@@ -34,9 +34,12 @@ from accelerate.utils import (
 from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
+from training.batch_plan import plan_batches
 from training.dry_run import describe_model, describe_work, dry_run_report
+from training.hardware import describe_kernels, resolve_matmul_precision
 from training.launch_check import check_launch, check_launcher_file, context_parallel_size, describe_launch
 from training.monitoring.guards import check_limits, find_fault, write_bad_batch
+from training.monitoring.samples import write_sample
 from training.monitoring.stopping import StopAsked, StopRequests
 from training.monitoring.tracking import RunTracker
 from training.monitoring.watchdog import Watchdog
@@ -44,17 +47,24 @@ from training.optimization.ema import WeightAverage
 from training.optimization.optimizer import build_optimizer, build_scheduler, resolve_max_steps
 from training.parallel.context_parallel import collate_columns, use_context_parallel
 from training.parallel.sharding import is_sharded, keep_sums_in_fp32, let_it_write, ranks_per_copy, whole
+from training.parameters import describe_initialization
 from training.saving.checkpoint_writer import CheckpointWriter
 from training.saving.run_folder import open_run, record_launch
 from training.saving.shards import check_shards
 from training.stream_loader import StreamLoader, check_stream_options, describe_stream
 from utils.checkpoints import TrainState, check_disk, checkpoint_bytes, load_state, load_training_state
-from utils.data.batch_plan import plan_batches
-from utils.data.collation import EVALUATION_SEED, CollatedRows, Layout
-from utils.data.loaders import build_evaluation_loader, build_layout, build_train_loader, end_workers, to_tensors
+from utils.data.loaders import (
+    EVALUATION_SEED,
+    CollatedRows,
+    Layout,
+    build_evaluation_loader,
+    build_layout,
+    build_train_loader,
+    end_workers,
+    to_tensors,
+)
 from utils.data.token_dataset import load_manifest, open_split
-from utils.evaluation import evaluate, write_sample
-from utils.kernels import describe_kernels, resolve_matmul_precision
+from utils.evaluation import evaluate
 from utils.model.build import (
     build_model,
     check_length,
@@ -64,7 +74,6 @@ from utils.model.build import (
     load_model,
     pad_token_id,
 )
-from utils.model.initialization import describe_initialization
 from utils.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
@@ -136,7 +145,7 @@ def main(config: TrainConfig) -> None:
     train_loader: DataLoader | StreamLoader
     if train_rows is not None:
         train_loader = build_train_loader(
-            train_rows, collate, plan, samples_seen=state.samples_seen, seed=config.seed,
+            train_rows, collate, plan.micro_batch * plan.data_parallel_size, samples_seen=state.samples_seen, seed=config.seed,
             num_workers=config.data.num_workers,
         )  # fmt: skip
     else:

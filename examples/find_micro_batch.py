@@ -39,12 +39,11 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env, release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 
+from training.batch_plan import plan_batches
+from training.hardware import resolve_matmul_precision
 from training.optimization.optimizer import build_optimizer
-from utils.data.batch_plan import plan_batches
-from utils.data.collation import CollatedRows
-from utils.data.loaders import build_layout, to_tensors
+from utils.data.loaders import CollatedRows, build_layout, to_tensors
 from utils.data.token_dataset import load_manifest, open_split
-from utils.kernels import resolve_matmul_precision
 from utils.model.build import build_model, pad_token_id
 from utils.objectives import build_objective, count_targets, objective_module
 from utils.pretrained import read_tokenizer

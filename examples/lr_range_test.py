@@ -50,12 +50,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env, set_seed
 from matplotlib.figure import Figure
 
+from training.batch_plan import plan_batches
+from training.hardware import resolve_matmul_precision
 from training.launch_check import context_parallel_size
 from training.optimization.optimizer import build_optimizer
-from utils.data.batch_plan import plan_batches
 from utils.data.loaders import build_layout, build_train_loader
 from utils.data.token_dataset import load_manifest, open_split
-from utils.kernels import resolve_matmul_precision
 from utils.model.build import build_model, pad_token_id
 from utils.objectives import build_objective, count_targets, objective_module
 from utils.pretrained import read_tokenizer
@@ -88,7 +88,9 @@ def main(config: RangeTestConfig) -> None:
         open_split(recipe.data.dataset, "train"), recipe.data.layout, recipe.data.sequence_length,
         pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
     )  # fmt: skip
-    loader = build_train_loader(rows, collate, plan, samples_seen=0, seed=recipe.seed, num_workers=0)
+    loader = build_train_loader(
+        rows, collate, plan.micro_batch * plan.data_parallel_size, samples_seen=0, seed=recipe.seed, num_workers=0
+    )
     set_seed(recipe.seed)
     model = build_model(recipe.model, tokenizer, kind.AUTO_MODEL)
     objective = build_objective(model, recipe.objective, recipe.model.attention, recipe.kernels, accelerator.device)

@@ -43,7 +43,9 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
         for section in dataclasses.fields(TrainConfig):
             for option in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else [section]:
                 assert option.name in text
-        assert "Sequences per optimizer step, over all processes and micro-batches. (type: int >= 1, default: 8)" in text
+        assert (
+            "Sequences per optimizer step, over all processes and micro-batches. (type: int >= 1, default: 8)" in text
+        )
         assert "Annotated" not in text and "Optional" not in text
 
 

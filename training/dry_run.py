@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from training.batch_plan import BatchPlan
 from training.estimates import (
     BatchShapes,
     count_flops,
@@ -12,20 +13,19 @@ from training.estimates import (
     estimate_memory,
     share_out,
 )
-from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan
-from utils.hardware import (
+from training.hardware import (
     HARDWARE,
     UTILISATION,
     duration,
     estimate_time,
     measure_flops_per_second,
     precision_of,
-    readable,
+    resolve_matmul_precision,
 )
-from utils.kernels import resolve_matmul_precision
+from training.parameters import is_norm
+from utils.config import TrainConfig
+from utils.files import readable
 from utils.model.adapters import without_adapters
-from utils.model.initialization import is_norm
 from utils.objectives import Objective
 
 PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")

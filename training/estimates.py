@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from training.optimization.optimizer import build_optimizer
 from utils.config import OptimizerConfig
 from utils.model.adapters import without_adapters
-from utils.model.fake_copy import fake_copy
+from utils.model.modules import fake_copy
 from utils.objectives import Objective
 
 # A batch by name: tensors, or only their shapes (int64).

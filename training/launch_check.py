@@ -15,11 +15,11 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import AutoModelForCausalLM
 
+from training.batch_plan import BatchPlan
+from training.hardware import fast_bf16
 from training.launch_file import PARALLEL, SUPPORTED, check_launch_file, find_size_problem
 from utils.cli import LAUNCHER_PID, UserError, run_script
 from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan
-from utils.hardware import fast_bf16
 from utils.objectives import objective_module
 
 # What the launch asks for by a variable, and what is then active.

@@ -35,8 +35,7 @@ from training.saving.shards import Tensors, read_tensors
 from utils.checkpoint_folders import LINKS, find_problem, list_checkpoints, step_of
 from utils.cli import UserError, exit_with
 from utils.config import CheckpointConfig, OptimizerConfig
-from utils.files import read_json
-from utils.hardware import readable
+from utils.files import read_json, readable
 
 # What Adafactor and AdamW in 8 bits keep by row, column or block.
 SIZED_OTHERWISE = ("row_var", "col_var", "qmap", "absmax")

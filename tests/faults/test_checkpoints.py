@@ -27,7 +27,7 @@ from training.saving.checkpoint_writer import CheckpointWriter
 from utils.checkpoint_folders import find_problem, hash_file, list_checkpoints, new_checkpoint
 from utils.checkpoints import TrainState
 from utils.config import CheckpointConfig, ScheduleConfig
-from utils.data.batch_plan import sample_ids
+from utils.data.order import sample_ids
 from utils.data.packing import PackedLayout
 from utils.data.token_dataset import open_split
 

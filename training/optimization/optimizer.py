@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.pytorch_utils import Conv1D
 
 from training.optimization.muon import Muon, MuonAdamW
+from training.parameters import is_norm
 from utils.cli import UserError
 from utils.config import OptimizerConfig, ScheduleConfig
-from utils.model.initialization import is_norm
 
 # Without a warm-up there is no natural scale for 1 / sqrt(step): that of big_vision and transformers.
 INVERSE_SQRT_TIMESCALE = 10_000

@@ -20,9 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from utils.cli import UserError
-from utils.data.collation import Collator
+from utils.data.loaders import Collator
 from utils.data.packing import Batch
 from utils.kernels.head_loss import product_dtype
+from utils.model.modules import evaluating
 
 # What some models hand to their attention, and this one cannot heed.
 UNKNOWN_TO_IT = ("softcap", "position_bias", "s_aux")
@@ -165,9 +166,7 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
     several = torch.arange(length)[None] % (3 * context.size)  # documents, some in several pieces
     rows = [(several, {"row_position_ids": several}), (torch.arange(length)[None], {})]
     columns = torch.from_numpy(columns_of(context.rank, context.size, length))
-    was_training = objective.training
-    objective.eval()
-    with torch.no_grad():
+    with evaluating(objective), torch.no_grad():
         wanted = [objective.logits(input_ids=ids, position_ids=positions)[:, columns] for positions, _ in rows]
         # transformers need make no mask: documents are kept apart in the attention, and a text is written by itself.
         AttentionMaskInterface.register("context_parallel", lambda **_: None)
@@ -182,7 +181,6 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
                 raise UserError(
                     f"context parallelism: {type(model).__name__} computes other logits than on whole rows; {OTHERWISE}"
                 )
-    objective.train(was_training)
     context.group = group
 
 

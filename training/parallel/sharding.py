@@ -39,6 +39,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def let_it_write(objective: nn.Module) -> None:
-    """Let FSDP gather the parameters for `generate` and `guess` as it does for `forward`; else nothing."""
-    for name in ("generate", "guess"):
+    """Let FSDP gather the parameters for `generate` and `predict` as it does for `forward`; else nothing."""
+    for name in ("generate", "predict"):
         register_fsdp_forward_method(objective, name)
