@@ -60,7 +60,7 @@ from utils.checkpoints import resolve_checkpoint
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
-from utils.evaluation import evaluate, write_text
+from utils.evaluation import evaluate, generate_text
 from utils.files import read_json, read_yaml
 from utils.model.build import (
     count_parameters,
@@ -73,7 +73,7 @@ from utils.model.build import (
 from utils.objectives import Objective, objective_module
 from utils.pretrained import read_tokenizer
 
-NOT_WRITERS = ("masked", "span_corruption")
+NON_GENERATIVE = ("masked", "span_corruption")
 
 
 def main(config: EvaluateConfig) -> None:
@@ -81,7 +81,7 @@ def main(config: EvaluateConfig) -> None:
     dataset = config.dataset or trained_on
     if dataset is None and config.text_file is None and config.prompt is None:
         raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
-    if config.prompt is not None and run is not None and run.objective.name in NOT_WRITERS:
+    if config.prompt is not None and run is not None and run.objective.name in NON_GENERATIVE:
         raise UserError(f"--prompt: a model of objective {run.objective.name} does not continue a text")
     if config.report is not None and not Path(config.report).resolve().parent.is_dir():
         raise UserError(f"--report {config.report}: there is no folder to write it to")
@@ -112,7 +112,7 @@ def main(config: EvaluateConfig) -> None:
     if config.prompt is not None:
         if saved_class(model.config) is not AutoModelForCausalLM:
             raise UserError(f"--prompt: {type(model).__name__} does not continue a text")
-        report["text"] = write_text(
+        report["text"] = generate_text(
             model, tokenizer, config.prompt, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             seed=config.seed, chat=objective_options(model, run).name == "instruction",
         )  # fmt: skip

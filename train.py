@@ -33,22 +33,22 @@ from accelerate.utils import (
     set_seed,
 )
 
+from training.batch_plan import BatchPlan, plan_batches
 from training.data import TrainingData
 from training.dry_run import print_dry_run
+from training.hardware import resolve_matmul_precision
 from training.launch import check_launch, context_parallel_size
 from training.model import build_training_objective, describe_objective
 from training.monitoring.guards import check_update
+from training.monitoring.samples import write_sample
 from training.monitoring.stopping import StopAsked
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
 from training.parallel.sharding import enable_sharded_generate
 from training.run import END_REASONS, Run
-from training.sampling import write_sample
 from utils.checkpoints import TrainState
-from utils.data.batch_plan import BatchPlan, plan_batches
 from utils.evaluation import evaluate
-from utils.kernels import resolve_matmul_precision
 from utils.model.build import build_model, enable_activation_checkpointing, load_model
 from utils.objectives import count_targets, objective_module
 from utils.pretrained import read_tokenizer

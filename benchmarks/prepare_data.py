@@ -198,7 +198,6 @@ def measure_peer_loader(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
-    from utils.data.batch_plan import plan_batches
     from utils.data.loaders import build_layout, build_train_loader
     from utils.data.token_dataset import open_split
     from utils.objectives.causal import collate
@@ -210,8 +209,7 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
         pad_token_id=0,
         vocab_size=1 << 16,
     )
-    plan = plan_batches(BATCH, None, 1)
-    loader = build_train_loader(layout, collate, plan, samples_seen=0, seed=0, num_workers=0)
+    loader = build_train_loader(layout, collate, BATCH, samples_seen=0, seed=0, num_workers=0)
     return time_blocks(loader, arguments.loader_seconds)
 
 

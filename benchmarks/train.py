@@ -153,10 +153,10 @@ def step(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     """Plainloop's model, loss and optimizer in a bare loop."""
     import torch
 
+    from training.hardware import resolve_matmul_precision
     from training.optimization.optimizers import build_optimizer
     from utils.cli import parse_config
     from utils.config import TrainConfig
-    from utils.kernels import resolve_matmul_precision
     from utils.model.build import build_model
     from utils.objectives import build_objective
     from utils.pretrained import read_tokenizer
@@ -293,7 +293,7 @@ def limit(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     """The matrix products of one step, forward and backward, at the model's shapes."""
     import torch
 
-    from utils.kernels import resolve_matmul_precision
+    from training.hardware import resolve_matmul_precision
 
     shape = SHAPES[arguments.shape]
     device = torch.accelerator.current_accelerator() or torch.device("cpu")

@@ -32,8 +32,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from utils.config import ScoringConfig
-from utils.data.collation import EVALUATION_SEED, CollatedRows
-from utils.data.loaders import build_layout
+from utils.data.loaders import EVALUATION_SEED, CollatedRows, build_layout
 from utils.data.packing import IGNORED, Batch
 from utils.data.token_dataset import load_manifest, open_split
 from utils.files import read_yaml

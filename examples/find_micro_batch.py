@@ -40,12 +40,11 @@ from accelerate.utils import release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 
 from train import start_accelerator
+from training.batch_plan import plan_batches
 from training.data import TrainingData
 from training.model import build_training_objective
 from training.optimization.optimizers import build_optimizer
-from utils.data.batch_plan import plan_batches
-from utils.data.collation import CollatedRows
-from utils.data.loaders import to_tensors
+from utils.data.loaders import CollatedRows, to_tensors
 from utils.model.build import build_model
 from utils.objectives import count_targets, objective_module
 from utils.pretrained import read_tokenizer

@@ -17,7 +17,7 @@ from preparation.sources.readers import Document, Skipped, make_document
 from preparation.sources.source_config import SourceConfig
 from preparation.sources.sources import OPENERS, is_saved_dataset, iter_records
 from preparation.sources.tables import load_hub, load_saved
-from utils.data.batch_plan import permute
+from utils.data.order import permute
 
 READ_RECORDS = 8  # at a time, from one source
 OPEN_SOURCES = 8  # that a lane reads by turns

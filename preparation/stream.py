@@ -23,7 +23,7 @@ from preparation.tokenizer.encoding import Encoder, build_encoder
 from preparation.tokenizer.tokenization import load_tokenizer
 from training.stream_loader import EncodedDocument, Position
 from utils.cli import UserError
-from utils.data.batch_plan import permute
+from utils.data.order import permute
 from utils.data.token_dataset import open_split
 
 ENCODED_DOCUMENTS = 64  # cleaned and encoded at a time, or

@@ -284,7 +284,7 @@ MUTANTS = [
            "10 * (state.tokens_seen - tokens) / (state.train_seconds - seconds)",
            "test_the_speed_is_tokens_over_the_seconds_that_they_took"),
     Mutant("samples ignore the temperature",
-           "write_text", "temperature or None", "None",
+           "generate_text", "temperature or None", "None",
            "test_texts_are_drawn_at_their_temperature"),
     Mutant("all ranks draw the same dropout",
            "train.py:main", "step_seed(config.seed, state.samples_seen, accelerator.process_index)",

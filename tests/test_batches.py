@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
+from training.batch_plan import plan_batches
 from utils.cli import UserError
-from utils.data.batch_plan import (
+from utils.data.order import (
     PADDING_SAMPLE,
     EvaluationBatchSampler,
     TrainBatchSampler,
     permute,
-    plan_batches,
     sample_ids,
 )
 from utils.data.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
@@ -126,5 +126,5 @@ def test_batch_plan_names_what_would_fit():
 
 
 def test_layouts_need_no_torch():
-    code = "import sys, utils.data.packing, utils.data.batch_plan; assert 'torch' not in sys.modules"
+    code = "import sys, utils.data.packing, utils.data.order; assert 'torch' not in sys.modules"
     run(sys.executable, "-c", code)

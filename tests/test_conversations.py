@@ -22,8 +22,7 @@ from preparation.tokenizer.conversation_encoding import ConversationEncoder
 from preparation.tokenizer.tokenization import train_tokenizer
 from utils.cli import UserError
 from utils.config import ModelConfig
-from utils.data.collation import CollatedRows
-from utils.data.loaders import build_layout, to_tensors
+from utils.data.loaders import CollatedRows, build_layout, to_tensors
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
 from utils.model.build import build_model
 from utils.objectives import Objective, instruction

@@ -24,6 +24,8 @@ from transformers import (
     T5Config,
 )
 
+from training import hardware
+from training.batch_plan import plan_batches
 from training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
 from training.estimates import (
     count_flops,
@@ -31,11 +33,7 @@ from training.estimates import (
     estimate_memory,
     fake_batch,
 )
-from training.optimization.optimizers import build_optimizer
-from utils import hardware
-from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
-from utils.data.batch_plan import plan_batches
-from utils.hardware import (
+from training.hardware import (
     HARDWARE,
     UTILISATION,
     duration,
@@ -44,8 +42,10 @@ from utils.hardware import (
     measure_flops_per_second,
     precision_of,
 )
+from training.optimization.optimizers import build_optimizer
+from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from utils.model.build import count_parameters, enable_activation_checkpointing
-from utils.model.fake_copy import fake_copy
+from utils.model.modules import fake_copy
 from utils.objectives import Objective, build_objective
 
 D, L, H, M, V, P = 64, 2, 4, 160, 500, 128  # width, blocks, heads, MLP, vocabulary, positions
@@ -388,7 +388,7 @@ def test_seven_billion_parameters_take_little_time_and_memory() -> None:
 import json, resource, sys, time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from utils.data.batch_plan import plan_batches
+from training.batch_plan import plan_batches
 from utils.config import TrainConfig
 from training.dry_run import dry_run_report
 from utils.objectives import Objective

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from utils.config import ModelConfig
 from utils.data.token_dataset import load_manifest, open_split
-from utils.evaluation import evaluate, write_text
+from utils.evaluation import evaluate, generate_text
 from utils.model.build import build_model
 from utils.objectives import Objective
 
@@ -127,7 +127,7 @@ def test_of_a_long_prompt_the_end_counts(finished_run):
     end = tokenizer(prompt)["input_ids"][-63:]
     with torch.no_grad():
         token = int(model(torch.tensor([end])).logits[0, -1].argmax())
-    text = write_text(model, tokenizer, prompt, max_new_tokens=20, temperature=0, seed=0)
+    text = generate_text(model, tokenizer, prompt, max_new_tokens=20, temperature=0, seed=0)
     assert text == tokenizer.decode([*end, token], skip_special_tokens=True)
 
 
@@ -207,7 +207,7 @@ def sampled(sharp, temperature: float, seed: int = 0) -> tuple[torch.Tensor, flo
         outputs.append(model.generate(*arguments, **options))
         return outputs[-1]
 
-    text = write_text(
+    text = generate_text(
         model, tokenizer, "A", max_new_tokens=60, temperature=temperature, seed=seed, generate=generate
     )  # fmt: skip
     (ids,) = outputs[0]

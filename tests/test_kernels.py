@@ -11,10 +11,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.activations import NewGELUActivation
 
+from training.hardware import resolve_matmul_precision
 from utils.cli import UserError
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
-from utils.kernels import resolve_matmul_precision, use_kernels
+from utils.kernels import use_kernels
 from utils.kernels.attention import blocked_attention, sdpa_attention_forward
 from utils.kernels.dropout import FastDropout
 from utils.kernels.head_loss import head_loss

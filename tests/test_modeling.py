@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig
 
 from utils.config import DataConfig, KernelConfig, ModelConfig
-from utils.data.batch_plan import PADDING_SAMPLE, sample_ids
 from utils.data.loaders import build_layout, to_tensors
+from utils.data.order import PADDING_SAMPLE, sample_ids
 from utils.data.packing import IGNORED
 from utils.data.token_dataset import open_split
 from utils.kernels import use_kernels
-from utils.model.build import CHOSEN_LATER, build_model, pad_token_id
+from utils.model.build import DEFERRED_ATTENTION, build_model, pad_token_id
 from utils.objectives import Objective, count_targets, document_mask
 from utils.objectives.causal import collate
 
@@ -36,7 +36,7 @@ def small_model(architecture: str, tokenizer, **options):
 def bert(attention: str, tokenizer):
     torch.manual_seed(0)
     config = BertConfig(vocab_size=len(tokenizer), **SMALL, max_position_embeddings=LENGTH)
-    implementation = CHOSEN_LATER.get(attention, attention)
+    implementation = DEFERRED_ATTENTION.get(attention, attention)
     model = AutoModelForMaskedLM.from_config(config, attn_implementation=implementation).eval()
     use_kernels(model, attention, KernelConfig(), torch.device("cpu"))
     return model

@@ -11,11 +11,11 @@ from conftest import call, error_line, metrics
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+from training.parameters import describe_initialization
 from utils.cli import UserError
 from utils.config import SIZES, LoraConfig, ModelConfig, ObjectiveConfig
 from utils.model.adapters import add_adapters, hash_weights
 from utils.model.build import build_model, count_parameters
-from utils.model.initialization import describe_initialization
 from utils.objectives import Objective, check_documents_stay_apart
 
 HEADS = {
@@ -218,7 +218,7 @@ def test_mistakes_are_named(dataset, tmp_path):
     line = error_line("train.py", *common, "--model.size", "huge")
     assert "model.architecture llama has no size huge; it has tiny, 135m, 1b, 7b" in line
     line = error_line("train.py", *common, "--model.lora.rank", "4")
-    assert "model.lora.rank is for pretrained weights" in line
+    assert "model.lora.rank" in line and "model.pretrained" in line
     line = error_line("train.py", *common, "--model.num_attention_heads", "8", "--model.size", "135m",
                       "--model.overrides", "{num_key_value_heads: 3}")  # fmt: skip
     assert "3 key-value heads do not divide 8 attention heads" in line

@@ -29,8 +29,8 @@ from preparation.tokenizer.encoding import Encoder
 from preparation.tokenizer.tokenization import train_tokenizer
 from utils.cli import UserError
 from utils.config import FillInTheMiddleConfig, MaskedConfig, ObjectiveConfig, SpanCorruptionConfig
-from utils.data.batch_plan import PADDING_SAMPLE
-from utils.data.collation import CollatedRows
+from utils.data.loaders import CollatedRows
+from utils.data.order import PADDING_SAMPLE
 from utils.data.packing import IGNORED, BestFitLayout, PackedLayout, PaddedLayout
 from utils.data.token_dataset import TokenDataset
 from utils.model.build import pad_token_id

@@ -8,8 +8,8 @@ import pytest
 from growth import growth
 
 from utils.data import packing
-from utils.data.batch_plan import PADDING_SAMPLE
 from utils.data.loaders import build_layout
+from utils.data.order import PADDING_SAMPLE
 from utils.data.packing import IGNORED, BestFitLayout, best_fit_decreasing
 from utils.data.token_dataset import TokenDataset, open_split
 

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, SMALL, environment, flags, metrics, run, script, train_losses
 from safetensors.torch import load_file
 
-from utils.hardware import fast_bf16
+from training.hardware import fast_bf16
 
 pytestmark = pytest.mark.slow
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]

@@ -23,10 +23,10 @@ from preparation.cleaning.cleaning import CleaningOptions, clean_documents
 from preparation.recipe import PrepareConfig
 from preparation.selection.deduplication import digest, is_validation
 from preparation.stream import TextStream
+from training.batch_plan import BatchPlan, plan_batches
 from training.stream_loader import StreamLoader, check_stream_options, describe_stream, iter_rows
 from utils.cli import UserError
 from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan, plan_batches
 from utils.data.packing import IGNORED
 from utils.objectives.causal import collate
 

@@ -18,11 +18,9 @@ PYTHON = [path for path in TRACKED if path.suffix == ".py"]
 LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
-def test_functions_and_modules_stay_short():
+def test_functions_stay_short():
     for path in PYTHON:
         source = path.read_text(encoding="utf-8")
-        if path.is_relative_to(ROOT / "utils"):
-            assert len(source.splitlines()) <= 300, path
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = node.end_lineno - node.lineno + 1

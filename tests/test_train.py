@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train as train_module
 from training.monitoring.tracking import draw_losses
-from utils.data.batch_plan import sample_ids
+from utils.data.order import sample_ids
 from utils.data.packing import IGNORED, PackedLayout
 from utils.data.token_dataset import open_split
 

@@ -8,14 +8,22 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from training.batch_plan import BatchPlan
 from training.optimization.schedule import resolve_max_steps
 from training.parallel.context_parallel import collate_columns
 from training.stream_loader import StreamLoader, check_stream_options
 from utils.checkpoints import TrainState
 from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan
-from utils.data.collation import EVALUATION_SEED, CollatedRows, Collator, Layout
-from utils.data.loaders import build_evaluation_loader, build_layout, build_train_loader, to_tensors
+from utils.data.loaders import (
+    EVALUATION_SEED,
+    CollatedRows,
+    Collator,
+    Layout,
+    build_evaluation_loader,
+    build_layout,
+    build_train_loader,
+    to_tensors,
+)
 from utils.data.token_dataset import load_manifest, open_split
 from utils.model.build import pad_token_id
 
@@ -75,7 +83,7 @@ class TrainingData:
         config, plan = self.config, self.plan
         if self.train_rows is not None:
             return build_train_loader(
-                self.train_rows, self._collate, plan, samples_seen=state.samples_seen, seed=config.seed,
+                self.train_rows, self._collate, plan.micro_batch * plan.data_parallel_size, samples_seen=state.samples_seen, seed=config.seed,
                 num_workers=config.data.num_workers,
             )  # fmt: skip
         from preparation.stream import TextStream  # here: stored tokens need nothing that reads text

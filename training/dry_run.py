@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from training.batch_plan import BatchPlan
 from training.data import TrainingData
 from training.estimates import (
     BatchShapes,
@@ -15,23 +16,22 @@ from training.estimates import (
     estimate_memory,
     share_out,
 )
-from training.launch import describe_launch
-from training.parallel.sharding import ranks_per_copy
-from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan
-from utils.hardware import (
+from training.hardware import (
     HARDWARE,
     UTILISATION,
     duration,
     estimate_time,
     measure_flops_per_second,
     precision_of,
-    readable,
+    resolve_matmul_precision,
 )
-from utils.kernels import resolve_matmul_precision
+from training.launch import describe_launch
+from training.parallel.sharding import ranks_per_copy
+from training.parameters import is_norm
+from utils.config import TrainConfig
+from utils.files import readable
 from utils.model.adapters import without_adapters
 from utils.model.build import build_model, check_length
-from utils.model.initialization import is_norm
 from utils.objectives import Objective, build_objective, objective_module
 
 PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")

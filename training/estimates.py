@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from training.optimization.optimizers import OPTIMIZERS, build_optimizer
 from utils.config import OptimizerConfig
 from utils.model.adapters import without_adapters
-from utils.model.fake_copy import fake_copy
+from utils.model.modules import fake_copy
 from utils.objectives import Objective
 
 # A batch: name → a tensor, or only its shape (int64).

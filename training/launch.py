@@ -19,12 +19,12 @@ from accelerate.commands.config.config_args import ClusterConfig, default_config
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, PrecisionType, parse_flag_from_env
 
+from training.batch_plan import BatchPlan
+from training.hardware import fast_bf16
 from training.optimization.optimizers import OPTIMIZERS
 from utils.cli import LAUNCHER_PID, UserError, nearest, run_script
 from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan
 from utils.files import read_yaml
-from utils.hardware import fast_bf16
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 # The launch asks for these by a variable; accelerate may then do something else.

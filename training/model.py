@@ -6,12 +6,12 @@ from accelerate import Accelerator
 
 from training.data import TrainingData
 from training.dry_run import describe_model, describe_work
+from training.hardware import describe_kernels
 from training.parallel.context_parallel import use_context_parallel
 from training.parallel.sharding import keep_sums_in_fp32
+from training.parameters import describe_initialization
 from utils.config import TrainConfig
-from utils.kernels import describe_kernels
 from utils.model.build import check_length
-from utils.model.initialization import describe_initialization
 from utils.objectives import Objective, build_objective, check_documents_stay_apart
 
 

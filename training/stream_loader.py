@@ -17,11 +17,10 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from training.batch_plan import BatchPlan
 from utils.cli import UserError
 from utils.config import TrainConfig
-from utils.data.batch_plan import BatchPlan
-from utils.data.collation import Collator, RowGenerators
-from utils.data.loaders import ignore_signals
+from utils.data.loaders import Collator, RowGenerators, ignore_signals
 from utils.data.packing import IGNORED, Row
 
 # JSON. `describe_stream` reads `epoch`, `broken` and `last_broken`; the other keys belong to the stream.

@@ -27,7 +27,7 @@ from training.saving.checkpoint_writer import CheckpointWriter
 from training.saving.folders import new_checkpoint
 from utils.checkpoints import TrainState, find_problem, list_checkpoints
 from utils.config import CheckpointConfig, ScheduleConfig
-from utils.data.batch_plan import sample_ids
+from utils.data.order import sample_ids
 from utils.data.packing import PackedLayout
 from utils.data.token_dataset import open_split
 from utils.files import hash_file

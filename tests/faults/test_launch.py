@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, SMALL, flags, metrics, run, script, start, train, train_losses
 from processes import PATIENCE, Training, command
 
+from training.batch_plan import plan_batches
 from training.launch import SECTIONS, check_launch_file, describe_launch
 from utils.cli import UserError
-from utils.data.batch_plan import plan_batches
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
 

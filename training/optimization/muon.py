@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from utils.hardware import fast_bf16
+from training.hardware import fast_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's post
 ITERATIONS = 5

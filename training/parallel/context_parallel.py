@@ -20,9 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from utils.cli import UserError
-from utils.data.collation import Collator
+from utils.data.loaders import Collator
 from utils.data.packing import Batch
 from utils.kernels.head_loss import product_dtype
+from utils.model.modules import evaluating
 
 # Arguments that some models pass to their attention and this attention ignores.
 UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "s_aux")
@@ -164,9 +165,7 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
     several = torch.arange(length)[None] % (3 * context.size)  # documents, some in several pieces
     rows = [(several, {"row_position_ids": several}), (torch.arange(length)[None], {})]
     columns = torch.from_numpy(columns_of(context.rank, context.size, length))
-    was_training = objective.training
-    objective.eval()
-    with torch.no_grad():
+    with evaluating(objective), torch.no_grad():
         wanted = [objective.logits(input_ids=ids, position_ids=positions)[:, columns] for positions, _ in rows]
         # transformers makes no mask: the attention keeps documents apart, and a generated text is alone in its row.
         AttentionMaskInterface.register("context_parallel", lambda **_: None)
@@ -181,7 +180,6 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
                 raise UserError(
                     f"context parallelism: {type(model).__name__} computes other logits than on whole rows; {REMEDY}"
                 )
-    objective.train(was_training)
     context.group = group
 
 

@@ -1,28 +1,39 @@
-"""DataLoaders over a layout: accelerate hands each rank its slice of every batch."""
+"""DataLoaders: the rows of a layout, collated by an objective; accelerate gives each rank its slice of every batch.
+
+The order yields draws. A draw is one sample of one epoch: epoch × number of rows + row. Which tokens an objective hides
+or moves is random for each draw, but a pure function of (seed, draw): it depends neither on the split into micro-batches
+and processes nor on where a run was resumed.
+"""
 
 import multiprocessing
 import signal
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from utils.cli import UserError
-from utils.data.batch_plan import BatchPlan, EvaluationBatchSampler, TrainBatchSampler
-from utils.data.collation import EVALUATION_SEED, CollatedRows, Collator, Layout
+from utils.data.order import PADDING_SAMPLE, EvaluationBatchSampler, TrainBatchSampler
 from utils.data.packing import Batch, BestFitLayout, PackedLayout, PaddedLayout, document_windows
 from utils.data.token_dataset import TokenDataset
+
+Layout = PackedLayout | PaddedLayout
+# (rows as a layout gives them, a random generator per row) → what the model reads, and `targets`.
+Collator = Callable[[Batch, Sequence[np.random.Generator]], Batch]
+EVALUATION_SEED = 0  # independent of the run's seed: the evaluations of all runs hide the same tokens
 
 
 def build_layout(
     tokens: TokenDataset, layout: str, sequence_length: int, *, pad_token_id: int, vocab_size: int,
     fixed_length: bool = False,
 ) -> Layout:  # fmt: skip
-    """Rows of `sequence_length` positions, `layout` as in `DataConfig`; `UserError` if there is nothing to predict, or
-    an id that a model with `vocab_size` entries does not have. `fixed_length`: padded rows are no shorter either."""
+    """Rows of `sequence_length` positions, `layout` as in `DataConfig`. With `fixed_length`, padded rows have that many
+    positions too. `UserError` if there is nothing to predict, or a token id that is not below `vocab_size`."""
     if tokens.largest_id >= vocab_size:
         raise UserError(
-            f"the dataset holds token id {tokens.largest_id}, its tokenizer has {vocab_size} entries: the folder is "
-            "damaged, or put together from two; prepare it again"
+            f"the dataset holds token id {tokens.largest_id}, but its tokenizer has {vocab_size} entries: the folder is "
+            "damaged or mixes two datasets; prepare it again"
         )
     if not any((lengths > 1).any() for _, lengths in document_windows(tokens)):
         raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")
@@ -31,17 +42,49 @@ def build_layout(
     return (BestFitLayout if layout == "best_fit" else PackedLayout)(tokens, sequence_length)
 
 
+class RowGenerators(Sequence[np.random.Generator]):
+    """One random generator per draw, made on first use: most objectives need none."""
+
+    def __init__(self, seed: int, draws: Sequence[int]) -> None:
+        self.seed, self.draws = seed, draws
+        self.made: dict[int, np.random.Generator] = {}
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, index):  # type: ignore[override] # no slices
+        if index >= len(self.draws):
+            raise IndexError(index)
+        if index not in self.made:
+            self.made[index] = np.random.default_rng([self.seed, self.draws[index] + 1])  # a padding row's draw is -1
+        return self.made[index]
+
+
+class CollatedRows:
+    """A map-style dataset of draws, whose unit is the batch."""
+
+    def __init__(self, layout: Layout, collate: Collator, seed: int) -> None:
+        self.layout, self.collate, self.seed = layout, collate, seed
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __getitems__(self, draws: list[int]) -> Batch:
+        """The batch of `draws` (B,); PyTorch's loaders call this name for many samples at once."""
+        rows = [PADDING_SAMPLE if draw == PADDING_SAMPLE else draw % len(self.layout) for draw in draws]
+        return self.collate(self.layout.__getitems__(rows), RowGenerators(self.seed, draws))
+
+
 def build_train_loader(
-    layout: Layout, collate: Collator, plan: BatchPlan, *, samples_seen: int, seed: int, num_workers: int
+    layout: Layout, collate: Collator, batch_size: int, *, samples_seen: int, seed: int, num_workers: int
 ) -> DataLoader:
-    """Endless micro-batches from position `samples_seen`, `plan.accumulation` of them per step."""
-    batch_size = plan.micro_batch * plan.data_parallel_size
+    """Endless micro-batches of `batch_size` rows over all ranks, from position `samples_seen` of the sample order."""
     sampler = TrainBatchSampler(len(layout), batch_size, seed, samples_seen)
     return _build_loader(CollatedRows(layout, collate, seed), sampler, num_workers)
 
 
 def build_evaluation_loader(layout: Layout, collate: Collator, batch_size: int) -> DataLoader:
-    """Every row once, `batch_size` rows over all ranks at a time."""
+    """Every row once, in batches of `batch_size` rows over all ranks."""
     sampler = EvaluationBatchSampler(len(layout), batch_size)
     return _build_loader(CollatedRows(layout, collate, EVALUATION_SEED), sampler, num_workers=0)
 
@@ -57,18 +100,18 @@ def _build_loader(rows: CollatedRows, sampler, num_workers: int) -> DataLoader:
     )
 
 
+def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """The arrays as tensors that share their memory."""
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
 def ignore_signals(worker: int) -> None:
-    """For a loader's worker: Ctrl-C and a launcher's signals are for its parent, which ends it when all is saved."""
+    """In a loader's worker: Ctrl-C and a launcher's signals are for its parent, which ends it after the last save."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
 
 
 def end_workers() -> None:
-    """For the end of a script: workers that are stuck do not keep it, though they heed no other signal."""
+    """At the end of a script: kill workers that are stuck, as they ignore every other signal."""
     for child in multiprocessing.active_children():
         child.kill()
-
-
-def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    """The arrays' own memory as tensors."""
-    return {name: torch.from_numpy(values) for name, values in batch.items()}

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from utils.data.batch_plan import PADDING_SAMPLE
+from utils.data.order import PADDING_SAMPLE
 from utils.data.token_dataset import TokenDataset
 
 IGNORED = -100
@@ -239,13 +239,12 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
                     insort(spaces, rest)
                 groups[rest].append((first, bins))
     first_bin, bins_filled, items_each = np.array(steps, np.int64).reshape(-1, 3).T
-    bin_of_item = np.repeat(_ranges(first_bin, bins_filled), np.repeat(items_each, bins_filled))  # the longest first
+    bin_of_item = np.repeat(ranges(first_bin, bins_filled), np.repeat(items_each, bins_filled))  # the longest first
     by_length = np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")
     order = by_length[np.argsort(bin_of_item.astype(np.min_scalar_type(num_bins)), kind="stable")]
     return order, np.bincount(bin_of_item, minlength=num_bins)
 
 
-def _ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """first[i], first[i] + 1, ... (counts[i] numbers) for every i, end to end."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - (ends - counts), counts)
+def ranges(first: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """first[i], first[i] + 1, ... (sizes[i] numbers) for every i, end to end."""
+    return np.arange(sizes.sum()) + (first - sizes.cumsum() + sizes).repeat(sizes)

@@ -24,7 +24,7 @@ AUTO_MODELS = (
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 # Those of `model.attention` that `use_kernels` sets, when the device is known; until then the architecture's default.
-CHOSEN_LATER = {"auto": None, "blocked": None}
+DEFERRED_ATTENTION = {"auto": None, "blocked": None}
 # Our name of a size → its other names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
 
@@ -52,7 +52,7 @@ def build_model(
         try:
             model = auto_model.from_config(
                 architecture,
-                attn_implementation=CHOSEN_LATER.get(config.attention, config.attention),
+                attn_implementation=DEFERRED_ATTENTION.get(config.attention, config.attention),
                 dtype=torch.float32,
             )
         except Exception as error:  # each class checks in its own way
@@ -167,7 +167,7 @@ def load_model(
         architecture = architecture or read_config(name)
         model = read_weights(
             auto_model or saved_class(architecture), name, architecture,
-            attn_implementation=CHOSEN_LATER.get(attention, attention), dtype=torch.float32,
+            attn_implementation=DEFERRED_ATTENTION.get(attention, attention), dtype=torch.float32,
         )  # fmt: skip
     # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
     # inputs, and a resumed run is to equal the uninterrupted one.

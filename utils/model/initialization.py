@@ -1,8 +1,7 @@
-"""Initial weights by kind of parameter, and a summary of what they are."""
+"""Initial weights."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from utils.cli import UserError
 
 INITIAL_STD = 0.02
-# Ends of the names of the maps that write into the residual stream, of attention and MLP: llama and its kin, gpt2,
-# bert, modernbert, t5, gpt_neox.
+# Name endings of the linear layers of attention and MLP that write into the residual stream: llama and its relatives,
+# gpt2, bert, modernbert, t5, gpt_neox.
 RESIDUAL_PROJECTIONS = (
     ".o_proj", ".down_proj", ".c_proj", ".output.dense", ".Wo", ".o", ".wo", ".attention.dense", ".dense_4h_to_h"
 )  # fmt: skip
@@ -21,12 +20,12 @@ RESIDUAL_PROJECTIONS = (
 
 @torch.no_grad()
 def initialize_normal(model: nn.Module) -> None:
-    """Weights and embeddings N(0, 0.02) (GPT-2 and BERT's standard deviation), biases 0, norm weights 1."""
+    """Weights and embeddings N(0, 0.02) (the standard deviation of GPT-2 and BERT), biases 0, norm weights 1."""
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
             module.weight.normal_(0.0, INITIAL_STD)
         elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is not None:
-            module.weight.fill_(1.0)  # an RMSNorm of transformers is at its neutral value, with some 0, as it comes
+            module.weight.fill_(1.0)  # transformers makes its own RMSNorms neutral (some by 0)
         for name, parameter in module.named_parameters(recurse=False):
             if name.endswith("bias"):
                 parameter.zero_()
@@ -41,15 +40,15 @@ def initialize_gpt2(model: PreTrainedModel) -> None:
         projections = residual_projections(stack)
         if len(projections) < 2 * model.config.num_hidden_layers:
             raise UserError(
-                f"model.initialization gpt2: which maps of {type(model).__name__} write into the residual stream is not "
-                "known; choose model or normal"
+                f"model.initialization gpt2: the residual projections of {type(model).__name__} are not known; choose "
+                "model or normal"
             )
         for projection in projections:
             projection.weight.div_(math.sqrt(len(projections)))  # type: ignore[operator, union-attr]
 
 
 def residual_projections(model: nn.Module) -> list[nn.Module]:
-    """The linear maps of attention and MLP that write into the residual stream."""
+    """The linear layers of attention and MLP that write into the residual stream."""
     return [
         module for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and name.endswith(RESIDUAL_PROJECTIONS)
@@ -61,48 +60,3 @@ INITIALIZATIONS: dict[str, Callable[[PreTrainedModel], None]] = {
     "normal": initialize_normal,
     "gpt2": initialize_gpt2,
 }
-
-
-def is_norm(module: nn.Module) -> bool:
-    """LayerNorm or one of the RMSNorms, of which each architecture in transformers has its own class."""
-    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
-
-
-def iter_kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(kind, parameter) for each parameter, a shared one once: embedding, linear, residual projection, norm, bias,
-    other."""
-    residual = {id(module) for module in residual_projections(model)}
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if name.endswith("bias"):
-                kind = "bias"
-            elif is_norm(module):
-                kind = "norm"
-            elif isinstance(module, nn.Embedding):
-                kind = "embedding"
-            elif id(module) in residual:
-                kind = "residual projection"
-            else:
-                kind = "linear" if parameter.ndim >= 2 else "other"
-            yield kind, parameter
-
-
-@torch.no_grad()
-def describe_initialization(model: nn.Module) -> str:
-    """Mean and standard deviation of each kind of parameter, on one line."""
-    counts: defaultdict[str, int] = defaultdict(int)
-    sums: defaultdict[str, float] = defaultdict(float)
-    squares: defaultdict[str, float] = defaultdict(float)
-    for kind, parameter in iter_kinds(model):
-        counts[kind] += parameter.numel()
-        sums[kind] += float(parameter.sum(dtype=torch.float64))
-        squares[kind] += float(torch.linalg.vector_norm(parameter, dtype=torch.float64)) ** 2
-    parts = []
-    for kind, count in counts.items():
-        mean = sums[kind] / count
-        parts.append(f"{kind} {mean:.3f} ± {math.sqrt(max(0.0, squares[kind] / count - mean**2)):.4f}")
-    return "weights at the start, mean ± standard deviation: " + ", ".join(parts)

@@ -3,8 +3,8 @@
     AUTO_MODEL                            transformers' class that loads a model with the right head
     build_collator(config, tokenizer)     rows of the dataset → what the model reads and its targets
 
-The loss is the same for all: cross-entropy between the logits and the targets that stand at the same positions. The
-module `Objective` is what `accelerator.prepare` wraps, so autocast, DDP and sharding see every use of the parameters.
+All have the same loss: cross-entropy between the logits and the targets at the same positions. `accelerator.prepare`
+wraps the module `Objective`, so autocast, DDP and sharding see every use of the parameters.
 """
 
 import importlib
@@ -17,14 +17,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForMaskedLM
 
-from training.parallel.context_parallel import ContextGroup
 from utils.cli import UserError
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import use_kernels
 from utils.kernels.head_loss import head_loss
 from utils.model.adapters import without_adapters
-from utils.model.fake_copy import fake_copy
+from utils.model.modules import evaluating, fake_copy
 
 
 def objective_module(name: str) -> ModuleType:
@@ -35,7 +34,7 @@ def objective_module(name: str) -> ModuleType:
 def build_objective(
     model: nn.Module, objective: ObjectiveConfig, attention: str, kernels: KernelConfig, device: torch.device
 ) -> "Objective":
-    """`model` with its loss, computed by the kernels that suit both on `device`; for attention see `use_kernels`."""
+    """`model` with its loss, computed by the kernels that suit it on `device`; for `attention` see `use_kernels`."""
     use_kernels(without_adapters(model), attention, kernels, device)
     return Objective(model, objective, chunked_head=kernels.chunked_head and has_linear_head(model))
 
@@ -44,24 +43,24 @@ class Objective(nn.Module):
     """The model with its loss."""
 
     def __init__(self, model: nn.Module, config: ObjectiveConfig | None = None, *, chunked_head: bool = False) -> None:
-        """`chunked_head`: for a model of which `has_linear_head` is true."""
+        """`chunked_head`: only for a model with `has_linear_head`."""
         super().__init__()
         self.chunked_head = chunked_head
         self.model, self.config = model, config or ObjectiveConfig()
-        self.context: ContextGroup | None = None  # see `use_context_parallel`
+        self.context: Any = None  # set where ranks share the positions of a row; its `masks` go to the attention
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
         self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
 
     def forward(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """Summed cross-entropy in nats, an fp32 scalar; in training with label smoothing and z-loss, if asked for.
+        """Summed cross-entropy in nats, an fp32 scalar; in training with the configured label smoothing and z-loss.
 
         Args:
-            targets: (B, T); the token that the logits at each position are to give, -100 where there is none. Nothing
-                is shifted here.
-            inputs: what the model's own forward takes, such as input_ids (B, T). With `position_ids` (B, T), packed
-                rows, which restart at 0 with each document, and without a mask and a cache, transformers' decoders
-                keep the documents of a row apart; an encoder is given the mask that does so.
+            targets: (B, T); the token that the logits at each position should predict, -100 where there is none. No
+                hidden shift takes place.
+            inputs: what the model's own forward takes, such as input_ids (B, T). In packed rows `position_ids` (B, T)
+                restart at 0 with each document. By them, given neither mask nor cache, transformers' decoders keep
+                the documents of a row apart; an encoder gets a mask that does so.
 
         Label smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv 1512.00567). The z-loss
         adds weight × log²Z per target, Z being the softmax's normaliser (Chowdhery et al., 2022, arXiv 2204.02311).
@@ -70,7 +69,8 @@ class Objective(nn.Module):
         smoothing = self.config.label_smoothing if self.training else 0.0
         z_loss = self.config.z_loss if self.training else 0.0
         if self.chunked_head:
-            hidden = last_hidden_state(self.model, **self._seen(inputs)).flatten(0, 1)
+            backbone = without_adapters(self.model).base_model
+            hidden = backbone(**self._with_masks(inputs), use_cache=False).last_hidden_state.flatten(0, 1)  # (B × T, D)
             head = self.model.get_output_embeddings()  # type: ignore[operator]
             return head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss)
         logits = self.logits(**inputs).flatten(0, 1)
@@ -83,39 +83,34 @@ class Objective(nn.Module):
         """(B, T, V) fp32."""
         if self.is_encoder and "position_ids" in inputs:
             inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
-        return self.model(**self._seen(inputs), use_cache=False).logits.float()
+        return self.model(**self._with_masks(inputs), use_cache=False).logits.float()
 
-    def _seen(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the model takes, where the ranks of a group share a row's positions."""
+    def _with_masks(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs`, with the masks for ranks that share the positions of a row."""
         if self.context is None:
             return inputs
         rows = inputs.pop("row_position_ids", None)
         return {**inputs, "context_masks": self.context.masks(rows)}
 
-    def guess(self, **inputs: torch.Tensor) -> torch.Tensor:
+    def predict(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The likeliest token at each position, (B, T)."""
         return self.logits(**inputs).argmax(-1)
 
     def generate(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
-        """As transformers' `generate`, where the parameters are shared out over the ranks."""
+        """transformers' `generate`, as a method that FSDP gathers the parameters for."""
         return self.model.generate(*inputs, **options)  # type: ignore[operator]
 
     def tie_weights(self) -> None:
-        """For accelerate, which lays a model out anew to share it out."""
+        """accelerate calls this after it has made the parameters anew to shard them."""
         self.model.tie_weights()  # type: ignore[operator]
 
 
-def last_hidden_state(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
-    """What the head of a causal model reads, (B, T, D)."""
-    return without_adapters(model).base_model(**inputs, use_cache=False).last_hidden_state
-
-
 def has_linear_head(model: Any) -> bool:
-    """Whether the logits are one linear map of the last hidden state, and nothing else; by a short pass.
+    """Whether the logits are one linear map of the last hidden state, and nothing else; a short pass finds out.
 
-    Some architectures scale or bend their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a decoder).
-    Not the numbers are compared, which would show little in small logits, but the tensors themselves: a model on the meta
-    device has no numbers. There, what chooses by values (a mixture's router) counts as False.
+    Some architectures scale or cap their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a
+    decoder). The pass compares the tensors themselves, not their numbers: small logits would differ little, and a model
+    on the meta device has no numbers. On that device a model that computes by values (a mixture's router) counts as False.
     """
     bare, head = without_adapters(model), model.get_output_embeddings()
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
@@ -139,24 +134,23 @@ def _logits_are_the_heads(model: Any) -> bool:
             lambda _, inputs, output: seen.update(input=inputs[0], output=output)
         ),
     ]
-    was_training = model.training
     ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
-    logits = model.eval()(input_ids=ids, use_cache=False).logits
-    model.train(was_training)
+    with evaluating(model):
+        logits = model(input_ids=ids, use_cache=False).logits
     for hook in hooks:
         hook.remove()
     same = seen["input"].untyped_storage()._cdata == seen["hidden"].untyped_storage()._cdata
     same = same and seen["input"].shape == seen["hidden"].shape
-    return same and logits is seen["output"] and not logits._version  # which counts what is done in place
+    return same and logits is seen["output"] and not logits._version  # in-place operations count it up
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
     """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0.
 
-    A decoder in transformers keeps documents apart by their restarting `position_ids`, an encoder does not: give it
+    A decoder in transformers keeps documents apart by their restarting `position_ids`. An encoder does not: it needs
     this as `attention_mask`, along with `position_ids`. The mask is added to the scores: 0 where two positions belong
-    to one document, else the lowest fp32 number. transformers passes a mask of four dimensions on as it is, and eager
-    attention would add a boolean one as 0 and 1: the documents of a row would see each other without a word.
+    to one document, else the lowest fp32 number. It is not boolean, because transformers passes a mask of four
+    dimensions on unchanged, and eager attention would add 0 and 1: documents would silently see each other.
     """
     documents = (position_ids == 0).cumsum(-1)
     same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -164,9 +158,9 @@ def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
-    """`document_mask`; where some layers see a window only (ModernBERT), for each kind of layer its own.
+    """`document_mask`; for a model with layers that see only a window (ModernBERT), one mask per kind of layer.
 
-    transformers passes a mask of four dimensions on to all layers, and the window would be lost.
+    transformers passes a mask of four dimensions on to all layers, and would lose the window.
     """
     mask = document_mask(position_ids)
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
@@ -177,24 +171,20 @@ def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dic
 
 
 def check_documents_stay_apart(objective: Objective) -> None:
-    """`UserError` if a document's logits in a packed row are not those that it has alone; two short passes.
+    """`UserError` if a document's logits in a packed row differ from those that it has alone; two short passes.
 
-    With gradients, as in training: attention may take another way without.
-
-    A model that carries a state along the row, makes a mask of its own, or counts positions from another number than 0,
-    goes wrong without a word.
+    A model fails silently if it carries a state along the row, makes its own mask, or does not count positions from 0.
+    The passes are made with gradients, as in training: without them attention may compute in another way.
     """
-    was_training = objective.training
-    objective.eval()
     model: Any = objective.model
     window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
     length = 8 + (window or 0)  # longer than what a layer with a window sees
     device = next(objective.parameters()).device
     ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
     positions = torch.arange(2 * length, device=device)[None] % length
-    together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
-    alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
-    objective.train(was_training)
+    with evaluating(objective):
+        together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
+        alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
     difference = (together - alone).detach().abs().max()
     if not float(difference) <= 1e-3 * float(alone.detach().std()):
         raise UserError(

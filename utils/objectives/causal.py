@@ -7,7 +7,7 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from utils.config import ObjectiveConfig
-from utils.data.collation import Collator
+from utils.data.loaders import Collator
 from utils.data.packing import Batch
 
 AUTO_MODEL = AutoModelForCausalLM

@@ -8,8 +8,8 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from utils.config import FillInTheMiddleConfig, ObjectiveConfig
-from utils.data.collation import Collator
-from utils.data.packing import IGNORED, Batch
+from utils.data.loaders import Collator
+from utils.data.packing import IGNORED, Batch, ranges
 
 AUTO_MODEL = AutoModelForCausalLM
 SPELLINGS = [
@@ -101,8 +101,3 @@ def arrange(
     swapped = [(before, one), (behind, one), suffix, (fill, one), prefix, middle, (eos, one)]
     sources, sizes = np.where(suffix_first, np.array(swapped), np.array(plain)).transpose(1, 2, 0)
     return ranges(sources.ravel(), sizes.ravel())
-
-
-def ranges(first: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """first[i], first[i] + 1, ... (sizes[i] numbers) for every i, end to end."""
-    return np.arange(sizes.sum()) + (first - sizes.cumsum() + sizes).repeat(sizes)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from utils.cli import UserError
 from utils.config import ObjectiveConfig
-from utils.data.collation import Collator
+from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 
 AUTO_MODEL = AutoModelForCausalLM

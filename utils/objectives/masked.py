@@ -13,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.cli import UserError
 from utils.config import MaskedConfig, ObjectiveConfig
-from utils.data.collation import Collator
+from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 
 AUTO_MODEL = AutoModelForMaskedLM

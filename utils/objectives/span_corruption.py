@@ -8,7 +8,7 @@ import numpy as np
 from transformers import AutoModelForSeq2SeqLM
 
 from utils.config import ObjectiveConfig, SpanCorruptionConfig
-from utils.data.collation import Collator
+from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 from utils.model.build import pad_token_id
 

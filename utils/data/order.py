@@ -1,21 +1,18 @@
-"""Which samples make which batch: a pure function of (seed, samples seen), on any number of processes.
+"""The order of the samples: a pure function of (seed, samples seen), on any number of processes.
 
 The order of an epoch is a keyed permutation that is computed, not stored: a Feistel network over the next power of
-four, walked until it lands inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-Half a millisecond for 512 samples of 1e9, and no table in memory.
+four, repeated until it lands inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+It takes half a millisecond for 512 samples of 1e9, and no table in memory.
 """
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
-from utils.cli import UserError
-
 PADDING_SAMPLE = -1
 ROUNDS = 6
-SAMPLES_AHEAD = 4096  # computed at a time: for a few alone, the calls would cost more than the arithmetic
+SAMPLES_AHEAD = 4096  # computed at a time: for fewer, the calls would cost more than the arithmetic
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -25,7 +22,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
     keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
     values = index.astype(np.uint64)
     outside = np.ones(len(values), bool)
-    while outside.any():  # at most four steps are expected: the domain is less than four times the range
+    while outside.any():  # four steps on average at most: the domain is less than four times the range
         left, right = values[outside] >> np.uint64(half_bits), values[outside] & mask
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & mask)
@@ -52,46 +49,6 @@ def sample_ids(samples_seen: int, count: int, num_samples: int, seed: int) -> np
     return result
 
 
-@dataclass
-class BatchPlan:
-    """The split of the global batch: accumulation × data_parallel_size × micro_batch = global_batch_size."""
-
-    global_batch_size: int
-    micro_batch: int
-    data_parallel_size: int
-    accumulation: int
-    context_parallel_size: int = 1
-    """Ranks that read the same rows, each its share of their positions."""
-
-    @property
-    def num_processes(self) -> int:
-        return self.data_parallel_size * self.context_parallel_size
-
-
-def plan_batches(
-    global_batch_size: int, per_device_batch_size: int | None, num_processes: int, context_parallel_size: int = 1
-) -> BatchPlan:
-    """Split the global batch (sequences) over ranks and micro-batches; `UserError` names sizes that would fit."""
-    data_parallel_size = num_processes // context_parallel_size
-    ranks = "processes" if context_parallel_size == 1 else f"groups of {context_parallel_size} processes"
-    share, remainder = divmod(global_batch_size, data_parallel_size)
-    if remainder:
-        lower, upper = share * data_parallel_size, (share + 1) * data_parallel_size
-        fitting = f"{lower} or {upper}" if lower else f"{upper}"
-        raise UserError(
-            f"batch.global_batch_size {global_batch_size} cannot be shared by {data_parallel_size} {ranks}; "
-            f"{fitting} would fit"
-        )
-    micro_batch = per_device_batch_size or share
-    if share % micro_batch:
-        fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
-        raise UserError(
-            f"batch.per_device_batch_size {micro_batch} does not divide each process's share of {share} sequences "
-            f"(batch.global_batch_size {global_batch_size} over {data_parallel_size}); {fitting} would fit"
-        )
-    return BatchPlan(global_batch_size, micro_batch, data_parallel_size, share // micro_batch, context_parallel_size)
-
-
 class TrainBatchSampler:
     """Endless batches of `batch_size` draws (epoch × num_samples + sample id) from a position of the sample order.
 
@@ -113,7 +70,7 @@ class TrainBatchSampler:
 
 
 class EvaluationBatchSampler:
-    """Every sample once, in order; the last batch is filled up with `PADDING_SAMPLE`, so that ranks stay equal."""
+    """Every sample once, in order; `PADDING_SAMPLE` fills the last batch, so that all ranks have as many rows."""
 
     drop_last = False
 

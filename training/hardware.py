@@ -1,13 +1,16 @@
-"""How fast devices compute, and what that makes of a number of floating-point operations."""
+"""How devices compute: precision and kernels in use, peaks of named hardware, and the time that work will take."""
 
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers.activations import GELUTanh
 
-# Name → FLOP/s of dense matrix products by precision, and memory in GB. The vendor's figures; where it prints those for
-# sparse matrices, half of them. bf16 stands for fp16 too, with sums in fp32; tf32 for fp32 that may round its factors.
+from utils.kernels.dropout import FastDropout
+
+# Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
+# sparse matrices. bf16 also stands for fp16, with sums in fp32; tf32 for fp32 that may round its factors.
 # L4, RTX 4090: images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf,
 #   appendices A and C. A100: www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
 #   nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf. H100: resources.nvidia.com/en-us-tensor-core/
@@ -18,8 +21,8 @@ HARDWARE: dict[str, dict[str, float]] = {
     "A100 80GB": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80},
     "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
 }
-# Share of the peak that a training reaches. Llama 3 did with 38 to 43 % (Grattafiori et al., 2024, arXiv 2407.21783),
-# PaLM with 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
+# Share of the peak that training reaches. Llama 3 reached 38 to 43 % (Grattafiori et al., 2024, arXiv 2407.21783),
+# PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
 UTILISATION = 0.4
 MATMUL_SECONDS = 0.5
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -42,6 +45,30 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return any(present for name, present in cpu_capabilities().items() if "bf16" in name)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def resolve_matmul_precision(name: str, device: torch.device) -> str:
+    """torch's name of the option `matmul_precision`.
+
+    With "medium" torch leaves fp32 products on a CPU with AVX-512 to oneDNN, which on AMD's is twice as fast as MKL and as
+    exact; only with AMX would it round to bf16. Without AVX-512 it changes nothing (torch, aten/src/ATen/native/mkldnn).
+    """
+    if name != "auto":
+        return name
+    has = cpu_capabilities()
+    return "medium" if device.type == "cpu" and has.get("avx512_bw") and not has.get("amx_bf16") else "highest"
+
+
+def describe_kernels(objective: Any) -> str:
+    """The kernels in use, on one line."""
+    modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # not a dropout of 0
+    parts = [
+        f"attention {objective.model.config._attn_implementation}",
+        f"head {'chunked' if objective.chunked_head else 'with all logits'}",
+        *(["activation fused"] if GELUTanh in modules else []), *(["dropout fast"] if FastDropout in modules else []),
+        f"fp32 products {torch.get_float32_matmul_precision()}",
+    ]  # fmt: skip
+    return f"kernels: {', '.join(parts)}"
 
 
 def measure_flops_per_second(device: torch.device, mixed_precision: str) -> float:
@@ -72,13 +99,6 @@ def duration(seconds: float) -> str:
         if seconds >= length:
             return f"{_two_digits(seconds / length)} {unit}"
     return f"{_two_digits(seconds)} s"
-
-
-def readable(size: int, of: int | None = None) -> str:
-    """Bytes in the unit that suits them, or the sum that they are part `of`."""
-    if (of or size) < 1e7:
-        return f"{size / 1e6:.1f} MB"
-    return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
 def _two_digits(value: float) -> str:

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
-from utils.model.evaluating import evaluating
 
 from training.parallel.sharding import is_sharded
 from utils.config import TrainConfig
 from utils.data.packing import IGNORED
 from utils.evaluation import generate_text
+from utils.model.modules import evaluating
 from utils.objectives import Objective, objective_module
 
 
