@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from training.optimization.ema import WeightAverage
 from training.parallel.sharding import is_sharded
@@ -65,6 +66,7 @@ class CheckpointWriter:
             self._stager = DefaultStager(StagingOptions(
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
             ))  # fmt: skip
+        transformers_logging.disable_progress_bar()  # of each `save_pretrained`
         self._tokenizer_files: dict[Path, bytes] = {}
         if accelerator.is_main_process:
             # Read once: the tokenizer does not change, and may be in use while a checkpoint is written.
