@@ -19,25 +19,25 @@ class EvaluateConfig:
     model: str = "runs/demo"
     """Run folder (its best checkpoint), checkpoint folder or export folder."""
     dataset: str | None = None
-    """Dataset folder whose validation documents are scored. null: the run's own, where the model lies in a run."""
+    """Dataset folder whose validation documents are scored. null: the run's own, if the model is in a run folder."""
     text_file: str | None = None
-    """Score this UTF-8 text file, as one document, in place of a dataset."""
+    """UTF-8 text file to score, as one document, instead of a dataset."""
     sequence_length: Annotated[int, ">= 2"] | None = None
-    """Positions per row, in tokens. null: the run's own (an export's too), else the model's longest."""
+    """Positions per row, in tokens. null: as the run had it, also for its exports; else as many as the model can read."""
     batch_size: PositiveInt = 32
     """Sequences per batch."""
     prompt: str | None = None
-    """Text for the model to continue; empty: the start of a document. null: write nothing."""
+    """Text for the model to continue. Empty: the start of a document. null: generate nothing."""
     max_new_tokens: PositiveInt = 128
     """Longest continuation, in tokens."""
     temperature: NonNegativeFloat = 0.8
-    """Of the sampling; 0 takes the likeliest token."""
+    """Sampling temperature. 0 takes the likeliest token."""
     seed: NonNegativeInt = 1234
-    """Seed of the sampling."""
+    """Seed of the sampled text."""
     compare_with_xz: bool = False
     """Also compress the scored text with xz -9 and print its bits per byte."""
     report: str | None = None
-    """JSON file for the figures. null: print only."""
+    """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
         both = self.dataset is not None and self.text_file is not None
@@ -55,7 +55,6 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from preparation.tokenizer.encoding import Encoder
 from utils.checkpoints import resolve_checkpoint
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
@@ -80,7 +79,7 @@ def main(config: EvaluateConfig) -> None:
     folder, run, trained_on = locate(Path(config.model))
     dataset = config.dataset or trained_on
     if dataset is None and config.text_file is None and config.prompt is None:
-        raise UserError(f"{config.model} lies in no run, so say what to score: --dataset, --text_file or --prompt")
+        raise UserError(f"{config.model} is not in a run folder; say what to score: --dataset, --text_file or --prompt")
     if config.prompt is not None and run is not None and run.objective.name in NON_GENERATIVE:
         raise UserError(f"--prompt: a model of objective {run.objective.name} does not continue a text")
     if config.report is not None and not Path(config.report).resolve().parent.is_dir():
@@ -122,8 +121,10 @@ def main(config: EvaluateConfig) -> None:
 
 
 def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:
-    """The folder to load the model from, how the run scored that it lies in, or was exported from, and the dataset of the
-    run that it lies in."""
+    """The folder to load the model from; how its run, which may be that of an export, scored; and its run's dataset.
+
+    The last two are None for a model without a run, the dataset also for an export.
+    """
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         checkpoint = resolve_checkpoint(path)
         run_config = checkpoint.parent.parent / "config.yaml"
@@ -142,15 +143,15 @@ def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:
 
 
 def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:
-    """The validation documents of a dataset folder, and their length in bytes."""
+    """The validation documents of a dataset folder, and the length of their text in bytes."""
     manifest = load_manifest(dataset)
     if not covers_vocabulary(tokenizer, Path(dataset) / "tokenizer"):
-        raise UserError(f"{dataset} was made with another tokenizer than the model's; score text with --text_file")
+        raise UserError(f"{dataset} was made with another tokenizer than the model's; score its text with --text_file")
     return open_split(dataset, "validation"), manifest["splits"]["validation"]["bytes"]
 
 
 def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
-    """One document of tokens, and its length in bytes."""
+    """The text as one document of tokens, and its length in bytes."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -159,18 +160,26 @@ def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not text.strip():
         raise UserError(f"{path}: the file holds no text")
-    ids, _ = Encoder(tokenizer)([text])
+    ids = encode_document(text, tokenizer)
     return TokenDataset([ids], np.array([len(ids)])), len(text.encode())
+
+
+def encode_document(text: str, tokenizer: Any) -> np.ndarray:
+    """The ids that prepare_data.py stores for a document, (n,) uint32: the tokenizer's own, and an eos token at the end."""
+    ids = tokenizer.backend_tokenizer.encode(text).ids
+    if len(ids) <= 1 or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return np.array(ids, np.uint32)
 
 
 def score(
     config: EvaluateConfig, model: PreTrainedModel, tokenizer: Any, tokens: TokenDataset, num_bytes: int,
     run: ScoringConfig | None,
 ) -> dict[str, float]:  # fmt: skip
-    """Loss in nats per token, perplexity, bits per byte, and the number of target tokens."""
+    """Loss in nats per token, perplexity, number of target tokens; bits per byte if every token is a target."""
     length = config.sequence_length or (run.data.sequence_length if run else longest_sequence(model))
     if length == sys.maxsize:
-        raise UserError("the model has no longest sequence, and lies in no run; give --sequence_length")
+        raise UserError("the model has no longest sequence and is not in a run folder; give --sequence_length")
     if length > longest_sequence(model):
         raise UserError(f"sequence_length {length} is longer than the model's {longest_sequence(model)} positions")
     accelerator = Accelerator(
@@ -178,7 +187,7 @@ def score(
         dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     objective = objective_options(model, run)
-    if config.text_file is not None and objective.name == "instruction":  # all of a text counts
+    if config.text_file is not None and objective.name == "instruction":  # every token of a plain text counts
         objective = replace(objective, name="causal")
     collate = objective_module(objective.name).build_collator(objective, tokenizer)
     layout = build_layout(
@@ -193,7 +202,7 @@ def score(
 
 
 def objective_options(model: PreTrainedModel, run: ScoringConfig | None) -> ObjectiveConfig:
-    """The run's own objective; without a run, what a model with this head predicts."""
+    """The run's objective; without a run, the objective that suits the model's head."""
     if run is None:
         names = {"AutoModelForMaskedLM": "masked", "AutoModelForSeq2SeqLM": "span_corruption"}
         return ObjectiveConfig(name=names.get(saved_class(model.config).__name__, "causal"))  # type: ignore[arg-type]
@@ -201,7 +210,7 @@ def objective_options(model: PreTrainedModel, run: ScoringConfig | None) -> Obje
 
 
 def xz_bits_per_byte(tokens: TokenDataset, tokenizer: Any) -> float:
-    """What `xz -9` makes of the same documents, one after the other; needs a tokenizer that decodes exactly."""
+    """Compression of the same documents, end to end, by `xz -9`; exact if the tokenizer decodes exactly."""
     documents = [
         tokenizer.decode(tokens.read(int(start), int(stop)), skip_special_tokens=True)
         for start, stop in zip(tokens.offsets[:-1], tokens.offsets[1:], strict=True)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import SMALL, call, error_line, flags, run, script, train
+from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from evaluate import encode_document
+from preparation.tokenizer.encoding import Encoder
 from utils.config import ModelConfig
 from utils.data.token_dataset import load_manifest, open_split
 from utils.evaluation import evaluate, generate_text
@@ -129,6 +132,21 @@ def test_of_a_long_prompt_the_end_counts(finished_run):
         token = int(model(torch.tensor([end])).logits[0, -1].argmax())
     text = generate_text(model, tokenizer, prompt, max_new_tokens=20, temperature=0, seed=0)
     assert text == tokenizer.decode([*end, token], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    "template", [None, "$A", "<|endoftext|> $A", "$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>"]
+)
+def test_a_text_file_is_encoded_as_a_document_of_a_dataset(template, dataset):
+    """Reference: the encoder of prepare_data.py, with tokenizers that add eos in front, at the end, both or neither."""
+    tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
+    if template is not None:
+        special = [("<|endoftext|>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=special
+        )
+    for text in ("A hacker is", " \n", "", "x", "naïve 東京\n\n", "one<|endoftext|>two", "it ends<|endoftext|>"):
+        assert encode_document(text, tokenizer).tolist() == Encoder(tokenizer)([text])[0].tolist(), text
 
 
 def test_evaluate_scores_a_text_file(export, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, call, error_line, flags, script, train
+from conftest import SMALL, call, error_line, flags, train
 from safetensors.torch import load_file, save_file
 
 from utils.checkpoints import list_checkpoints
@@ -250,41 +250,20 @@ def weights_digest(folder: Path) -> bytes:
     return b"".join(hashlib.sha256(path.read_bytes()).digest() for path in sorted(folder.glob("*.safetensors")))
 
 
-# ---- Tokenizers out of bounds.
+# ---- Tokenizers.
 
 
-@pytest.mark.parametrize(
-    ("edit", "expected"),
-    [
-        (lambda saved: saved["model"]["vocab"].update({f"t{i}": i for i in range(4000)}), "of 6,050 entries"),
-        (lambda saved: saved["model"]["vocab"].update(t=4_000_000_000), "the token id 4,000,000,000"),
-        (lambda saved: saved["added_tokens"].append({"id": 4_000_000_000, "content": "t"}), "the token id 4,000,000,000"),
-        (lambda saved: saved.update(model=5), "has no vocabulary"),
-        (lambda saved: saved.update(decoder={"type": "hostile"}), "no tokenizer can be loaded from here"),
-    ],
-)  # fmt: skip
-def test_a_tokenizer_out_of_bounds_is_refused_before_it_is_built(edit, expected, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.pretrained.MAX_VOCABULARY", 6000)
+@pytest.mark.parametrize("values", [{"model": 5}, {"decoder": {"type": "hostile"}}], ids=str)
+def test_a_tokenizer_that_is_none_is_refused(values, dataset, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(dataset, changed)
-    path = changed / "tokenizer" / "tokenizer.json"
-    saved = json.loads(path.read_text())
-    edit(saved)
-    path.write_text(json.dumps(saved))
+    change(changed / "tokenizer" / "tokenizer.json", **values)
     settings = SMALL | {"output": tmp_path / "run", "data.dataset": changed}
-    assert expected in error_line("train.py", *flags(settings))
+    assert "no tokenizer can be loaded from here" in error_line("train.py", *flags(settings))
     options = ["--output", tmp_path / "data", "--sources", "[README.md, docs/]", "--validation_fraction", "0.3"]
-    assert expected in error_line("prepare_data.py", *options, "--tokenizer.pretrained", path.parent)
+    line = error_line("prepare_data.py", *options, "--tokenizer.pretrained", changed / "tokenizer")
+    assert "no tokenizer can be loaded from here" in line
     assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()
-
-
-def test_three_million_entries_are_not_even_parsed(dataset, tmp_path):
-    changed = tmp_path / "changed"
-    shutil.copytree(dataset, changed)
-    entries = ",".join(f'"t{number}":{number}' for number in range(3_000_000))
-    (changed / "tokenizer" / "tokenizer.json").write_text(f'{{"model": {{"type": "BPE", "vocab": {{{entries}}}}}}}')
-    line = error_line("train.py", *flags(SMALL | {"output": tmp_path / "run", "data.dataset": changed}))
-    assert "a tokenizer of some 3,000,003 entries; at most 1,048,576 are taken" in line
 
 
 # ---- Chat templates.
@@ -323,23 +302,18 @@ YAML = {
     "bomb": (BOMB, "alias *a: write out what it stands for"),
     "itself": ("a: &a [*a]", "alias *a: write out"),
     "deep": ("a: " + "[" * 1_000, "nested too deeply"),
-    "long": ("q8{]" * 20_000_000, "a configuration has at most 262,144"),
     "binary": ("\0\x01", "special characters are not allowed"),
-    "twice": ("seed: 1\nseed: 2", "line 2: 'seed' stands twice"),
+    "twice": ("seed: 1\nseed: 2", "line 2: duplicate key 'seed'"),
     "digits": ("seed: " + "9" * 5000, "Exceeds the limit"),
-    "value": ("seed: '" + "[" * 100_000 + "'", "a value of 100,000 characters"),
 }
 
 
 @pytest.mark.parametrize("case", YAML)
 @pytest.mark.timeout(60)
-def test_yaml_is_plain_and_short(case, finished_run, dataset, canary, tmp_path):
+def test_yaml_is_plain(case, finished_run, dataset, canary, tmp_path):
     text, expected = YAML[case]
     path = tmp_path / "config.yaml"
     path.write_text(text.replace("{canary}", str(canary)))
-    if case == "value":  # without the bound, the C parser ends the whole process
-        result = script("train.py", "--config", path, check=False)
-        assert result.returncode == 2 and expected in result.stderr
     assert expected in error_line("train.py", "--config", path)
     run = tmp_path / "run"
     shutil.copytree(finished_run, run, symlinks=True)
@@ -356,7 +330,6 @@ def test_yaml_is_plain_and_short(case, finished_run, dataset, canary, tmp_path):
         ('{"run": "x"}', "no section `data`"),
         ('{"run": {"data": {"sequence_length": NaN}}}', "Expected a int"),
         ('{"run": {"data": {}, "objective": {"name": "os"}}}', "objective.name: Expected a Literal"),
-        ('{"run": {"data": {"sequence_length": "' + "[" * 100_000 + '"}}}', "a value of 100,000 characters"),
     ],
 )
 def test_an_exports_report_is_checked(text, expected, export, tmp_path):
@@ -417,8 +390,6 @@ def test_a_datasets_manifest_is_checked(values, finished_run, dataset, tmp_path)
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"num_hidden_layers": 10**9}, "asks for 1,000,000,000 layers"),
-        ({"num_hidden_layers": -1}, "asks for -1 layers"),
         ({"hidden_size": 10**9}, "other shapes than its config.json says"),
         ({"num_attention_heads": 0}, "no model can be loaded from here"),
         ({"architectures": 5}, "which is no list"),
