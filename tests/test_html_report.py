@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from conftest import ROOT
 
-from preparation.cleaning.cleaning import CleaningOptions, clean_documents, expand_steps
-from preparation.recipe import DeduplicationConfig
-from preparation.report.html_report import collect_details, html_report
-from preparation.selection.deduplication import digest, sketch_documents
-from preparation.selection.selection import Selection, select_documents
+from preparation.cleaning.steps import clean_documents, expand_steps
+from preparation.recipe import CleaningConfig, DeduplicationConfig
+from preparation.report.page import collect_details, html_report
+from preparation.selection.duplicates import digest, sketch_documents
+from preparation.selection.splits import Selection, select_documents
 from preparation.stages import text_bytes
 
 RECORDS = [json.loads(line) for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()][
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 def prepared(documents: list[dict]) -> tuple[datasets.Dataset, np.ndarray, Selection]:
     """Documents cleaned and selected as prepare_data.py does it."""
     columns = {name: [item[name] for item in documents] for name in ("text", "source", "id")}
-    options = CleaningOptions(steps=("standard", "length"), min_characters=100)
+    options = CleaningConfig(steps=["standard", "length"], min_characters=100)
     cleaned = clean_documents(columns, options)
     for number, item in enumerate(documents):
         cleaned["reason"][number] = item.get("reason", cleaned["reason"][number])

@@ -15,7 +15,7 @@ import time
 import traceback
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -178,6 +178,12 @@ def _nearest(name: str, names: list[str], dashes: str) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     close = close or [option for option in names if option.endswith("." + name)][:1]
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name closest to `name`, as in "; did you mean X?"; "" if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def find_problems(config: object, section: str = "") -> list[str]:

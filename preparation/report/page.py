@@ -1,53 +1,139 @@
-"""report.html: what a text dataset went through, as one page that needs no other file, no script and no network."""
+"""report.html: how a text dataset was prepared, on one page without other files, scripts or network access."""
 
+import difflib
+import html
 import itertools
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
-from preparation.report.histograms import Histogram, even_steps, half_octaves, histogram
-from preparation.report.html_elements import (
-    PAGE,
-    STYLE,
-    Html,
-    bar,
-    cut,
-    difference,
-    element,
-    note,
-    percent,
-    shares,
-    table,
-)
-from preparation.report.report import table as console_table
-from preparation.selection.selection import Selection
+from preparation.report.card import table as console_table
+from preparation.selection.splits import Selection
 
-EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # of each reason; of each document
-CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; of each cluster; of each member
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # per reason; per document
+CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; per cluster; per member
 COMPARED_CHARACTERS = 4000  # of near duplicates, to find where they differ
-REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # that are listed; the language filter alone knows 180 reasons
-NAME, LINE = 60, 200  # characters of a source's name and of a line that a file decides, so that the page stays small
+COMPARED_WORDS = 500  # because the time of difflib is quadratic
+REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # listed at most; the language filter alone has 180 reasons
+NAME, LINE = 60, 200  # characters shown of a source's name and of other text from files, to keep the page small
+
+
+class Html(str):
+    """Markup. An element escapes any other string that it contains."""
+
+
+# HTML forbids control characters, so symbols for them (␀, ␛) replace them.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+
+
+def _html(content: object) -> str:
+    if isinstance(content, Html):
+        return content
+    if isinstance(content, int | np.integer):
+        return f"{content:,}"
+    # A file name may contain surrogates, for bytes that are not UTF-8, which cannot be written.
+    return html.escape(str(content).encode(errors="replace").decode().translate(CONTROLS))
+
+
+def element(tag: str, *content: object, **attributes: str) -> Html:
+    given = "".join(f' {name.rstrip("_")}="{_html(value)}"' for name, value in attributes.items())
+    return Html(f"<{tag}{given}>{''.join(map(_html, content))}</{tag}>")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], text_columns: int = 1) -> Html:
+    """The first `text_columns` columns hold text, the others numbers."""
+
+    def line(tag: str, cells: Sequence[object]) -> Html:
+        kinds = itertools.chain(["text"] * text_columns, itertools.repeat("figure"))
+        return element("tr", *(element(tag, cell, class_=kind) for cell, kind in zip(cells, kinds, strict=False)), "\n")
+
+    body = element("thead", line("th", head)), element("tbody", *(line("td", cells) for cells in rows))
+    return element("div", element("table", *body), class_="wide")
+
+
+def cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[:characters] + "…"
+
+
+def bar(label: object, part: float, of: float, class_: str = "train") -> Html:
+    """A label on a bar, `part` of `of` wide."""
+    return element("div", label, class_=f"bar {class_}", style=f"--w:{100 * part / max(of, 1e-9):.1f}%")
+
+
+def percent(part: float, total: float) -> str:
+    share = part / max(total, 1)
+    if share >= 0.01 or share == 0:
+        return f"{share:.1%}"
+    return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
+
+
+def shares(head: Sequence[str], counts: dict[str, int], *totals: int) -> Html:
+    """Counts and their shares of each of `totals`, the last share with a bar."""
+    rows = []
+    for name, count in counts.items():
+        *plain, last = (percent(count, total) for total in totals)
+        rows.append((name, count, *plain, bar(last, count, totals[-1])))
+    return table(head, rows)
+
+
+def note(text: str) -> Html:
+    return element("p", text, class_="note")
+
+
+def difference(kept: str, other: str, characters: int) -> Html:
+    """`other` from a little before its first difference: words only in `kept` are in <del>, words only in `other` in <ins>."""
+    old, new = (re.findall(r"\S+\s*", text)[:COMPARED_WORDS] for text in (kept, other))
+    matcher = difflib.SequenceMatcher(None, list(map(str.strip, old)), list(map(str.strip, new)), autojunk=False)
+    words: list[tuple[str, str]] = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind != "equal":
+            words += [("del", word) for word in old[a:b]]
+        words += [("" if kind == "equal" else "ins", word) for word in new[c:d]]
+    first = next((at for at, (kind, _) in enumerate(words) if kind), 0)
+    start = max(first - 8, 0)
+    parts: list[object] = ["… "] if start else []
+    for kind, run in itertools.groupby(words[start:], key=lambda word: word[0]):
+        text = cut("".join(word for _, word in run), characters)
+        parts += [element(kind, text.rstrip()), text[len(text.rstrip()) :]] if kind else [text]
+        characters -= len(text)
+        if characters <= 0:
+            break
+    return element("span", *parts)
+
+
+@dataclass
+class Histogram:
+    """The distribution of a value over the stored documents, by split."""
+
+    edges: np.ndarray
+    """(B + 1,): bin b holds values from edges[b] to below edges[b + 1]; the outer bins also hold values beyond them."""
+    counts: dict[str, np.ndarray]
+    """(B,) int64: documents in each bin."""
+    figures: dict[str, list[float]]
+    """Mean, median, 95th percentile, minimum, maximum."""
 
 
 @dataclass
 class Details:
-    """What the page shows and the manifest does not hold. Documents are mappings: text, source, id, bytes, fate."""
+    """What the page shows in addition to the manifest. Documents are mappings: text, source, id, bytes, fate."""
 
     sources: list[str]
     counts: dict[str, np.ndarray]
-    """By reason, the most frequent first, (sources,) int64: documents; "" stands for those that are kept."""
+    """Documents by reason, the most frequent first, (sources,) int64; the reason "" is for those that are kept."""
     examples: dict[str, list[dict[str, Any]]]
     """Dropped documents by reason."""
     kept: dict[str, list[dict[str, Any]]]
     """Documents for training, by source."""
     clusters: list[tuple[int, list[dict[str, Any]]]]
-    """Size of a near-duplicate cluster; the document that stands for it, and a few of the others."""
+    """Size of a near-duplicate cluster; its representative, and a few of its other documents."""
     cluster_sizes: np.ndarray
-    """(clusters,) int64: of all of them."""
+    """(clusters,) int64: of all clusters."""
     lengths: Histogram
     """Tokens per document."""
     ratios: Histogram
@@ -58,7 +144,7 @@ def collect_details(
     cleaned: datasets.Dataset, lengths: np.ndarray, selection: Selection, token_lengths: dict[str, np.ndarray],
     rows: dict[str, np.ndarray],
 ) -> Details:  # fmt: skip
-    """Count over all N documents, and fetch the texts of the few that the page shows (160 at most).
+    """Count over all N documents, and fetch the texts of the few that the page shows (at most 160).
 
     `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored document;
     `rows` (n,): its number in `cleaned`.
@@ -107,12 +193,32 @@ def collect_details(
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of `items`, evenly from the first to the last."""
+    """At most `count` of `items`, evenly spaced from the first to the last."""
     return items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
 
 
+def half_octaves(values: dict[str, np.ndarray]) -> np.ndarray:
+    """Edges 4, 6, 8, 11, 16, ... around all values, from a power of two to a power of two."""
+    low = math.floor(math.log2(min(array.min() for array in values.values())))
+    high = math.ceil(math.log2(max(array.max() for array in values.values()) + 1))
+    return np.unique(np.round(2 ** (np.arange(2 * low, 2 * high + 1) / 2))).astype(np.int64)
+
+
+def even_steps(values: dict[str, np.ndarray]) -> np.ndarray:
+    """Edges of about 16 bins around all values except one in two hundred on either side."""
+    least, greatest = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
+    step = 2.0 ** math.ceil(math.log2(max(greatest - least, 4) / 16))
+    return np.arange(math.floor(least / step), math.floor(greatest / step) + 2) * step
+
+
+def histogram(values: dict[str, np.ndarray], edges: np.ndarray) -> Histogram:
+    counts = {split: np.histogram(np.clip(array, edges[0], edges[-1]), edges)[0] for split, array in values.items()}
+    figures = {key: [float(array.mean()), *np.quantile(array, [0.5, 0.95, 0, 1])] for key, array in values.items()}
+    return Histogram(edges, counts, figures)
+
+
 def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
-    """The page, complete. The same arguments give the same text; what comes from documents or file names is escaped."""
+    """The complete page. The same arguments give the same text; text from documents and file names is escaped."""
     sections = {
         "Kept and dropped": _filtering(manifest, details), "Mixture": _mixture(manifest),
         "Distributions": _distributions(details), "Kept documents": _kept(details), "Dropped documents": _examples(details),
@@ -130,7 +236,7 @@ def _header(name: str, manifest: dict[str, Any]) -> Iterator[Html]:
     if manifest["stream"]:
         yield note(
             f"The training text is a stream: it is read, cleaned and tokenized while training, and not stored. All figures "
-            f"here are those of its head: the first documents of each source, {read:,} in all."
+            f"here describe its head: the first documents of each source, {read:,} in all."
         )
     kept = read - sum(manifest["dropped"].values())
     sums = {key: sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")}
@@ -139,7 +245,7 @@ def _header(name: str, manifest: dict[str, Any]) -> Iterator[Html]:
         ("documents kept", kept, f"{percent(kept, read)} of those read"),
         *((f"tokens, {split}", item["tokens"], f"{item['documents']:,} documents, {item['bytes'] / 1e6:,.2f} MB")
           for split, item in splits.items()),
-        ("bytes per token", f"{sums['bytes'] / max(sums['tokens'], 1):.2f}", "special tokens counted"),
+        ("bytes per token", f"{sums['bytes'] / max(sums['tokens'], 1):.2f}", "including special tokens"),
         ("tokenizer entries", manifest["tokenizer"]["vocab_size"], f"from {manifest['tokenizer']['from']}"),
     ]  # fmt: skip
     for what, figure, remark in tiles:
@@ -189,13 +295,13 @@ def _distributions(details: Details) -> Iterator[Html]:
         "div", _distribution("tokens per document", 0, details.lengths, spans),
         _distribution("bytes per token", 2, details.ratios, ranges), class_="halves",
     )  # fmt: skip
-    yield note("Documents as stored, a repeated one as often as it is; special tokens counted.")
+    yield note("Documents as stored, including repetitions and special tokens.")
 
 
 def _distribution(what: str, digits: int, histogram: Histogram, labels: list[str]) -> Html:
-    """Figures of each split, and its documents by bin, the splits side by side."""
+    """Statistics of each split, and its documents by bin, the splits side by side."""
     splits = list(histogram.counts)
-    names = ("mean", "median", "95th percentile", "least", "greatest")
+    names = ("mean", "median", "95th percentile", "minimum", "maximum")
     figures = [
         (name, *(f"{histogram.figures[split][at]:,.{digits}f}" for split in splits)) for at, name in enumerate(names)
     ]
@@ -216,7 +322,7 @@ def _kept(details: Details) -> Iterator[Html]:
 
 def _examples(details: Details) -> Iterator[Html]:
     reasons, shown = len(details.counts) - 1, len(details.examples)
-    yield note(f"Up to {EXAMPLES} documents, from all over the corpus, of {shown:,} of {reasons:,} reasons.")
+    yield note(f"Up to {EXAMPLES} documents from across the corpus for each of {shown:,} of {reasons:,} reasons.")
     for reason, documents in details.examples.items():
         yield _group(documents, element("b", reason), f" · {details.counts[reason].sum():,} dropped")
 
@@ -227,7 +333,7 @@ def _group(documents: list[dict[str, Any]], *heading: object) -> Html:
 
 
 def _excerpt(document: dict[str, Any], shown: Html | None = None, note: str = "") -> Html:
-    """The beginning of a document with its origin; `shown` in place of its text."""
+    """The beginning of a document, or `shown` instead, with its origin."""
     origin = f" · {cut(document['source'], NAME)} · {document['bytes']:,} bytes{note}"
     text = shown or document["text"] or element("i", "(no text)")
     caption = element("figcaption", element("code", cut(document["id"], 2 * NAME)), origin)
@@ -238,12 +344,13 @@ def _clusters(manifest: dict[str, Any], details: Details) -> Iterator[Html]:
     sizes = details.cluster_sizes
     if not len(sizes):
         off = manifest["options"]["deduplication"]["near_threshold"] is None
-        yield note("Near duplicates were not looked for." if off else "No near duplicates were found.")
+        yield note("The search for near duplicates was off." if off else "No near duplicates were found.")
         return
     yield note(
         f"{len(sizes):,} clusters hold {sizes.sum():,} documents, the largest {sizes.max():,}. The longest document of each "
-        f"is kept. Below, the {CLUSTERS} largest clusters and {CLUSTERS} others from all over the corpus: first what is kept, "
-        f"then others from where they first differ. Struck out is what only the kept one has, underlined what it has not."
+        f"is kept. Below are the {CLUSTERS} largest clusters and {CLUSTERS} others from across the corpus: first the kept "
+        f"document, then others from where they first differ. Text only in the kept one is struck out; text it lacks is "
+        f"underlined."
     )
     spans = {}
     for octave, count in enumerate(np.bincount(np.ceil(np.log2(sizes)).astype(np.int64)).tolist()):
@@ -266,9 +373,9 @@ def _tokenizer(manifest: dict[str, Any]) -> Iterator[Html]:
         for failure in item.get("round_trip_failures", [])[:FAILURES]:
             text = failure if isinstance(failure, str) else json.dumps(failure, ensure_ascii=False)
             failures.append((cut(source, NAME), cut(text, LINE)))
-    yield table(["source, by a sample of it", "bytes/token", "tokens/word", "unknown", "round trip"], rows)
+    yield table(["source (a sample)", "bytes/token", "tokens/word", "unknown", "round trip"], rows)
     if failures:
-        yield table(["source", "text that does not come back from its tokens"], failures, text_columns=2)
+        yield table(["source", "text that its tokens do not decode to"], failures, text_columns=2)
 
 
 def _recipe(manifest: dict[str, Any]) -> Iterator[Html]:
@@ -287,3 +394,49 @@ def _flatten(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, s
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, cut(json.dumps(value, ensure_ascii=False), 100 * LINE)
+
+
+# The policy keeps browsers from loading or running anything, whatever the page contains.
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+"""
+
+# Blue and vermilion, or sky blue and orange in dark mode: Okabe and Ito's colours (jfly.uni-koeln.de/color), which
+# colour-blind people can distinguish.
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2128; --soft: #59636e; --paper: #fff; --panel: #f5f7f9; --line: #d5dae0;
+  --train: #0072b2; --validation: #d55e00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa4af; --paper: #14181d; --panel: #1d232a;
+  --line: #353d47; --train: #56b4e9; --validation: #e69f00; } }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; font-weight: 400; margin: .5rem 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
+.note, figcaption, th, dt { color: var(--soft); font-size: .85rem; font-weight: 400; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; }
+dl div, figure { background: var(--panel); border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .75rem; }
+dd { margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
+dd.note { font-size: .85rem; }
+.halves, .thirds, .quarters { display: grid; gap: .75rem 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+.halves { --least: 24rem; } .halves table { table-layout: fixed; } .thirds { --least: 19rem; } .quarters { --least: 15rem; }
+.wide { overflow-x: auto; margin-bottom: 1.25rem; }
+table { border-spacing: 0; width: 100%; }
+th, td { padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+.figure { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+.text { min-width: 6.5rem; }
+.wide :is(th, td):first-child { position: sticky; left: 0; background: var(--paper); }
+th.figure { white-space: normal; vertical-align: bottom; }
+.bar { min-width: 4.5rem; padding: 0 .3rem; border-radius: .15rem; background: linear-gradient(
+  color-mix(in srgb, var(--bar) 38%, transparent) 0 0) no-repeat 0 / var(--w) 100%; }
+.bar.train { --bar: var(--train); } .bar.validation { --bar: var(--validation); }
+details { margin: 0 0 1.25rem; } summary { cursor: pointer; margin-bottom: .4rem; }
+figure { margin: 0; min-width: 0; }
+blockquote { margin: .4rem 0 0; max-height: 16rem; overflow: auto; white-space: pre-wrap; font-size: .9rem;
+  unicode-bidi: isolate; }
+ins, del { color: inherit; border-radius: .15rem; text-decoration-thickness: 2px; }
+ins { background: color-mix(in srgb, var(--train) 25%, transparent); text-decoration-color: var(--train); }
+del { background: color-mix(in srgb, var(--validation) 25%, transparent); text-decoration-color: var(--validation); }
+pre { overflow-x: auto; font-size: .8rem; overflow-wrap: normal; }
+"""
