@@ -17,48 +17,11 @@ from utils.data.token_dataset import FORMAT_VERSION
 VERSIONS = {"read": 1, "clean": 1, "sketch": 1, "select": 1, "tokenizer": 1, "encode": 1}
 WITHOUT_EFFECT = ("output", "num_proc", "check_hashes")  # options that do not change the result
 
-CODE_SUFFIXES = frozenset(
-    [
-        ".c",
-        ".h",
-        ".cc",
-        ".cpp",
-        ".cxx",
-        ".hpp",
-        ".cs",
-        ".css",
-        ".dart",
-        ".ex",
-        ".exs",
-        ".go",
-        ".hs",
-        ".java",
-        ".jl",
-        ".js",
-        ".jsx",
-        ".kt",
-        ".lua",
-        ".m",
-        ".ml",
-        ".php",
-        ".pl",
-        ".pm",
-        ".py",
-        ".r",
-        ".rb",
-        ".rs",
-        ".S",
-        ".s",
-        ".scala",
-        ".sh",
-        ".sql",
-        ".swift",
-        ".ts",
-        ".tsx",
-        ".vue",
-        ".zig",
-    ]
-)
+CODE_SUFFIXES = frozenset([
+    ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cs", ".css", ".dart", ".ex", ".exs", ".go", ".hs", ".java", ".jl", ".js",
+    ".jsx", ".kt", ".lua", ".m", ".ml", ".php", ".pl", ".pm", ".py", ".r", ".rb", ".rs", ".S", ".s", ".scala", ".sh", ".sql",
+    ".swift", ".ts", ".tsx", ".vue", ".zig",
+])  # fmt: skip
 NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
 
