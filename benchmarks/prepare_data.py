@@ -118,7 +118,7 @@ def cleaned_documents(arguments: argparse.Namespace) -> Any:
     import datasets
     import numpy as np
 
-    from preparation.selection.selection import Selection
+    from preparation.selection.splits import Selection
     from preparation.stages import load_slices
 
     stages = arguments.folder / ".dataset.stages"
@@ -171,8 +171,8 @@ def measure_encoding(arguments: argparse.Namespace, *, fast: bool) -> dict[str, 
     import datasets
 
     from preparation.stages import text_bytes
+    from preparation.tokenizer.build import load_tokenizer
     from preparation.tokenizer.encoding import build_encoder
-    from preparation.tokenizer.tokenization import load_tokenizer
     from prepare_data import THIS_MACHINE, encode_split
 
     datasets.disable_progress_bars()

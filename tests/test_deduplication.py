@@ -18,9 +18,9 @@ import pytest
 from conftest import ROOT, run
 from growth import growth
 
-from preparation.selection import contamination, deduplication
+from preparation.selection import contamination, duplicates
 from preparation.selection.contamination import build_index, find_contaminated
-from preparation.selection.deduplication import digest, find_near_duplicates, first_of_each, sketch_documents
+from preparation.selection.duplicates import digest, find_near_duplicates, first_of_each, sketch_documents
 from preparation.selection.shingles import hash_ngrams, hash_words, normalize, split_words
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]
@@ -245,9 +245,9 @@ def test_clusters_and_estimates_agree_with_exact_sets():
     for left, right in combinations(range(len(texts)), 2):
         exact = jaccard(shingles[left], shingles[right])
         errors.append(np.mean(signatures[left] == signatures[right]) - exact)
-        if exact >= deduplication.THRESHOLD - 0.12:  # three standard errors
+        if exact >= duplicates.THRESHOLD - 0.12:  # three standard errors
             parent[max(find(left), find(right))] = min(find(left), find(right))
-        if exact >= deduplication.THRESHOLD + 0.12:
+        if exact >= duplicates.THRESHOLD + 0.12:
             similar += 1
             missed += cluster[left] != cluster[right]
     within = [error for error in errors if error]
@@ -276,7 +276,7 @@ def test_a_chain_does_not_drop_what_is_unlike_the_document_kept():
     cluster = cluster_texts(texts)
     shingles = [plain_shingles(text, 3) for text in texts]
     similarity = [jaccard(shingles[left], shingles[right]) for left, right in enumerate(cluster)]
-    assert min(similarity) >= deduplication.THRESHOLD - deduplication.DRIFT - 0.12
+    assert min(similarity) >= duplicates.THRESHOLD - duplicates.DRIFT - 0.12
     assert (cluster != np.arange(len(texts))).any()
 
 
@@ -443,10 +443,10 @@ def test_the_cache_of_words_is_bounded_and_changes_nothing(monkeypatch):
     whole = hash_words(TEXTS[:300])[0]
     monkeypatch.setattr("preparation.selection.shingles.CACHED_WORDS", 100)
     monkeypatch.setattr(
-        "preparation.selection.shingles.WORD_HASHES", type(deduplication.hash_words.__globals__["WORD_HASHES"])()
+        "preparation.selection.shingles.WORD_HASHES", type(duplicates.hash_words.__globals__["WORD_HASHES"])()
     )
     assert (hash_words(TEXTS[:300])[0] == whole).all()
-    assert len(deduplication.hash_words.__globals__["WORD_HASHES"]) <= 100
+    assert len(duplicates.hash_words.__globals__["WORD_HASHES"]) <= 100
 
 
 def test_a_forked_worker_sketches_after_its_parent_did():
@@ -463,7 +463,7 @@ def test_signatures_mapped_from_arrow_give_what_arrays_give(tmp_path):
     texts, _ = planted_copies(0.05)
     signatures = sketch_all(texts)
     batches = [
-        pa.record_batch({"signature": pa.FixedSizeListArray.from_arrays(part.ravel(), deduplication.NUM_HASHES)})
+        pa.record_batch({"signature": pa.FixedSizeListArray.from_arrays(part.ravel(), duplicates.NUM_HASHES)})
         for part in signatures
     ]
     with pa.OSFile(str(tmp_path / "s.arrow"), "wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
@@ -471,7 +471,7 @@ def test_signatures_mapped_from_arrow_give_what_arrays_give(tmp_path):
             writer.write_batch(batch)
     column = pa.ipc.open_file(pa.memory_map(str(tmp_path / "s.arrow"))).read_all()["signature"]
     mapped = [
-        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, deduplication.NUM_HASHES) for chunk in column.chunks
+        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, duplicates.NUM_HASHES) for chunk in column.chunks
     ]
     lengths, candidates = np.array([len(text) for text in texts]), np.ones(len(texts), bool)
     expected = find_near_duplicates([np.concatenate(signatures)], lengths, candidates)
@@ -526,8 +526,8 @@ def test_a_million_equal_documents_of_one_word():
 
 def test_a_hundred_thousand_equal_or_distinct_signatures():
     """The clusters are right, and four times the documents cost some four times as much, not sixteen times."""
-    block = np.broadcast_to(sketch_documents(["word"]), (1000, deduplication.NUM_HASHES))
-    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, deduplication.NUM_HASHES), np.uint32)
+    block = np.broadcast_to(sketch_documents(["word"]), (1000, duplicates.NUM_HASHES))
+    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, duplicates.NUM_HASHES), np.uint32)
 
     def cluster_equal(count: int) -> None:
         assert (find_near_duplicates([block] * (count // 1000), np.full(count, 4), np.ones(count, bool)) == 0).all()

@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from html import escape
 from html.parser import HTMLParser
 
 import datasets
@@ -11,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
+from markupsafe import escape
 
-from preparation.cleaning.cleaning import CleaningOptions, clean_documents, expand_steps
-from preparation.recipe import DeduplicationConfig
-from preparation.report.html_report import collect_details, html_report
-from preparation.selection.deduplication import digest, sketch_documents
-from preparation.selection.selection import Selection, select_documents
+from preparation.cleaning.steps import clean_documents, expand_steps
+from preparation.recipe import CleaningConfig, DeduplicationConfig
+from preparation.report.page import collect_details, html_report
+from preparation.selection.duplicates import digest, sketch_documents
+from preparation.selection.splits import Selection, select_documents
 from preparation.stages import text_bytes
 
 RECORDS = [json.loads(line) for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()][
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 def prepared(documents: list[dict]) -> tuple[datasets.Dataset, np.ndarray, Selection]:
     """Documents cleaned and selected as prepare_data.py does it."""
     columns = {name: [item[name] for item in documents] for name in ("text", "source", "id")}
-    options = CleaningOptions(steps=("standard", "length"), min_characters=100)
+    options = CleaningConfig(steps=["standard", "length"], min_characters=100)
     cleaned = clean_documents(columns, options)
     for number, item in enumerate(documents):
         cleaned["reason"][number] = item.get("reason", cleaned["reason"][number])
@@ -210,7 +210,7 @@ def test_nothing_in_a_document_becomes_markup_and_nothing_is_fetched(documents):
     assert page.attributes <= {"lang", "charset", "name", "content", "http-equiv", "class", "style", "open", "dir"}
     assert "url(" not in text and "@import" not in text
     with pytest.raises(AssertionError):  # one place that is not escaped would be seen
-        Page(text.replace(escape(EVIL), EVIL, 1))
+        Page(text.replace(str(escape(EVIL)), EVIL, 1))
 
 
 def test_a_streams_report_speaks_of_its_head(documents):

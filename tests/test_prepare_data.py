@@ -17,8 +17,10 @@ import pytest
 from conftest import ROOT, VALIDATION_FRACTION, call, error_line
 from transformers import AutoTokenizer
 
-from preparation.cleaning.cleaning import clean_standard
-from preparation.selection.deduplication import digest, is_validation
+from preparation.cleaning.steps import clean_documents
+from preparation.recipe import CleaningConfig
+from preparation.selection.duplicates import digest_documents
+from preparation.selection.splits import is_held_out
 from utils.cli import UserError
 from utils.data.token_dataset import load_manifest, open_split
 
@@ -35,6 +37,10 @@ def prepare(folder: Path, *arguments: str | Path) -> str:
     return out
 
 
+def clean(texts: list[str]) -> list[str]:
+    return clean_documents({"text": texts, "source": texts, "id": texts}, CleaningConfig())["text"]
+
+
 def documents(folder: Path, split: str) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokens = open_split(folder, split)
@@ -45,7 +51,7 @@ def documents(folder: Path, split: str) -> list[str]:
 def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
     manifest = load_manifest(dataset)
-    cleaned = [clean_standard(text) for text in TEXTS]
+    cleaned = clean(TEXTS)
     found = {split: documents(dataset, split) for split in ("train", "validation")}
     assert len(TEXTS) == sum(map(len, found.values())) + sum(manifest["dropped"].values())
     for split, texts in found.items():
@@ -56,8 +62,8 @@ def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
         )  # in the order of the source, none twice
         assert len(texts) == manifest["splits"][split]["documents"]
         assert manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert (is_held_out(digest_documents(texts), VALIDATION_FRACTION) == (split == "validation")).all()
         for index, text in enumerate(texts):
-            assert is_validation(digest(text), VALIDATION_FRACTION) == (split == "validation")
             ids = tokens.read(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
             assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
@@ -104,10 +110,7 @@ def test_weights_and_mixtures(tmp_path):
     prepare(tmp_path / "out", "--sources", json.dumps(sources))
     prepare(tmp_path / "one", "--sources", json.dumps([source | {"weight": 1} for source in sources]))
     found, once = (Counter(documents(tmp_path / name, "train")) for name in ("out", "one"))
-    by_source = [
-        {clean_standard(text) for text in TEXTS[start:stop]} & set(once)
-        for start, stop in ((0, 300), (300, 900), (900, 1000))
-    ]
+    by_source = [set(clean(TEXTS[start:stop])) & set(once) for start, stop in ((0, 300), (300, 900), (900, 1000))]
     assert all(found[text] == 2 for text in by_source[0])
     halved = [found[text] for text in by_source[1]]
     assert set(halved) == {0, 1} and 0.4 < sum(halved) / len(halved) < 0.6
@@ -128,7 +131,7 @@ def test_dropped_documents_can_be_kept_for_reading(tmp_path):
 
 
 def test_every_format_and_a_folder_give_the_same_documents(tmp_path):
-    texts = [clean_standard(text) for text in TEXTS[100:140]]
+    texts = clean(TEXTS[100:140])
     folders = {kind: tmp_path / kind for kind in ("txt", "jsonl", "csv", "parquet")}
     for folder in folders.values():
         folder.mkdir()
@@ -155,7 +158,7 @@ def test_the_split_is_stable_when_documents_are_added(tmp_path):
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         prepare(tmp_path / name, "--sources", f"[{source}]")
         sides[name] = set(documents(tmp_path / name, "validation"))
-    assert sides["few"] == sides["more"] & {clean_standard(text) for text in TEXTS[200:300]}
+    assert sides["few"] == sides["more"] & set(clean(TEXTS[200:300]))
     assert 1 <= len(sides["few"]) <= 25
 
 
@@ -188,7 +191,7 @@ BAD_SOURCES = {  # source, what the error line must say
     "mixed": ("mixed.jsonl", "line 2: column 'text' holds int, not text"),
     "binary": ("binary.txt", "binary file"),
     "latin1": ("latin1.txt", "line 2: not UTF-8"),
-    "broken": ("broken.jsonl", "line 3: not a JSON record"),
+    "broken": ("broken.jsonl", "line 3: not JSON"),
     "numbers": ("numbers.jsonl", "line 1: column 'text' holds int, not text"),
     "other": ("other.csv", "line 2: no column 'text'; it has title, body"),
     "fake": ("fake.parquet", "cannot be read as parquet"),

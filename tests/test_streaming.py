@@ -17,11 +17,11 @@ from conftest import SMALL, call, error_line, flags, metrics, script, train, tra
 from processes import kill_at, weights
 from transformers import AutoTokenizer
 
-import preparation.lane_reader
 import preparation.stream
-from preparation.cleaning.cleaning import CleaningOptions, clean_documents
-from preparation.recipe import PrepareConfig
-from preparation.selection.deduplication import digest, is_validation
+from preparation.cleaning.steps import clean_documents
+from preparation.recipe import CleaningConfig, PrepareConfig
+from preparation.selection.duplicates import digest_documents
+from preparation.selection.splits import is_held_out
 from preparation.stream import TextStream
 from training.batch_plan import BatchPlan, plan_batches
 from training.stream_loader import StreamLoader, check_stream_options, describe_stream, iter_rows
@@ -50,9 +50,9 @@ def small_blocks(request, monkeypatch):
     """
     if "streamed" in request.fixturenames:
         return
-    monkeypatch.setattr(preparation.lane_reader, "BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(preparation.lane_reader, "READ_RECORDS", 5)
-    monkeypatch.setattr(preparation.lane_reader, "OPEN_SOURCES", 3)
+    monkeypatch.setattr(preparation.stream, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(preparation.stream, "READ_RECORDS", 5)
+    monkeypatch.setattr(preparation.stream, "OPEN_SOURCES", 3)
     monkeypatch.setattr(preparation.stream, "ENCODED_DOCUMENTS", 3)
 
 
@@ -102,8 +102,9 @@ def make_stream(dataset: Path, sources: list, lanes: int = LANES, seed: int = 5,
 def encode_plainly(dataset: Path, texts: list[str]) -> list[tuple[int, ...]]:
     """The training documents as the tokenizer itself encodes them, each with its end."""
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
-    cleaned = clean_documents({"text": texts, "source": [""] * len(texts), "id": texts}, CleaningOptions())["text"]
-    kept = [text for text in cleaned if not is_validation(digest(text), 0.1)]
+    cleaned = clean_documents({"text": texts, "source": [""] * len(texts), "id": texts}, CleaningConfig())["text"]
+    held_out = is_held_out(digest_documents(cleaned), 0.1)
+    kept = [text for text, held in zip(cleaned, held_out, strict=True) if not held]
     return [(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for text in kept]
 
 
@@ -380,6 +381,6 @@ def test_a_position_in_another_order_is_not_resumed(name, texts, dataset, tmp_pa
     sources = several_sources(tmp_path, texts)
     loader = make_loader(make_stream(dataset, sources))
     take(loader, 5)
-    monkeypatch.setattr(preparation.lane_reader, name, getattr(preparation.lane_reader, name) + 1)
+    monkeypatch.setattr(preparation.stream, name, getattr(preparation.stream, name) + 1)
     with pytest.raises(UserError, match="or this code reads them in another order"):
         make_loader(make_stream(dataset, sources), state=loader.state())

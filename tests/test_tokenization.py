@@ -15,7 +15,15 @@ from conftest import ROOT, environment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from preparation.recipe import TokenizerConfig
 from preparation.tokenizer import encoding
+from preparation.tokenizer.build import (
+    describe_tokenizer,
+    iter_sample,
+    load_tokenizer,
+    token_dtype,
+    train_tokenizer,
+)
 from preparation.tokenizer.encoding import (
     Encoder,
     build_encoder,
@@ -23,13 +31,6 @@ from preparation.tokenizer.encoding import (
     has_new_characters,
     iter_pieces,
     splits_at_spaces,
-)
-from preparation.tokenizer.tokenization import (
-    describe_tokenizer,
-    iter_sample,
-    load_tokenizer,
-    token_dtype,
-    train_tokenizer,
 )
 from utils.cli import UserError
 
@@ -197,18 +198,31 @@ def test_special_tokens_and_chat_template_survive_saving(tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 257}, "needs at least 258"),
-        ({"vocab_size": 258, "algorithm": "unigram"}, "needs at least 259"),
-        ({"vocab_size": 258, "special_tokens": ["<|x|>"]}, "needs at least 259"),
-        ({"vocab_size": 300, "special_tokens": ["<|pad|>"]}, "'<|pad|>' is there already"),
-        ({"vocab_size": 300, "special_tokens": ["<|x|>", "<|x|>"]}, "'<|x|>' is there already"),
-        ({"vocab_size": 300, "special_tokens": [" "]}, "' ' is empty"),
-        ({"vocab_size": 300, "chat_template": "{% for x in messages %}\n{{ x }"}, "chat_template: line 2"),
+        ({"vocab_size": 257}, "at least 258"),
+        ({"vocab_size": 258, "algorithm": "unigram"}, "at least 259"),
+        ({"vocab_size": 8, "algorithm": "wordpiece"}, "at least 9"),
+        ({"vocab_size": 258, "special_tokens": ["<|x|>"]}, "at least 259"),
+        ({"vocab_size": 2**31 + 1}, "at most 2^31"),
+        ({"special_tokens": ["<|pad|>"]}, "'<|pad|>' is listed or built in already"),
+        ({"special_tokens": ["<|x|>", "<|x|>"]}, "'<|x|>' is listed or built in already"),
+        ({"special_tokens": [" "]}, "' ' is empty"),
+        ({"special_tokens": ["<|x|>"], "pretrained": "gpt2"}, "only apply to a tokenizer trained here"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(options, message):
-    with pytest.raises(UserError, match=message.replace("|", r"\|")):
-        train_tokenizer([ENGLISH[:20]], **options)
+    (problem,) = TokenizerConfig(**options).problems()
+    assert problem.startswith("tokenizer.") and message in problem
+
+
+def test_tokens_that_only_the_template_knows_are_refused(tmp_path):
+    (tmp_path / "template").write_text("<|user|>{{ messages }}<|endoftext|><|bot|>")
+    (problem,) = TokenizerConfig(chat_template=str(tmp_path / "template"), special_tokens=["<|bot|>"]).problems()
+    assert "tokenizer.special_tokens lacks <|user|>" in problem
+
+
+def test_a_template_with_a_syntax_error_is_refused_with_its_line():
+    with pytest.raises(UserError, match="chat_template: line 2"):
+        train_tokenizer([ENGLISH[:20]], vocab_size=300, chat_template="{% for x in messages %}\n{{ x }")
 
 
 def test_the_smallest_vocabularies_are_respected():
@@ -224,7 +238,7 @@ def test_a_template_may_refuse_a_conversation():
 def test_training_is_the_same_in_every_process():
     texts = [*ENGLISH[:60], *JAPANESE]
     program = (
-        "import hashlib, json, sys; from preparation.tokenizer.tokenization import train_tokenizer\n"
+        "import hashlib, json, sys; from preparation.tokenizer.build import train_tokenizer\n"
         "for algorithm in ['bpe', 'unigram', 'wordpiece']:\n"
         "    tokenizer = train_tokenizer([json.loads(sys.argv[1])], algorithm=algorithm, vocab_size=700)\n"
         "    print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())"
@@ -365,7 +379,7 @@ def test_long_documents_are_cut_where_no_token_changes(folders, algorithm, monke
     tokenizer = load_tokenizer(str(folders[algorithm]))
     assert splits_at_spaces(tokenizer.backend_tokenizer)
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 40)
-    monkeypatch.setattr(encoding, "SLICE_CHARACTERS", 200)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 200)
     texts = all_texts(tokenizer)
     long = "".join(texts)
     pieces = list(iter_pieces(long))

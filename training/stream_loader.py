@@ -6,10 +6,12 @@ rows from each lane. So its rows depend neither on the number of processes (each
 where its next row begins; a checkpoint holds the cursors of all lanes.
 """
 
+from __future__ import annotations
+
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import fsspec.asyn
 import numpy as np
@@ -23,19 +25,11 @@ from utils.config import TrainConfig
 from utils.data.loaders import Collator, RowGenerators, ignore_signals
 from utils.data.packing import IGNORED, Row
 
-# JSON. `describe_stream` reads `epoch`, `broken` and `last_broken`; the other keys belong to the stream.
-Position = dict[str, Any]
+if TYPE_CHECKING:
+    from preparation.stream import EncodedDocument, Position
+
 # A document's position, and `token`, the number of its tokens in earlier rows.
 Cursor = dict[str, Any]
-
-
-class EncodedDocument(NamedTuple):
-    input_ids: np.ndarray
-    """(n,) with n ≥ 1."""
-    here: Position
-    """The position from which `documents` begins with this one."""
-    after: Position
-    """The position from which it begins with the next."""
 
 
 class DocumentStream(Protocol):
