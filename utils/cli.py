@@ -195,12 +195,6 @@ def _one_line(error: Exception, names: list[str]) -> str:
 # ---- Values
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name closest to `name`, as in "; did you mean X?"; "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def find_problems(config: object, section: str = "") -> list[str]:
     """One line for every value that is null, not finite or outside its type's bounds, and what `problems()` returns: the
     values of a section that do not go together, provided that each is valid by itself."""
