@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint_folders import hash_file
+from utils.files import hash_file
 
 from preparation.recipe import PrepareConfig
 from preparation.sources.source_config import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
