@@ -57,16 +57,16 @@ def load_training_state(
     checkpoint. `UserError` if the files do not belong to this model and optimizer.
     """
     record = read_json(checkpoint / "state.json")
-    groups = optimizer.param_groups
     try:
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         # A tensor's name is optimizer.state.NUMBER.…, with parameters numbered in the order of the groups.
         tensors = read_tensors(checkpoint, "optimizer", lambda name: parameters[int(name.split(".")[2])])
         for name, tensor in tensors.items():
             if not (torch.is_floating_point(tensor) or tensor.dtype == torch.uint8):
                 raise ValueError(f"{name} holds {tensor.dtype}")
         saved = join_tensors(record["optimizer"], tensors)
-        if [len(group["params"]) for group in saved["param_groups"]] != [len(group["params"]) for group in groups]:
+        sizes = [[len(group["params"]) for group in each] for each in (saved["param_groups"], optimizer.param_groups)]
+        if sizes[0] != sizes[1]:
             raise ValueError("it has other groups of parameters")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
         check_optimizer_state(optimizer)
@@ -82,9 +82,10 @@ def load_training_state(
         why = f"{type(error).__name__}: {short(error)}"
         raise UserError(f"{checkpoint} is not a checkpoint of this model and optimizer: {why}") from error
     # The learning rate is a function of the step, so a run that is to go further follows its new schedule at once.
-    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+    # (`load_state_dict` above has replaced the groups.)
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in groups]
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
