@@ -43,8 +43,7 @@ def make_copy(folder: Path, max_steps: int | None) -> Path:
 
 
 def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
-    """command → its stdout. A shell runs `make`, which launches by a file, and the first launch without one; all else is
-    forked."""
+    """command → its stdout. A shell runs `make`, the first launch with a file and the first without; all else is forked."""
     outputs: dict[str, str] = {}
     # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
     prefix = Path(sys.prefix)
@@ -54,7 +53,10 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
     try:
         for stamp in stamps:
             stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
-        by_shell = {words[0]: command for command in reversed(commands) if (words := command.split())[0] != "python"}
+        by_shell = {
+            (words[0], "--config_file" in words): command
+            for command in reversed(commands) if (words := command.split())[0] != "python"
+        }  # fmt: skip
         for command in commands:
             words = shlex.split(command)
             launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]
