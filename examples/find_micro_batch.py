@@ -1,8 +1,9 @@
-"""Which micro-batch is fastest on this device: try all that divide the recipe's global batch, which stays as it is.
+"""Find the fastest micro-batch on this device, among all that divide the recipe's global batch.
 
     accelerate launch examples/find_micro_batch.py --recipe configs/demo.yaml --num_processes 1
 
-Times forward and backward passes of growing micro-batches on the recipe's own rows, until memory ends.
+It times forward and backward passes of growing micro-batches on the recipe's own rows, until memory runs out.
+The global batch does not change.
 """
 
 import sys
@@ -22,9 +23,9 @@ class MicroBatchConfig:
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
     num_processes: int = 1
-    """Processes that will share the global batch. This script runs on one of them."""
+    """Number of processes that will train. This script itself runs on one."""
     repeats: int = 3
-    """Timed passes of each size, after one that is not; the median counts."""
+    """Timed passes per size, after one warm-up pass; the median counts."""
 
     def problems(self) -> list[str]:
         return at_least("", self, num_processes=1, repeats=1)
@@ -60,15 +61,15 @@ def main(config: MicroBatchConfig) -> None:
     accelerator = Accelerator(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     torch.set_float32_matmul_precision(resolve_matmul_precision(recipe.matmul_precision, accelerator.device))
     if accelerator.num_processes > 1:
-        raise UserError("find_micro_batch.py measures one device; launch it with --num_processes 1, and say with its own "
-                        "option --num_processes how many will train")  # fmt: skip
+        raise UserError("find_micro_batch.py measures one device; launch it with --num_processes 1, and give the "
+                        "number of processes that will train as its own option --num_processes")  # fmt: skip
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     kind = objective_module(recipe.objective.name)
     collate = kind.build_collator(recipe.objective, tokenizer)
     layout = build_layout(
         open_split(recipe.data.dataset, "train"), recipe.data.layout, recipe.data.sequence_length,
         pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
-        fixed_length=True,  # as in the longest batch
+        fixed_length=True,  # like the longest batch
     )  # fmt: skip
     rows = CollatedRows(layout, collate, recipe.seed)
     set_seed(recipe.seed)
@@ -84,12 +85,12 @@ def main(config: MicroBatchConfig) -> None:
     peaks: dict[int, int] = {}
     for size in [size for size in range(1, share + 1) if share % size == 0]:
         if wanted := memory_lacking(size, peaks, accelerator.device):
-            print(f"{size:>5}: would need some {wanted / 2**30:.1f} GiB, more than there is")
+            print(f"{size:>5}: would need about {wanted / 2**30:.1f} GiB, more than is available")
             break
         batch = send_to_device(to_tensors(rows.__getitems__(list(range(size)))), accelerator.device)
         try:
             seconds = [time_pass(accelerator, objective, batch) for _ in range(config.repeats + 1)][1:]
-            optimizer.step()  # not timed, as it is once per step; its state takes memory from here on
+            optimizer.step()  # not timed, because it runs once per step; its state takes memory from now on
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -105,7 +106,7 @@ def main(config: MicroBatchConfig) -> None:
         )
     if not found:
         raise UserError(
-            "not even one sequence fits; lower data.sequence_length, or set model.activation_checkpointing true"
+            "not even one sequence fits; lower data.sequence_length, or set model.activation_checkpointing to true"
         )
     best = min(found, key=lambda size: found[size])
     print(f"fastest: --batch.per_device_batch_size {best}")
@@ -127,15 +128,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory used so far; sizes only grow, so it is that of the last one."""
+    """The peak memory so far; sizes only grow, so it is that of the last one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_lacking(size: int, peaks: dict[int, int], device: torch.device) -> int:
-    """On a CPU, where the kernel would end the process: bytes that `size` would take if they are more than there are,
-    by the line through the last two sizes. Else 0."""
+    """Bytes that `size` would take, if that is more than is available; else 0.
+
+    Only on a CPU, where the kernel would kill the process. Extrapolates linearly from the last two sizes.
+    """
     if device.type != "cpu" or len(peaks) < 2:
         return 0
     (first, first_peak), (second, second_peak) = list(peaks.items())[-2:]

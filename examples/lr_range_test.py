@@ -1,9 +1,10 @@
-"""Which learning rates a recipe can bear: raise the rate a little with every step, and look at the loss.
+"""Find the learning rates at which a recipe stays stable: raise the rate with every step, and watch the loss.
 
     accelerate launch examples/lr_range_test.py --recipe configs/demo.yaml
 
-The learning-rate range test of Smith (2017, arXiv 1506.01186), with the recipe's model, data, batch and optimizer, on
-any number of processes. A peak learning rate of a third to a tenth of where the loss is lowest is a good first guess.
+This is the learning-rate range test of Smith (2017, arXiv 1506.01186). It uses the recipe's model, data, batch and
+optimizer, on any number of processes. A good first guess for the peak is a tenth to a third of the rate with the
+lowest loss.
 """
 
 import sys
@@ -23,15 +24,15 @@ class RangeTestConfig:
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
     min_learning_rate: float = 1e-5
-    """Where it begins."""
+    """First learning rate."""
     max_learning_rate: float = 1.0
-    """Where it ends, at the latest."""
+    """Last learning rate, unless the test ends earlier."""
     num_steps: int = 100
-    """Optimizer steps, at equal ratios."""
+    """Optimizer steps; the learning rate grows by the same factor at each."""
     stop_ratio: float = 1.5
-    """End when the smoothed loss is this many times its lowest."""
+    """End when the smoothed loss reaches this multiple of its minimum."""
     plot: str = "runs/lr_range.png"
-    """Image to write."""
+    """Image file to write."""
 
     def problems(self) -> list[str]:
         found = at_least("", self, num_steps=10)
@@ -68,12 +69,16 @@ SMOOTHING = 0.9  # of the exponential moving average of the loss
 def main(config: RangeTestConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
     if recipe.optimizer.name == "adafactor":
-        raise UserError("adafactor caps the learning rate at 1 / √step, so that raising it shows nothing; try another")
+        raise UserError(
+            "optimizer.name adafactor caps the learning rate at 1 / √step, so this test shows nothing; use another"
+        )
     if load_manifest(recipe.data.dataset).get("stream"):
         raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     if context_parallel_size(PartialState(cpu=use_cpu)) > 1:
-        raise UserError("lr_range_test.py does not share out rows; launch it without parallelism_config_cp_size")
+        raise UserError(
+            "lr_range_test.py does not support context parallelism; launch it without parallelism_config_cp_size"
+        )
     plan = plan_batches(
         recipe.batch.global_batch_size, recipe.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
     )
@@ -135,10 +140,10 @@ def main(config: RangeTestConfig) -> None:
 
 
 def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> None:
-    """Print where the loss was lowest, and plot it over the learning rate."""
+    """Print the learning rate with the lowest loss, and plot the loss over the learning rate."""
     finite = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if math.isfinite(loss)]
     if not finite:
-        raise UserError(f"the loss is not finite at {rates[0]:.1e} already; lower --min_learning_rate")
+        raise UserError(f"the loss is not finite even at {rates[0]:.1e}; lower --min_learning_rate")
     loss, lowest = min(finite)
     print(f"lowest smoothed loss {loss:.4f} at {lowest:.2e}; try a peak of {lowest / 10:.1e} to {lowest / 3:.1e}")
     axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()

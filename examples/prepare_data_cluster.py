@@ -1,18 +1,18 @@
-"""prepare_data.py on several machines: the same options, the same stages, the same bytes in the output folder.
+"""Run prepare_data.py on several machines: the same options, the same stages, the same bytes in the output folder.
 
     ray start --head                           # on the first machine
     ray start --address FIRST_MACHINE:6379     # on each of the others, at any time
-    python examples/prepare_data_cluster.py --config my_recipe.yaml     # on the first; without a cluster, on its cores
+    python examples/prepare_data_cluster.py --config my_recipe.yaml     # on the first; or without a cluster
 
-Runs on Ray (Apache-2.0; a wheel of 79 MB and six small packages, no spacy, no other torch or pyarrow), whose plain tasks
-are done again, three times at most, when their worker or machine is lost, and which gives work to machines that join
-later. datatrove has its own readers, order and format of tokens; Ray Data's blocks would have to be put in order again.
+All machines need the same Python packages. They also need a disk that they all see under the same paths, with these
+scripts, the sources and the output. Reading, cleaning, sketching, encoding and the search for evaluation text are cut
+into parts. A part is one Ray task and one Arrow file, numbered in the order of the documents. This process does what
+needs a view of the whole: it hashes the sources, finds duplicates (about 100 bytes of memory per document, and 528 of
+page cache for its sketch), trains the tokenizer on its sample, and joins the tokens.
 
-All machines need the same Python packages, and these scripts, the sources and the output on a disk that they all see
-under the same paths. Reading, cleaning, sketching, encoding and the search for evaluation text are cut into parts: one
-Ray task and one Arrow file each, numbered in the order of the documents. What needs a view of the whole stays with this
-process, which reads those files where they lie: it hashes the sources, finds duplicates (about 100 bytes of memory per
-document, and 528 of page cache for its sketch), trains the tokenizer on its sample, and joins the tokens.
+Why Ray (Apache-2.0; a wheel of 79 MB and six small packages, no other torch or pyarrow): it repeats a plain task up
+to three times when its worker or machine is lost, and gives work to machines that join later. datatrove has its own
+readers, order and token format. Ray Data's blocks would have to be sorted again.
 """
 
 import sys
@@ -30,34 +30,36 @@ from utils.cli import UserError, exit_with, parse_config, run_script
 
 def check_supported(config: PrepareConfig) -> None:
     if config.stream:
-        raise UserError("stream: there is little to prepare for a stream; use prepare_data.py")
+        raise UserError("stream: a stream needs little preparation; use prepare_data.py")
     if config.num_proc != 1:
-        raise UserError("num_proc is for one machine; here every CPU of the cluster takes a task at a time")
+        raise UserError(
+            "num_proc is for one machine; leave it out, because every CPU of the cluster takes one task at a time"
+        )
     for source in resolve_sources(config):
         if source.hub is not None:
             raise UserError(
-                f"sources: hub {source.hub} is not read by a cluster; download its files, and give their path"
+                f"sources: hub {source.hub} cannot be read on a cluster; download its files and give their path"
             )
 
 
 def check_cluster(address: str) -> None:
-    """Ray itself would knock for eight minutes where nobody is, and say so in many lines."""
+    """Fail at once: Ray itself would retry for eight minutes if nothing listens at the address."""
     host, _, port = address.rpartition(":")
     if "://" in address:
         raise UserError(
-            f"RAY_ADDRESS {address}: start this script on a machine of the cluster, with HOST:PORT or without"
+            f"RAY_ADDRESS {address}: start this script on a machine of the cluster, with HOST:PORT or no address"
         )
     if host:
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS {address}: no Ray there ({error}); `ray start --head` says its address"
+                f"RAY_ADDRESS {address}: no Ray cluster answers ({error}); `ray start --head` prints its address"
             ) from None
 
 
 def read_options() -> PrepareConfig:
-    """Exits with one line if an option is not supported or no cluster answers."""
+    """Exit with one line if an option is not supported or no cluster answers."""
     config = parse_config(PrepareConfig, __doc__)
     try:
         check_supported(config)
@@ -67,7 +69,7 @@ def read_options() -> PrepareConfig:
     return config
 
 
-config = read_options() if __name__ == "__main__" else None  # before the slow imports: Ray's take seconds
+config = read_options() if __name__ == "__main__" else None  # before the slow imports: Ray's takes seconds
 
 import itertools
 import json
@@ -95,14 +97,14 @@ try:
 except ImportError:
     exit_with("Ray is not installed; pip install -e '.[cluster]'")
 
-PART_BYTES = 256 << 20  # of source files that a task reads, small ones together
-PART_SLICES = 32  # of 8 MB of text, at most, that a task cleans, sketches or encodes
-PARTS_PER_CPU = 4  # at least, where there is so much text: all CPUs then end at about the same time
+PART_BYTES = 256 << 20  # of source files per task; small files are read together
+PART_SLICES = 32  # at most this many slices of 8 MB of text per task
+PARTS_PER_CPU = 4  # at least, if there is enough text, so that all CPUs end at about the same time
 
 
 def main(config: PrepareConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A task has one CPU. Relative paths stand in the documents' ids, so `run_part` goes to where this process is.
+    # A task has one CPU. The documents' ids contain relative paths, so `run_part` changes to this process's folder.
     environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     machines = sum(node["Alive"] for node in ray.nodes())
@@ -111,7 +113,7 @@ def main(config: PrepareConfig) -> None:
 
 
 def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> None:
-    """What `read_sources` does; a part is one file, or small ones that follow one another."""
+    """Like `read_sources`; a part is one file, or consecutive small ones."""
     parts = [(source, units) for source in sources for units in group_units(reading_units(source))]
     counts: dict[str, Any] = {
         "sources": {source.name: {"documents": 0, "bytes": 0} for source in sources},
@@ -134,7 +136,7 @@ def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> N
 
 
 def group_units(units: list[Path | None]) -> Iterator[list[Path | None]]:
-    """Reading units in their order, PART_BYTES together or one that is larger."""
+    """Reading units in order, in groups of PART_BYTES, or one larger unit alone."""
     sizes = [unit.stat().st_size if unit else 0 for unit in units]
     starts = np.cumsum(sizes) - sizes
     for _, group in itertools.groupby(zip(units, starts // PART_BYTES, strict=True), key=lambda pair: pair[1]):
@@ -145,7 +147,7 @@ def map_on_cluster(
     documents: datasets.Dataset, lengths: np.ndarray, function: Callable[[pa.Table], pa.Table], path: Path, *,
     features: datasets.Features, description: str, num_proc: int = 1,
 ) -> None:  # fmt: skip
-    """What `map_slices` does; a part is some of its slices."""
+    """Like `map_slices`; a part is a range of its slices."""
     slices = list(iter_slices(lengths))
     share = int(len(slices) / (PARTS_PER_CPU * max(1, ray.cluster_resources().get("CPU", 1))))
     size = min(max(1, share), PART_SLICES)
@@ -163,13 +165,15 @@ def map_on_cluster(
         pass
     written = len(load_slices(path))
     if written != len(documents):
-        raise UserError(f"{description}: {written} of {len(documents)} documents can be seen in {path.parent}; "
-                        "call again, and if it stays so, the disk does not show all machines the same")  # fmt: skip
+        raise UserError(f"{description}: {written} of {len(documents)} documents are visible in {path.parent}; "
+                        "call again. If this persists, the machines do not see the same disk")  # fmt: skip
 
 
 def run_parts(work: Callable[..., Any], parts: list[tuple], path: Path, description: str) -> Iterator[Any]:
-    """The results, in order, of `work(*part, folder)` for each part; what it writes as `folder`/NAME becomes
-    `path` with the part's number."""
+    """Yield the result of `work(*part, folder)` for each part, in order.
+
+    The file that it writes as `folder`/NAME becomes `path` with the part's number.
+    """
     shared = ray.put(work)  # once for all tasks
     tasks = [
         ray.remote(run_part).remote(shared, part, path.with_stem(f"{path.stem}-{number:06}"), path.name, os.getcwd())
@@ -182,18 +186,21 @@ def run_parts(work: Callable[..., Any], parts: list[tuple], path: Path, descript
         if isinstance(error.cause, UserError):
             raise error.cause from None
         if isinstance(error.cause, OSError | ImportError):
-            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same packages, "
-                            "and the same paths for these scripts, the sources and the output)") from None  # fmt: skip
+            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same "
+                            "packages, and the same paths for these scripts, the sources and the output)") from None  # fmt: skip
         raise
     except RayError as error:
-        raise UserError(f"{description}: the cluster has lost a part too often: {error}") from None
-    for left in path.parent.glob(".part-*"):  # of workers that were killed
+        raise UserError(f"{description}: the cluster lost the same part too often: {error}; call again") from None
+    for left in path.parent.glob(".part-*"):  # left by workers that were killed
         shutil.rmtree(left, ignore_errors=True)
 
 
 def run_part(work: Callable[..., Any], part: tuple, path: Path, name: str, cwd: str) -> Any:
-    """In a worker. The file appears under its number when it is complete, so that a part that is done again after its
-    worker was lost is there once; whoever does it writes the same."""
+    """Do one part, in a worker.
+
+    The file appears under its number only when it is complete. A part that is repeated after its worker was lost
+    therefore exists once, with the same content.
+    """
     os.chdir(cwd)
     folder = path.with_name(f".part-{uuid.uuid4().hex}")
     folder.mkdir()
