@@ -37,8 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # before the aim, one period of the targeted phase, and two more steps of the ranks after the launcher's death.
 STEPS_PER_KILL, DELAY = 12, 4
 OPTIONS = {
-    # Dropout, accumulation, evaluations between checkpoints: everything that a resumed run could get wrong. A checkpoint
-    # has 27 MB, so that writing and rotating it take long enough to be hit.
+    # Dropout, accumulation and evaluations between checkpoints are what a resumed run could get wrong. A checkpoint has
+    # 27 MB, so that writing and rotating it take long enough to be hit.
     "model.architecture": "gpt2", "model.dropout": 0.1, "data.sequence_length": 32, "batch.global_batch_size": 8,
     "batch.per_device_batch_size": 2, "checkpoint.every_steps": 5, "checkpoint.keep_last": 2, "evaluation.every_steps": 4,
     "tracking.log_every_steps": 1, "tracking.sample_every_steps": 0, "tracking.trackers": "[]",
