@@ -48,3 +48,14 @@ def test_the_pages_name_what_is_in_the_code():
             assert re.search(known, text, re.M), (page.name, name, target)
             found += 1
     assert found > 20
+
+
+def test_the_pages_name_paths_that_exist():
+    """Paths in backticks, except the one that a walk-through adds and one in another repository."""
+    missing, found = set(), 0
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")]:
+        folders = "utils|training|preparation|tests|configs|accelerate_configs|examples|benchmarks|launch|sample_data"
+        for path in re.findall(rf"`((?:{folders})/[^` {{}}]*)`", page.read_text(encoding="utf-8")):
+            found += 1
+            missing |= set() if (ROOT / path).exists() else {path}
+    assert missing == {"utils/objectives/prefix.py", "benchmarks/llama3_h100_202412_torchtitan.md"} and found > 30
