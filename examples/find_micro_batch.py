@@ -22,9 +22,9 @@ class MicroBatchConfig:
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
     num_processes: PositiveInt = 1
-    """Processes that will share the global batch. This script runs on one of them."""
+    """Number of processes that will train. This script itself runs on one."""
     repeats: PositiveInt = 3
-    """Timed passes of each size, after one that is not; the median counts."""
+    """Timed passes per size, after one warm-up pass; the median counts."""
 
 
 config = parse_config(MicroBatchConfig, __doc__) if __name__ == "__main__" else None

@@ -24,13 +24,13 @@ class RangeTestConfig:
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
     min_learning_rate: PositiveFloat = 1e-5
-    """Where it begins."""
+    """First learning rate."""
     max_learning_rate: float = 1.0
-    """Where it ends, at the latest."""
+    """Last learning rate, unless the test ends earlier."""
     num_steps: Annotated[int, ">= 10"] = 100
-    """Optimizer steps, at equal ratios."""
+    """Optimizer steps; the learning rate grows by the same factor at each."""
     stop_ratio: Annotated[float, "> 1"] = 1.5
-    """End when the smoothed loss is this many times its lowest."""
+    """End when the smoothed loss reaches this multiple of its minimum."""
     plot: str = "runs/lr_range.png"
     """Image to write."""
 
@@ -64,11 +64,15 @@ SMOOTHING = 0.9  # of the exponential moving average of the loss
 def main(config: RangeTestConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
     if recipe.optimizer.name == "adafactor":
-        raise UserError("adafactor caps the learning rate at 1 / √step, so that raising it shows nothing; try another")
+        raise UserError(
+            "optimizer.name adafactor caps the learning rate at 1 / √step, so this test shows nothing; use another"
+        )
     accelerator, plan = start_accelerator(recipe)
     at_exit.enter_context(orderly_end(accelerator))
     if plan.context_parallel_size > 1:
-        raise UserError("lr_range_test.py does not split rows; launch it without parallelism_config_cp_size")
+        raise UserError(
+            "lr_range_test.py does not support context parallelism; launch it without parallelism_config_cp_size"
+        )
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     task = objective_module(recipe.objective.name)
     data = TrainingData(recipe, accelerator, plan, tokenizer, task.build_collator(recipe.objective, tokenizer))

@@ -6,13 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from utils.files import hash_file
-
 from preparation.recipe import PrepareConfig
 from preparation.sources.source_config import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
 from preparation.stages import hash_json
 from utils.cli import UserError
 from utils.data.token_dataset import FORMAT_VERSION
+from utils.files import hash_file
 
 # Raise a stage's number when its result changes, so that results of older code are not reused.
 VERSIONS = {"read": 1, "clean": 1, "sketch": 1, "select": 1, "tokenizer": 1, "encode": 1}
