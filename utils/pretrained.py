@@ -7,7 +7,7 @@ it is a `UserError`.
 from pathlib import Path
 from typing import Any
 
-from utils.files import UserError, read_json
+from utils.files import UserError, read_json, short
 
 # transformers is imported where it is needed: it imports torch, two seconds that --help and a mistake need not wait for.
 
@@ -111,8 +111,3 @@ def _check_types(folder: Path, parameters: set[str]) -> None:
             for name in parameters.intersection(file.keys()):
                 if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
                     raise UserError(f"{path}: {name} holds {kind}; weights are one of {', '.join(FLOATS)}")
-
-
-def short(error: Exception) -> str:
-    """The beginning of a message, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
