@@ -109,7 +109,7 @@ MUTANTS = [
            "encode_document", "len(ids) <= 1 or ids[-1] != tokenizer.eos_token_id", "len(ids) <= 1",
            "test_a_text_file_is_encoded_as_a_document_of_a_dataset"),
     Mutant("a bound holds for every number",
-           "find_problems", "COMPARISONS[sign](value, float(limit))", "True",
+           "cli.py:find_problems", "COMPARISONS[sign](value, float(limit))", "True",
            "test_mistakes_on_the_command_line"),
     # ---- Rows
     Mutant("a token is its own target",

@@ -1,7 +1,6 @@
 """Tokenizers, configurations and weights that others saved. All calls of transformers' `from_pretrained` are here.
 
-A folder is data: none of its own code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`), and whatever is wrong with
-it is a `UserError`.
+A folder is data: none of its code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`); a fault is a `UserError`.
 """
 
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from utils.files import UserError, read_json, short
 
-# transformers is imported where it is needed: it imports torch, two seconds that --help and a mistake need not wait for.
+# transformers is imported inside functions: it imports torch, two seconds that --help and a mistake need not wait for.
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

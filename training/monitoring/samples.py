@@ -20,10 +20,15 @@ def write_sample(objective: Objective, tokenizer: Any, example: dict[str, torch.
     if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
         return write_predictions(objective, tokenizer, example)
     return generate_text(
-        objective.model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,  # type: ignore[arg-type]
-        max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
+        objective.model,  # type: ignore[arg-type]
+        tokenizer,
+        config.tracking.sample_prompt,
+        max_new_tokens=config.tracking.sample_max_new_tokens,
+        temperature=0.8,
+        seed=config.seed,
+        chat=config.objective.name == "instruction",
         generate=objective.generate,
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ position is the next token of the document, whichever row that token is in. Igno
 map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
 
 Every batch has `lengths` (B,) int64: the number of positions with tokens in each row, 0 for a `PADDING_SAMPLE`. If the
-tokens have a loss mask, the batch has `loss_mask`, aligned with `targets`, uint8: 1 for a target that may be trained on.
-The targets themselves stay: an objective decides what to do with the mask.
+tokens have a loss mask, the batch has `loss_mask`, aligned with `targets`, uint8: 1 for a target that may be trained
+on. The targets themselves stay: an objective decides what to do with the mask.
 """
 
 from bisect import bisect_left, insort
@@ -58,7 +58,7 @@ class PackedLayout:
         return self._batch(spans, stops, end - starts, ends)
 
     def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
-        """The batch of the token spans [start, stop), B × (T + 1) tokens in all: each row and the token that follows it.
+        """The batch of the token spans [start, stop), B × (T + 1) tokens in all: each row and the token behind it.
 
         In row i only the first used[i] tokens belong to documents. `ends` are the places behind each document's last
         token, counted over the (B, T) positions.

@@ -1,8 +1,8 @@
 """The token dataset on disk: a folder with `train/` and `validation/` (Arrow), `tokenizer/` and `manifest.json`.
 
-A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32). Conversations also
-have the column `loss_mask` (uint8), 1 on the assistant's tokens. There are no padding and no labels: rows of any length
-are laid out when training starts.
+A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32). Conversations
+also have the column `loss_mask` (uint8), 1 on the assistant's tokens. There are no padding and no labels: rows of any
+length are laid out when training starts.
 """
 
 import itertools

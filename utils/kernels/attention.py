@@ -30,8 +30,8 @@ def blocked_attention(
     Returns:
         (B, T, H, E), and no weights.
 
-    Long rows, evaluation, a cache and features of only some models are left to `sdpa`. Under autocast to bf16 the scores
-    are rounded to bf16 before the softmax, as in transformers' eager attention but not in sdpa.
+    Long rows, evaluation, a cache and features of only some models are left to `sdpa`. Under autocast to bf16 the
+    scores are rounded to bf16 before the softmax, as in transformers' eager attention but not in sdpa.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     length, seen = query.shape[2], key.shape[2]
@@ -42,7 +42,7 @@ def blocked_attention(
     )
     usual = plain_mask and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
     known = causal is not None and (length == seen or not causal)
-    # Without gradients sdpa keeps nothing. But a pass with dropout may be recomputed with gradients, by the same kernel.
+    # Without gradients sdpa keeps nothing. But a pass with dropout may be recomputed with gradients: same kernel.
     pays = (torch.is_grad_enabled() or dropout > 0) and max(length, seen) < LONGEST_BLOCKED
     if not (usual and known and pays):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]

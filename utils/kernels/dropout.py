@@ -23,7 +23,7 @@ def scale_kept(values: torch.Tensor, kept: torch.Tensor, probability: float) -> 
 
 
 class FastDropout(nn.Dropout):
-    """`nn.Dropout` with its probability rounded to 1/65,536; torch's own on other devices, and where it rounds to 0 or 1."""
+    """`nn.Dropout` with its probability rounded to 1/65,536; torch's own on GPUs, and where it rounds to 0 or 1."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not self.training or not 0 < round(self.p * RANDOM_VALUES) < RANDOM_VALUES or input.device.type != "cpu":

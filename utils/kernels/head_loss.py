@@ -8,8 +8,8 @@ from torch import nn
 
 from utils.data.packing import IGNORED
 
-# Rows whose logits are held at a time, and the most logits at a time (fp32: 64 MB). On a CPU more rows would not fit its
-# caches, and fewer would make its products slow.
+# Rows whose logits are held at a time, and the most logits at a time (fp32: 64 MB). On a CPU more rows would not fit
+# its caches, and fewer would make its products slow.
 ROWS_AT_ONCE, LOGITS_AT_ONCE = 512, 1 << 24
 
 
@@ -23,10 +23,10 @@ def head_loss(
         targets: (N,); -100 where there is none.
         label_smoothing, z_loss: as in `Objective.forward`.
 
-    The gradients are computed with the loss, so that nothing of size (N, V) is kept or computed twice, as in Liger-Kernel
-    (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32. Under fp16 the
-    gradients' products are in fp32 too: they precede the loss scaling that would keep them in fp16's range. Can be
-    differentiated once.
+    The gradients are computed with the loss, so that nothing of size (N, V) is kept or computed twice, as in
+    Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32.
+    Under fp16 the gradients' products are in fp32 too: they precede the loss scaling that would keep them in fp16's
+    range. Can be differentiated once.
     """
     with_gradients = torch.is_grad_enabled()
     dtype = product_dtype(hidden)

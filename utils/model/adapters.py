@@ -29,8 +29,8 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:
     if type(model).__name__ not in (model.config.architectures or []):
         saved = (model.config.architectures or ["a model without a head"])[0]
         raise UserError(
-            f"model.lora: {model.name_or_path} was saved as {saved}; the head of {type(model).__name__} would be new and "
-            "remain untrained. Train all weights (model.lora.rank 0)"
+            f"model.lora: {model.name_or_path} was saved as {saved}; the head of {type(model).__name__} would be new "
+            "and remain untrained. Train all weights (model.lora.rank 0)"
         )
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
     options = peft.LoraConfig(

@@ -24,7 +24,7 @@ AUTO_MODELS = (
     transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-# Values of `model.attention` that `use_kernels` applies when the device is known; until then the architecture's default.
+# Values of `model.attention` that `use_kernels` applies when the device is known; before, the architecture's default.
 DEFERRED_ATTENTION = {"auto": None, "blocked": None}
 # Our name of a size → further names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
@@ -58,8 +58,8 @@ def build_model(
             )
         except Exception as error:  # each class checks in its own way
             raise UserError(
-                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes or another architecture, "
-                "objective.name or model.attention"
+                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, or another "
+                "architecture, objective.name or model.attention"
             ) from None
         INITIALIZATIONS[config.initialization](model)
     model.config.update(special)
@@ -142,8 +142,8 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
     if entries > architecture.vocab_size:
         if config.lora.rank:
             raise UserError(
-                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}, and adapters do "
-                "not train the embedding: train all weights (model.lora.rank 0), or use data without new tokens"
+                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}, and adapters "
+                "do not train the embedding: train all weights (model.lora.rank 0), or use data without new tokens"
             )
         model.resize_token_embeddings(entries)
     return model
@@ -169,8 +169,8 @@ def load_model(
             auto_model or saved_class(architecture), name, architecture,
             attn_implementation=DEFERRED_ATTENTION.get(attention, attention), dtype=torch.float32,
         )  # fmt: skip
-    # From the mapped file into torch's own memory: the last bits of a product can depend on the alignment of its inputs,
-    # and a resumed run must equal the uninterrupted one.
+    # From the mapped file into torch's own memory: the last bits of a product can depend on the alignment of its
+    # inputs, and a resumed run must equal the uninterrupted one.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model

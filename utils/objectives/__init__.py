@@ -110,7 +110,7 @@ def has_linear_head(model: Any) -> bool:
 
     Some architectures scale or cap their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a
     decoder). The pass compares the tensors themselves, not their numbers: small logits would differ little, and a model
-    on the meta device has no numbers. On that device a model that computes by values (a mixture's router) counts as False.
+    on the meta device has none. On that device the answer for a model that computes by values (a router) is False.
     """
     bare, head = without_adapters(model), model.get_output_embeddings()
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:

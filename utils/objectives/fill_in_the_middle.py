@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: next tokens of documents with their middle moved last (Bavarian et al., 2022, arXiv 2207.14255)."""
+"""Fill-in-the-middle: next tokens of documents with the middle at the end (Bavarian et al., 2022, arXiv 2207.14255)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,9 +38,9 @@ class FillInTheMiddle:
         <prefix> prefix <suffix> suffix <middle> middle eos
         <prefix> <suffix> suffix <middle> prefix middle eos      with `suffix_first_rate`
 
-    The second order is the paper's SPM, variant 2 (appendix D), in which prefix and middle are contiguous. A document is
-    cut between tokens at two places, drawn uniformly and independently (the paper cuts between characters). The cut is
-    made in the row (the paper's context-level variant), so a piece of a document counts as a document.
+    The second order is the paper's SPM, variant 2 (appendix D), in which prefix and middle are contiguous. A document
+    is cut between tokens at two places, drawn uniformly and independently (the paper cuts between characters). The cut
+    is made in the row (the paper's context-level variant), so a piece of a document counts as a document.
 
     The row keeps its length: the sentinels, and an eos that the piece lacked, replace the last 3 or 4 tokens of its
     content, which are not learnt in this epoch. A bos or eos token in front stays there. A piece that would keep fewer

@@ -45,10 +45,10 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 class Masking:
     """Chooses tokens to predict, each independently with probability `mask_rate`, and hides most of them.
 
-    Of the chosen tokens `replace_rate` become the mask token, `random_rate` a random token, and the rest stay; the model
-    must predict all of them. Special tokens are neither chosen nor inserted. With `whole_words` all tokens of a word are
-    chosen together, at the same rate; each of them is then replaced independently, as in BERT's own whole word masking
-    (github.com/google-research/bert, create_pretraining_data.py). A row may end up without a target.
+    Of the chosen tokens `replace_rate` become the mask token, `random_rate` a random token, and the rest stay; the
+    model must predict all of them. Special tokens are neither chosen nor inserted. With `whole_words` all tokens of a
+    word are chosen together, at the same rate; each of them is then replaced independently, as in BERT's own whole word
+    masking (github.com/google-research/bert, create_pretraining_data.py). A row may end up without a target.
     """
 
     config: MaskedConfig
@@ -88,12 +88,12 @@ class Masking:
 
 
 def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two tables over the vocabulary, (V,) bool: tokens that may continue a word, tokens after which a word may continue.
+    """Two tables over the vocabulary, (V,) bool: tokens that may continue a word, tokens that a word may continue after.
 
     A token belongs to the word of the token before it if the first table holds for it and the second for that one.
-    WordPiece marks the tokens that continue a word. Other tokens continue one if they begin with a letter, digit or mark
-    and the token before ends with one; a space is part of the token (Ġ in byte-level vocabularies, ▁ in SentencePiece's).
-    In scripts without spaces each token is a word.
+    WordPiece marks the tokens that continue a word. Other tokens continue one if they begin with a letter, digit or
+    mark and the token before ends with one; a space is part of the token (Ġ in byte-level vocabularies, ▁ in
+    SentencePiece's). In scripts without spaces each token is a word.
     """
     model, vocabulary = tokenizer.backend_tokenizer.model, tokenizer.get_vocab()
     open_left, open_right = np.zeros_like(is_special), np.zeros_like(is_special)

@@ -1,4 +1,4 @@
-"""Span corruption: a decoder predicts the spans cut out of the encoder's text (Raffel et al., 2020, arXiv 1910.10683)."""
+"""Span corruption: a decoder predicts spans cut out of the encoder's text (Raffel et al., 2020, arXiv 1910.10683)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,9 +36,10 @@ class SpanCorruption:
     Text and spans follow T5's code (github.com/google-research/text-to-text-transfer-transformer, t5/data:
     preprocessors.py, `random_spans_noise_mask` and `span_corruption`; tasks.py). A row counts as one text even if it
     holds several documents, as T5 joins documents and cuts them into pieces of one length (`reduce_concat_tokens`,
-    `split_tokens`). The row's eos tokens stay in it as separators, except one at its end. The text begins with kept tokens
-    and ends with a span, so the target ends with eos, without the last sentinel of the paper's figures. All cuts with the
-    numbers of `counts` are equally likely. A text that would need more spans than there are sentinels has longer spans.
+    `split_tokens`). The row's eos tokens stay in it as separators, except one at its end. The text begins with kept
+    tokens and ends with a span, so the target ends with eos, without the last sentinel of the paper's figures. All cuts
+    with the numbers of `counts` are equally likely. A text that would need more spans than there are sentinels has
+    longer spans.
     """
 
     config: SpanCorruptionConfig
