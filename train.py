@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from training.batch_plan import plan_batches
+from training.checks import check_documents_stay_apart, check_length, check_tokenizer
 from training.dry_run import describe_model, describe_work, dry_run_report
 from training.hardware import describe_kernels, resolve_matmul_precision
 from training.launch_check import check_launch, check_launcher_file, context_parallel_size, describe_launch
@@ -67,14 +68,12 @@ from utils.data.token_dataset import load_manifest, open_split
 from utils.evaluation import evaluate
 from utils.model.build import (
     build_model,
-    check_length,
-    check_tokenizer,
     count_parameters,
     enable_activation_checkpointing,
     load_model,
     pad_token_id,
 )
-from utils.objectives import build_objective, check_documents_stay_apart, count_targets, objective_module
+from utils.objectives import build_objective, count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
 END_REASONS = ("max_steps", "early_stopping")  # all others are reasons to stop before the end

@@ -30,15 +30,18 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
         raise UserError(
-            f"dataset {folder} has format version {manifest.get('format_version')}, this Plainloop reads "
-            f"{FORMAT_VERSION}; prepare it again in a new folder"
+            f"dataset {folder} has format version {found}, but this Plainloop reads {FORMAT_VERSION}; prepare it again "
+            "in a new folder"
         )
-    splits = manifest.get("splits")
-    validation = splits.get("validation") if isinstance(splits, dict) else None
-    num_bytes = validation.get("bytes") if isinstance(validation, dict) else None
-    is_whole = isinstance(manifest.get("key"), str) and type(num_bytes) is int and 0 < num_bytes < 1 << 63
-    if not is_whole or (manifest.get("stream") and not isinstance(manifest.get("options"), dict)):
+    try:
+        num_bytes = manifest["splits"]["validation"]["bytes"]
+        is_whole = isinstance(manifest["key"], str) and type(num_bytes) is int and num_bytes > 0
+        is_whole = is_whole and (not manifest.get("stream") or isinstance(manifest["options"], dict))
+    except (KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
         raise UserError(f"{path}: is damaged; prepare the dataset again in a new folder")
     return manifest
 

@@ -216,18 +216,6 @@ def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
-def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
-    """`UserError` if the dataset's tokenizer is no longer the one that the checkpoint was trained with."""
-    trained, present = read_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
-    if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
-        token, number = differing[0]
-        raise UserError(
-            f"the dataset's tokenizer ({len(present)} entries) is not the one that {checkpoint} was trained with "
-            f"({len(trained)} entries); the first difference is at {number}, {token!r}; restore it, or choose another "
-            "--output"
-        )
-
-
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """The tokens that end a text, with a chat template also the one that ends the assistant's turn."""
     found = [tokenizer.eos_token_id]
@@ -255,11 +243,3 @@ def longest_sequence(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest -= int(module.padding_idx) + 1  # type: ignore[arg-type]
     return longest
-
-
-def check_length(model: Any, sequence_length: int) -> None:
-    if sequence_length > longest_sequence(model):
-        raise UserError(
-            f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
-            "model; lower it"
-        )
