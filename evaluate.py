@@ -23,7 +23,7 @@ class EvaluateConfig:
     text_file: str | None = None
     """UTF-8 text file to score, as one document, instead of a dataset."""
     sequence_length: Annotated[int, ">= 2"] | None = None
-    """Positions per row, in tokens. null: as the run had it, also for its exports; else as many as the model can read."""
+    """Positions per row, in tokens. null: as in the run, also for its exports; without a run all that the model has."""
     batch_size: PositiveInt = 32
     """Sequences per batch."""
     prompt: str | None = None
@@ -105,9 +105,8 @@ def main(config: EvaluateConfig) -> None:
         if config.compare_with_xz and "bits_per_byte" in report:
             report["xz_bits_per_byte"] = xz_bits_per_byte(tokens, tokenizer)
             saved = 1 - report["bits_per_byte"] / report["xz_bits_per_byte"]
-            print(
-                f"xz -9, same text: {report['xz_bits_per_byte']:.3f} bits per byte; the model needs {abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
-            )
+            needs = f"the model needs {abs(saved):.0%} {'less' if saved >= 0 else 'more'}"
+            print(f"xz -9, same text: {report['xz_bits_per_byte']:.3f} bits per byte; {needs}")
     if config.prompt is not None:
         if saved_class(model.config) is not AutoModelForCausalLM:
             raise UserError(f"--prompt: {type(model).__name__} does not continue a text")
@@ -165,7 +164,7 @@ def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
 
 
 def encode_document(text: str, tokenizer: Any) -> np.ndarray:
-    """The ids that prepare_data.py stores for a document, (n,) uint32: the tokenizer's own, and an eos token at the end."""
+    """The ids that prepare_data.py stores for a document, (n,) uint32: the tokenizer's own, then an eos token."""
     ids = tokenizer.backend_tokenizer.encode(text).ids
     if len(ids) <= 1 or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)

@@ -2,7 +2,7 @@
 
     python export.py --checkpoint runs/demo --output exports/demo
 
-The output folder opens with the `from_pretrained` of the Auto class that is printed; it appears only when its logits agree.
+`from_pretrained` of the Auto class that is printed opens the output folder, which appears only if its logits agree.
 """
 
 import json

@@ -233,8 +233,8 @@ def test_a_manifest_names_files_of_its_checkpoint_only(name, finished_run, datas
     ("base", "expected"),
     [
         ([], "holds list in place of dict"),
-        ({"name": 5, "sha256": None}, "does not say which weights"),
-        ({"name": "/etc/passwd", "sha256": "0"}, "which is not there"),
+        ({"name": 5, "sha256": None}, "does not name the weights"),
+        ({"name": "/etc/passwd", "sha256": "0"}, "which does not exist"),
         ("itself", "which holds adapters itself"),
     ],
 )

@@ -256,7 +256,7 @@ def test_ids_that_the_model_lacks_and_rows_longer_than_its_positions_are_refused
     content = file.read_bytes()
     assert content.count(piece.tobytes()) == 1
     file.write_bytes(content.replace(piece.tobytes(), np.full_like(piece, 60_000).tobytes()))
-    assert "token id 60000, its tokenizer has 2048 entries" in refuse(damaged)
+    assert "token id 60000, but its tokenizer has 2048 entries" in refuse(damaged)
 
     mixed = shutil.copytree(dataset, tmp_path / "mixed")  # the tokenizer of another dataset
     shutil.rmtree(mixed / "tokenizer")

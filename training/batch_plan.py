@@ -1,4 +1,4 @@
-"""The split of the global batch over ranks and micro-batches: accelerate fixes the ranks, the recipe the global batch."""
+"""The split of the global batch, which the recipe fixes, over the ranks of the launch and micro-batches."""
 
 from dataclasses import dataclass
 

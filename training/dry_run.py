@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from training.batch_plan import BatchPlan
+from training.checks import check_length
 from training.data import TrainingData
 from training.estimates import (
     BatchShapes,
@@ -31,7 +32,7 @@ from training.parameters import is_norm
 from utils.config import TrainConfig
 from utils.files import readable
 from utils.model.adapters import without_adapters
-from utils.model.build import build_model, check_length
+from utils.model.build import build_model
 from utils.objectives import Objective, build_objective, objective_module
 
 PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")

@@ -36,7 +36,7 @@ def precision_of(mixed_precision: str, matmul_precision: str) -> str:
 
 
 def cpu_capabilities() -> Mapping[str, Any]:
-    """Instructions of this CPU, such as `avx512_bf16`, and whether it has them; empty where torch does not say (2.9)."""
+    """Whether this CPU has instructions such as `avx512_bf16`, by name; empty where torch does not know (2.9)."""
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
@@ -50,8 +50,8 @@ def fast_bf16(device: torch.device) -> bool:
 def resolve_matmul_precision(name: str, device: torch.device) -> str:
     """torch's name of the option `matmul_precision`.
 
-    With "medium" torch leaves fp32 products on a CPU with AVX-512 to oneDNN, which on AMD's is twice as fast as MKL and as
-    exact; only with AMX would it round to bf16. Without AVX-512 it changes nothing (torch, aten/src/ATen/native/mkldnn).
+    With "medium" torch leaves fp32 products on a CPU with AVX-512 to oneDNN, twice as fast as MKL on AMD and as exact;
+    only with AMX would it round to bf16. Without AVX-512 it changes nothing (torch, aten/src/ATen/native/mkldnn).
     """
     if name != "auto":
         return name

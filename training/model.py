@@ -4,6 +4,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from training.checks import check_documents_stay_apart, check_length
 from training.data import TrainingData
 from training.dry_run import describe_model, describe_work
 from training.hardware import describe_kernels
@@ -11,8 +12,7 @@ from training.parallel.context_parallel import use_context_parallel
 from training.parallel.sharding import keep_sums_in_fp32
 from training.parameters import describe_initialization
 from utils.config import TrainConfig
-from utils.model.build import check_length
-from utils.objectives import Objective, build_objective, check_documents_stay_apart
+from utils.objectives import Objective, build_objective
 
 
 def build_training_objective(

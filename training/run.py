@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from training.checks import check_tokenizer
 from training.data import TrainingData
 from training.launch import describe_launch
 from training.monitoring.guards import check_limits, write_bad_batch
@@ -25,7 +26,7 @@ from utils.cli import UserError, at_exit
 from utils.config import TrainConfig
 from utils.data.loaders import end_workers
 from utils.evaluation import Evaluation
-from utils.model.build import check_tokenizer, count_parameters
+from utils.model.build import count_parameters
 
 END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
 

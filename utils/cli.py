@@ -196,8 +196,8 @@ def _one_line(error: Exception, names: list[str]) -> str:
 
 
 def find_problems(config: object, section: str = "") -> list[str]:
-    """One line for every value that is null, not finite or outside its type's bounds, and what `problems()` returns: the
-    values of a section that do not go together, provided that each is valid by itself."""
+    """One line for every value that is null, not finite or outside its type's bounds, and what `problems()` returns:
+    the values of a section that do not go together, provided that each is valid by itself."""
     nested: list[str] = []
     found: list[str] = []
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ def at_least(section: str, config: object, **minimum: float) -> list[str]:
 
 
 def parse_sections(cls: type[Config], values: Any, where: Path) -> Config:
-    """The sections of a run's configuration, read from the file `where`, that `cls` has; options it lacks get defaults."""
+    """The sections of a run's configuration, from the file `where`, that `cls` has; options it lacks get defaults."""
     if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
         raise UserError(f"{where}: is not a run's configuration (it has no section `data`)")
     names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]

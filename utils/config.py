@@ -1,7 +1,7 @@
 """The options of train.py: one dataclass per subject; each field's docstring is its `--help` text and gives its unit.
 
-The defaults train the demo's model on the demo's data with AdamW, so `train.py` runs without any option. Bounds stand in
-the types; `problems()` checks values against each other. "Step" means optimizer step everywhere.
+The defaults train the demo's model on the demo's data with AdamW, so `train.py` runs without any option. Bounds stand
+in the types; `problems()` checks values against each other. "Step" means optimizer step everywhere.
 """
 
 from dataclasses import dataclass, field
@@ -144,8 +144,8 @@ class ModelConfig:
     """llama, gpt2, bert, modernbert or t5. With `size` null also another `model_type` of transformers whose model has
     the head that the objective needs; check it with --dry_run."""
     size: str | None = "tiny"
-    """Sizes by name: llama tiny, 135m, 1b, 7b; gpt2 tiny, 124m, 355m, 774m, 1.5b; bert and modernbert tiny, base, large;
-    t5 tiny, small, base, large. null: the sizes below, or the architecture's own."""
+    """Sizes by name: llama tiny, 135m, 1b, 7b; gpt2 tiny, 124m, 355m, 774m, 1.5b; bert and modernbert tiny, base,
+    large; t5 tiny, small, base, large. null: the sizes below, or the architecture's own."""
     hidden_size: PositiveInt | None = None
     """Width of the residual stream (D). null, here and in the next four: as `size` says."""
     num_hidden_layers: PositiveInt | None = None
@@ -168,15 +168,15 @@ class ModelConfig:
     """model: the architecture's own. normal: weights N(0, 0.02), biases 0, norm weights 1. gpt2: the same, but
     projections into the residual stream are divided by the square root of their number."""
     attention: Literal["auto", "blocked", "sdpa", "eager"] = "auto"
-    """blocked: in training, on rows shorter than 1,024 positions, multiply each block of queries only with the keys that it
-    may see; elsewhere use sdpa. sdpa: torch's fused attention. eager: plain matrix products. auto: blocked on a CPU, else
-    sdpa; eager where the architecture has nothing else."""
+    """blocked: in training, on rows shorter than 1,024 positions, multiply each block of queries only with the keys
+    that it may see; elsewhere use sdpa. sdpa: torch's fused attention. eager: plain matrix products. auto: blocked on a
+    CPU, else sdpa; eager where the architecture has nothing else."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
     activation_checkpointing_every: PositiveInt = 1
     """Checkpoint every n-th block only; the others keep their activations. --dry_run shows what fits."""
     activation_offload: bool = False
-    """GPU only: keep the checkpointed inputs in host memory. Worth it for long sequences; costs two copies per block."""
+    """GPU only: keep the checkpointed inputs in host memory. Pays for long sequences; costs two copies per block."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def sizes(self) -> dict[str, int | None]:
@@ -224,8 +224,8 @@ class KernelConfig:
     """Faster implementations with the same results up to rounding; see utils/kernels/. Attention is model.attention."""
 
     chunked_head: bool = True
-    """Compute the loss for a chunk of rows at a time: all logits would be the largest tensor of a small model. Used where
-    the logits are one linear map of the last hidden state."""
+    """Compute the loss for a chunk of rows at a time: all logits would be the largest tensor of a small model. Used
+    where the logits are one linear map of the last hidden state."""
     fused_activation: bool = True
     """Compute GPT-2's gelu_new in one pass over memory, not eight."""
     fast_dropout: bool = True
@@ -245,7 +245,7 @@ class OptimizerConfig:
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay on matrices only, never on biases and norm weights. sgd adds it to the gradient instead."""
+    """Decoupled weight decay on matrices, never on biases and norm weights. sgd adds it to the gradient instead."""
     beta1: BelowOne = 0.9
     """Decay rate of the gradient's running mean. For adamw, adamw_8bit, and the AdamW part of muon."""
     beta2: BelowOne = 0.95
@@ -273,7 +273,7 @@ class ScheduleConfig:
     decay_steps: PositiveInt | None = None
     """warmup_stable_decay only: steps of the final decay. null: a fifth of all steps, or what the warm-up leaves."""
     min_learning_rate_ratio: Fraction = 0.0
-    """Learning rate at the last step, as a share of the peak. For inverse_sqrt: its lower limit. Not used by constant."""
+    """Learning rate at the last step, as a share of the peak. inverse_sqrt: a lower limit. constant: not used."""
     max_steps: PositiveInt | None = 800
     """Total optimizer steps. Give one of this, num_epochs and max_tokens, and null for the others."""
     num_epochs: PositiveFloat | None = None
@@ -284,9 +284,8 @@ class ScheduleConfig:
     def problems(self) -> list[str]:
         found = []
         if [self.max_steps, self.num_epochs, self.max_tokens].count(None) != 2:
-            found.append(
-                "give exactly one of schedule.max_steps, schedule.num_epochs and schedule.max_tokens (null for the others)"
-            )
+            names = "schedule.max_steps, schedule.num_epochs and schedule.max_tokens"
+            found.append(f"give exactly one of {names} (null for the others)")
         if self.decay_steps is not None:
             if self.shape != "warmup_stable_decay":
                 found.append(f"schedule.decay_steps is for shape warmup_stable_decay, not {self.shape}; leave it null")
@@ -387,13 +386,12 @@ class TrainConfig:
     seed: Annotated[int, ">= 0 and < 4294967296"] = 1234
     """Seed of the initial weights, the data order, dropout and the samples: 32 bits."""
     max_minutes: PositiveFloat | None = None
-    """Save and stop in time, so that this launch takes at most this long, counted from the start of its processes. null:
-    no limit."""
+    """Save and stop so that this launch takes at most this long, from the start of its processes. null: no limit."""
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: highest; but medium on a CPU with
-    AVX-512 and without AMX, where it selects a faster library that rounds no more."""
+    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: highest; but medium on a CPU
+    with AVX-512 and without AMX, where it selects a faster library that rounds no more."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

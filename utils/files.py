@@ -21,6 +21,11 @@ class UserError(Exception):
     """A mistake that the user can fix. The message names the file, option or record and says how."""
 
 
+def short(error: Exception) -> str:
+    """The beginning of a library's message, on one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class PlainLoader(yaml.SafeLoader):
     """Plain values only. Refuses aliases, by which a kilobyte becomes gigabytes, and duplicate keys, of which YAML
     silently takes the last."""

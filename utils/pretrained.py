@@ -1,15 +1,14 @@
 """Tokenizers, configurations and weights that others saved. All calls of transformers' `from_pretrained` are here.
 
-A folder is data: none of its own code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`), and whatever is wrong with
-it is a `UserError`.
+A folder is data: none of its code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`); a fault is a `UserError`.
 """
 
 from pathlib import Path
 from typing import Any
 
-from utils.files import UserError, read_json
+from utils.files import UserError, read_json, short
 
-# transformers is imported where it is needed: it imports torch, two seconds that --help and a mistake need not wait for.
+# transformers is imported inside functions: it imports torch, two seconds that --help and a mistake need not wait for.
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,8 +110,3 @@ def _check_types(folder: Path, parameters: set[str]) -> None:
             for name in parameters.intersection(file.keys()):
                 if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
                     raise UserError(f"{path}: {name} holds {kind}; weights are one of {', '.join(FLOATS)}")
-
-
-def short(error: Exception) -> str:
-    """The beginning of a message, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,8 +1,8 @@
 """DataLoaders: the rows of a layout, collated by an objective; accelerate gives each rank its slice of every batch.
 
 The order yields draws. A draw is one sample of one epoch: epoch × number of rows + row. Which tokens an objective hides
-or moves is random for each draw, but a pure function of (seed, draw): it depends neither on the split into micro-batches
-and processes nor on where a run was resumed.
+or moves is random for each draw, but a pure function of (seed, draw): it depends neither on the split into
+micro-batches and processes nor on where a run was resumed.
 """
 
 import multiprocessing
@@ -32,8 +32,8 @@ def build_layout(
     positions too. `UserError` if there is nothing to predict, or a token id that is not below `vocab_size`."""
     if tokens.largest_id >= vocab_size:
         raise UserError(
-            f"the dataset holds token id {tokens.largest_id}, but its tokenizer has {vocab_size} entries: the folder is "
-            "damaged or mixes two datasets; prepare it again"
+            f"the dataset holds token id {tokens.largest_id}, but its tokenizer has {vocab_size} entries: the folder "
+            "is damaged or mixes two datasets; prepare it again"
         )
     if not any((lengths > 1).any() for _, lengths in document_windows(tokens)):
         raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")

@@ -1,12 +1,12 @@
 """Layouts: how a stream of documents becomes rows of T positions.
 
-No layout loses a target: every token but its document's first is a target exactly once. The target of a row's last
-position is the token that follows it in the document, wherever that token itself is laid. Ignored targets are -100.
-A layout is a map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
+No layout loses a target: every token except its document's first is a target exactly once. The target of a row's last
+position is the next token of the document, whichever row that token is in. Ignored targets are -100. A layout is a
+map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
 
-Every batch has `lengths` (B,) int64: how many positions of a row hold tokens, 0 for a `PADDING_SAMPLE`. Where the tokens
-have a loss mask, it has `loss_mask`, aligned with `targets`, uint8: 1 where a target is one and may be trained on. The
-targets themselves stay: what to do with the mask is an objective's business.
+Every batch has `lengths` (B,) int64: the number of positions with tokens in each row, 0 for a `PADDING_SAMPLE`. If the
+tokens have a loss mask, the batch has `loss_mask`, aligned with `targets`, uint8: 1 for a target that may be trained
+on. The targets themselves stay: an objective decides what to do with the mask.
 """
 
 from bisect import bisect_left, insort
@@ -19,7 +19,7 @@ from utils.data.order import PADDING_SAMPLE
 from utils.data.token_dataset import TokenDataset
 
 IGNORED = -100
-WINDOW = 2**17  # documents laid out at a time, so that only what is kept grows; another number is another layout
+WINDOW = 2**17  # documents laid out at a time, which bounds temporary memory; another number is another layout
 Row = dict[str, np.ndarray]  # name → (T,)
 Batch = dict[str, np.ndarray]  # name → (B, T); `lengths` (B,)
 
@@ -28,7 +28,7 @@ class PackedLayout:
     """Documents end to end, cut every T tokens.
 
     A batch is `input_ids`, `targets` (the next token of the same document) and `position_ids`, each (B, T) int64.
-    `position_ids` restart at 0 with every document and every row, by which a model keeps documents apart. The free
+    `position_ids` restart at 0 with every document and every row; by them a model keeps documents apart. The free
     positions at the end of a row count as a document of their own.
     """
 
@@ -45,12 +45,12 @@ class PackedLayout:
         return self.tokens.num_tokens / (len(self) * self.sequence_length)
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """The rows `indices` (B,) as one batch; PyTorch's loaders ask for many samples at once by this name."""
+        """The rows `indices` (B,) as one batch; PyTorch's loaders call this name for many samples at once."""
         length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
         spans = [row * length if row != PADDING_SAMPLE else end for row in indices]
         stops = [start + length + 1 for start in spans]
         starts = np.array(spans)
-        # The documents that begin behind a row's first position, up to just behind its last; empty ones included.
+        # The documents that begin after a row's first position, up to just behind its last; empty ones included.
         first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
         counts = last - first
         ends = offsets[np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)]
@@ -58,10 +58,10 @@ class PackedLayout:
         return self._batch(spans, stops, end - starts, ends)
 
     def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
-        """The batch of the spans of tokens [start, stop), B × (T + 1) in all: each row with the one that follows it.
+        """The batch of the token spans [start, stop), B × (T + 1) tokens in all: each row and the token behind it.
 
-        In row i, the tokens behind the first used[i] are no document's. `ends` are the places behind each document's
-        last token, counted over the (B, T) positions.
+        In row i only the first used[i] tokens belong to documents. `ends` are the places behind each document's last
+        token, counted over the (B, T) positions.
         """
         length = self.sequence_length
         buffer = self.tokens.gather(starts, stops).reshape(-1, length + 1)
@@ -84,11 +84,11 @@ class PackedLayout:
 
 
 class BestFitLayout(PackedLayout):
-    """Whole documents; one longer than T is cut into full rows and a rest, which is laid like a whole document.
+    """Whole documents; one longer than T is cut into full rows and a rest, which is placed like a whole document.
 
-    In windows of consecutive documents, these go where they leave the least space, the longest first. Rows below
-    `num_shared` hold documents: row r those of members[first_member[r] : first_member[r + 1]], of a long one its rest.
-    The rows from there on are full rows of the long documents, first_full[i + 1] - first_full[i] of document long[i].
+    Within a window of consecutive documents, each goes where it leaves the least space, the longest first. Rows below
+    `num_shared` hold documents: row r those in members[first_member[r] : first_member[r + 1]], of a long one its rest.
+    The other rows are full rows of the long documents, first_full[i + 1] - first_full[i] of document long[i].
     """
 
     def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
@@ -140,7 +140,7 @@ class BestFitLayout(PackedLayout):
 
 
 class PaddedLayout:
-    """One document per row, one longer than T in as many rows as it needs; a batch is padded to its longest row.
+    """One document per row, or several rows for one longer than T; a batch is padded to its longest row.
 
     A batch is `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
     with 1 ≤ longest ≤ T; (B, T) with `fixed_length`.
@@ -151,7 +151,7 @@ class PaddedLayout:
     ) -> None:
         self.tokens, self.sequence_length, self.pad_token_id = tokens, sequence_length, pad_token_id
         self.fixed_length = fixed_length
-        # A document of n tokens has n - 1 targets. `rows` counts the rows before each document.
+        # A document of n tokens has n - 1 targets. rows[i] is the number of rows before document i.
         self.rows = np.zeros_like(tokens.offsets)
         self._num_inputs = 0
         for start, lengths in document_windows(tokens):
@@ -165,7 +165,7 @@ class PaddedLayout:
 
     @property
     def utilisation(self) -> float:
-        """The share of positions that would hold a token if every row were padded to T, at most 1."""
+        """The share of positions that would hold a token if all rows were padded to T, at most 1."""
         return self._num_inputs / (len(self) * self.sequence_length)
 
     def __getitems__(self, indices: list[int]) -> Batch:
@@ -176,7 +176,7 @@ class PaddedLayout:
         sizes = np.minimum(offsets[documents + 1] - starts, length + 1)  # with the target of a full row's last position
         padding = rows == PADDING_SAMPLE
         starts[padding], sizes[padding] = self.tokens.num_tokens, 0
-        lengths = sizes.clip(1, length)  # one position of a padding row is attended to: its softmax is defined
+        lengths = sizes.clip(1, length)  # attend to one position of a padding row, for a defined softmax
         width = length if self.fixed_length else int(lengths.max())
         spans = starts.tolist(), (starts + width + 1).tolist()
         buffer = self.tokens.gather(*spans).reshape(-1, width + 1).astype(np.int64)
@@ -194,7 +194,7 @@ class PaddedLayout:
 
 
 def document_windows(tokens: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:
-    """The documents in windows of `WINDOW`: (number of the first, their lengths (n,) int64)."""
+    """The documents in windows of `WINDOW`: (index of the first, lengths (n,) int64)."""
     for start in range(0, len(tokens.offsets) - 1, WINDOW):
         yield start, np.diff(tokens.offsets[start : start + WINDOW + 1])
 
@@ -202,14 +202,14 @@ def document_windows(tokens: TokenDataset) -> Iterator[tuple[int, np.ndarray]]:
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Pack items of `lengths` (n,), each in [1, capacity], into bins of `capacity`.
 
-    Returns (order, sizes): the numbers of the items, bin after bin, (n,), and how many items each bin holds. The
+    Returns (order, sizes): the indices of the items, bin after bin, (n,), and the number of items in each bin. The
     longest item comes first, and each goes to a bin where it leaves the least space (best-fit decreasing: Johnson et
-    al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). Lengths are few and items
-    many, so all equal items go to all equal bins in one step (packing a histogram: Krell et al., 2021, arXiv
-    2107.02027). A step takes from its bins more than half of their space, and a length splits no more than two groups
-    of equal bins, so there are O(capacity × log capacity) steps, however many items there are.
+    al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). There are few lengths and
+    many items, so one step places all equal items in all equal bins (packing a histogram: Krell et al., 2021, arXiv
+    2107.02027). A step fills more than half of its bins' space, and a length splits at most two groups of equal bins,
+    so the number of steps is O(capacity × log capacity), independent of the number of items.
     """
-    steps: list[tuple[int, int, int]] = []  # first bin, number of bins, items that each of them takes
+    steps: list[tuple[int, int, int]] = []  # first bin, number of bins, items that go into each of them
     # Free space → groups of consecutive bins that have it: first bin, number of bins. The spaces, sorted.
     groups: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     spaces: list[int] = []
@@ -222,7 +222,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
             if place < len(spaces):
                 space = spaces[place]
                 first, available = groups[space].pop()
-            else:  # as many new bins as it takes
+            else:  # as many new bins as needed
                 space, first, available = capacity, num_bins, left
             each = min(left, space // length)
             bins = min(available, left // each)

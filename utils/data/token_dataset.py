@@ -1,8 +1,8 @@
 """The token dataset on disk: a folder with `train/` and `validation/` (Arrow), `tokenizer/` and `manifest.json`.
 
-A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32); of conversations it
-also has `loss_mask` (uint8), 1 on the tokens that the assistant says. No padding, no labels: rows of any length are laid
-out when training starts.
+A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32). Conversations
+also have the column `loss_mask` (uint8), 1 on the assistant's tokens. There are no padding and no labels: rows of any
+length are laid out when training starts.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from utils.cli import UserError
-from utils.files import read_json
+from utils.files import read_json, short
 
 FORMAT_VERSION = 1
 
@@ -30,29 +30,32 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
     manifest = read_json(path)
     if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
         raise UserError(
-            f"dataset {folder} has format version {manifest.get('format_version')}, this Plainloop reads "
-            f"{FORMAT_VERSION}; prepare it again in a new folder"
+            f"dataset {folder} has format version {found}, but this Plainloop reads {FORMAT_VERSION}; prepare it again "
+            "in a new folder"
         )
-    splits = manifest.get("splits")
-    validation = splits.get("validation") if isinstance(splits, dict) else None
-    num_bytes = validation.get("bytes") if isinstance(validation, dict) else None
-    is_whole = isinstance(manifest.get("key"), str) and type(num_bytes) is int and 0 < num_bytes < 1 << 63
-    if not is_whole or (manifest.get("stream") and not isinstance(manifest.get("options"), dict)):
+    try:
+        num_bytes = manifest["splits"]["validation"]["bytes"]
+        is_whole = isinstance(manifest["key"], str) and type(num_bytes) is int and num_bytes > 0
+        is_whole = is_whole and (not manifest.get("stream") or isinstance(manifest["options"], dict))
+    except (KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
         raise UserError(f"{path}: is damaged; prepare the dataset again in a new folder")
     return manifest
 
 
 class TokenDataset:
-    """The tokens of many documents as one long stream, in place and never copied as a whole.
+    """The tokens of many documents as one long stream, read in place and never copied as a whole.
 
     Attributes:
         offsets: (N + 1,) int64; document i is stream positions offsets[i] to offsets[i + 1].
-        loss_mask: 1 for every token that may be trained on, else 0, in place of the token; None if all may be.
+        loss_mask: a stream of the same documents, 1 for a token that may be trained on, else 0; None if all may be.
     """
 
     def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray, loss_mask: "TokenDataset | None" = None) -> None:
-        """`chunks` make up the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
+        """`chunks` are the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
         self._chunks = chunks
         self.loss_mask = loss_mask
         self._chunk_starts = [0, *itertools.accumulate(map(len, chunks))]
@@ -71,7 +74,7 @@ class TokenDataset:
 
     @property
     def total(self) -> int:
-        """The sum: of a loss mask, how many tokens may be trained on."""
+        """The sum; for a loss mask the number of tokens that may be trained on."""
         return sum(int(chunk.sum()) for chunk in self._chunks)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -79,8 +82,8 @@ class TokenDataset:
         return self.gather([start], [min(stop, self.num_tokens)]).astype(np.int64)
 
     def gather(self, starts: Iterable[int], stops: Iterable[int]) -> np.ndarray:
-        """The tokens [start, stop) of several spans end to end, in their stored type; zeros behind the stream's end."""
-        parts: list[np.ndarray] = [np.empty(0, np.uint8)]  # so that there is something to join
+        """The tokens of several spans [start, stop) end to end, in their stored type; zeros behind the stream's end."""
+        parts: list[np.ndarray] = [np.empty(0, np.uint8)]  # for a concatenation without spans
         for start, stop in zip(starts, stops, strict=True):
             index = bisect_right(self._chunk_starts, start) - 1
             while start < stop and index < len(self._chunks):
@@ -94,24 +97,22 @@ class TokenDataset:
 
 
 def open_split(folder: str | Path, split: str) -> TokenDataset:
-    """`train` or `validation` of a dataset folder, mapped from disk without a copy."""
+    """The split `train` or `validation` of a dataset folder, mapped from disk without a copy."""
     try:
         table = _map_table(Path(folder) / split)
         mask = TokenDataset(*_read_lists(table, "loss_mask")) if "loss_mask" in table.column_names else None
         tokens = TokenDataset(*_read_lists(table, "input_ids"), mask)
-    except Exception as error:  # the library raises whatever its parts meet
-        raise UserError(
-            f"dataset {folder}: the {split} split cannot be read: {' '.join(str(error).split())[:200]}"
-        ) from None
+    except Exception as error:  # pyarrow raises many types
+        raise UserError(f"dataset {folder}: the {split} split cannot be read: {short(error)}") from None
     if mask is not None and mask.num_tokens != tokens.num_tokens:
         raise UserError(
-            f"dataset {folder}: the {split} split has {mask.num_tokens} masks of {tokens.num_tokens} tokens"
+            f"dataset {folder}: the {split} split has {mask.num_tokens} masks for {tokens.num_tokens} tokens"
         )
     return tokens
 
 
 def _map_table(folder: Path) -> pa.Table:
-    """What `datasets.load_from_disk` maps of a table, without the second of CPU time that importing `datasets` takes."""
+    """As `datasets.load_from_disk` maps a table, without the second of CPU time that importing `datasets` takes."""
     files = [folder / part["filename"] for part in read_json(folder / "state.json")["_data_files"]]
     return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
 
@@ -120,7 +121,7 @@ def _read_lists(table: pa.Table, column: str) -> tuple[list[np.ndarray], np.ndar
     """The values of a column of lists, in chunks, and the lengths of the lists (N,)."""
     chunks, lengths = [], [np.empty(0, np.int32)]
     for chunk in table.column(column).chunks:
-        # Arrow's own buffers. A slice's first offset need not be 0, so the offsets are always applied.
+        # Arrow's own buffers. The first offset of a slice need not be 0, so offsets are always applied.
         offsets = chunk.offsets.to_numpy()
         if not pa.types.is_unsigned_integer(chunk.type.value_type) or offsets[0] < 0 or (np.diff(offsets) < 0).any():
             raise ValueError(f"{column} is not lists of token ids")

@@ -1,4 +1,4 @@
-"""Attention on a CPU: plain matrix products, of which the causal ones leave out most of what is masked."""
+"""Attention on a CPU: matrix products by blocks of queries, which skip most of what a causal mask hides."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from utils.kernels.dropout import random_mask, scale_kept
 from utils.kernels.head_loss import product_dtype
 
 QUERIES_AT_ONCE = 128
-LONGEST_BLOCKED = 1024  # positions; measured on a CPU with AVX2, sdpa trains faster from here on, and keeps less
+LONGEST_BLOCKED = 1024  # positions; from here on sdpa is faster and keeps less, measured on a CPU with AVX2
 
 
 def blocked_attention(
@@ -20,18 +20,18 @@ def blocked_attention(
     attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
     is_causal: bool | None = None, **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention as transformers asks for it; where causal, each block of queries reads only the keys up to its end.
+    """Attention by transformers' interface; if causal, each block of queries reads only the keys up to its end.
 
     Args:
         query: (B, H, T, D).
         key, value: (B, G, S, D) and (B, G, S, E), G dividing H.
-        attention_mask: (B or 1, H or 1, T, S), added to the scores; of a causal module it hides what is to come.
+        attention_mask: (B or 1, H or 1, T, S), added to the scores; for a causal module it hides later positions.
 
     Returns:
         (B, T, H, E), and no weights.
 
-    What only some models need, long rows, reading a cache and evaluation are left to `sdpa`. Under autocast to bf16 the scores
-    are rounded to it before the softmax, as transformers' eager attention does and sdpa does not.
+    Long rows, evaluation, a cache and features of only some models are left to `sdpa`. Under autocast to bf16 the
+    scores are rounded to bf16 before the softmax, as in transformers' eager attention but not in sdpa.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     length, seen = query.shape[2], key.shape[2]
@@ -42,12 +42,12 @@ def blocked_attention(
     )
     usual = plain_mask and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
     known = causal is not None and (length == seen or not causal)
-    # Without gradients sdpa keeps nothing; but a pass that drops numbers may be made once more with them.
+    # Without gradients sdpa keeps nothing. But a pass with dropout may be recomputed with gradients: same kernel.
     pays = (torch.is_grad_enabled() or dropout > 0) and max(length, seen) < LONGEST_BLOCKED
     if not (usual and known and pays):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = product_dtype(query)  # rotary positions leave query and key in fp32 also under autocast
+    dtype = product_dtype(query)  # rotary positions leave query and key in fp32 even under autocast
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attention_mask is not None:
         attention_mask = attention_mask.to(dtype)
@@ -56,7 +56,7 @@ def blocked_attention(
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """One function, not a chain of torch's: the gradients of slices would each be as large as the whole."""
+    """One autograd function: in a chain of torch's own, the gradient of each slice would be as large as the whole."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -116,12 +116,12 @@ class _BlockedAttention(torch.autograd.Function):
 
 
 def causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:
-    """(T, T), to be added to scores: the lowest number where the key comes after the query."""
+    """(T, T), added to scores: the lowest number where the key comes after the query."""
     return torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu(1)
 
 
 def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' mask of `sdpa`, in the form that scores are added to, made once for all layers."""
+    """transformers' mask for `sdpa`, as numbers to add to the scores; made once for all layers."""
     mask = sdpa_mask(dtype=dtype, device=device, **kwargs)
     if mask is None:
         return None
@@ -129,6 +129,6 @@ def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) ->
     return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
-# Without its own mask function every mask would be dropped without a word.
+# transformers silently drops every mask for an attention without its own mask function.
 AttentionInterface.register("blocked", blocked_attention)
 AttentionMaskInterface.register("blocked", additive_mask)

@@ -8,25 +8,25 @@ from torch import nn
 
 from utils.data.packing import IGNORED
 
-# Rows of the head's logits that are held at a time, and how many logits at most (fp32: 64 MB). On a CPU more rows leave its
-# caches, fewer make its products slow.
+# Rows whose logits are held at a time, and the most logits at a time (fp32: 64 MB). On a CPU more rows would not fit
+# its caches, and fewer would make its products slow.
 ROWS_AT_ONCE, LOGITS_AT_ONCE = 512, 1 << 24
 
 
 def head_loss(
     hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor, *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> torch.Tensor:
-    """Summed cross-entropy of `head(hidden)` in nats, an fp32 scalar, of which some rows' logits exist at a time.
+    """Summed cross-entropy of `head(hidden)` in nats, an fp32 scalar; only a chunk of rows has logits at any time.
 
     Args:
         hidden: (N, D).
         targets: (N,); -100 where there is none.
         label_smoothing, z_loss: as in `Objective.forward`.
 
-    The gradients are computed along with the loss, so that nothing of size (N, V) is kept or computed twice, as in
-    Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32;
-    under fp16 the gradients' products too, which are made before the scaler's factor could keep them in fp16's range.
-    May be differentiated once.
+    The gradients are computed with the loss, so that nothing of size (N, V) is kept or computed twice, as in
+    Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32.
+    Under fp16 the gradients' products are in fp32 too: they precede the loss scaling that would keep them in fp16's
+    range. Can be differentiated once.
     """
     with_gradients = torch.is_grad_enabled()
     dtype = product_dtype(hidden)
@@ -35,7 +35,7 @@ def head_loss(
 
 
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """What autocast would make of matrix products of `tensor`."""
+    """The type that autocast gives matrix products of `tensor`."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -60,8 +60,8 @@ class _HeadLoss(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             probability = F.softmax(logits, dim=-1, dtype=torch.float32)
-            # The likeliest token's probability is never too small for its logarithm, as the target's may be. Differences
-            # to its logit keep the digits that large logits would lose.
+            # The likeliest token's probability, unlike the target's, is never too small for a logarithm. Differences to
+            # its logit keep the digits that large logits would lose.
             largest, log_sum = logits.amax(-1, keepdim=True).float(), -probability.amax(-1, keepdim=True).log()
             has_target = target != IGNORED
             index = target.where(has_target, 0)
@@ -82,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
                 d_logits -= label_smoothing / weight.shape[0]
             d_logits.scatter_add_(1, index, torch.full_like(each, label_smoothing - 1))
             d_logits = d_logits.to(wide)
-            # Rows without a target are left out here, where they are short.
+            # Rows without a target are masked here, where they have D entries, not V.
             d_hidden[start : start + rows] = (d_logits @ matrix_back).mul_(has_target)
             part = part.to(wide) * has_target
             if d_weight is not None and wide == d_weight.dtype:

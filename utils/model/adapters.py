@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: a checkpoint holds them alone, and says which weights they stand beside."""
+"""Low-rank adapters by peft: a checkpoint holds only them, and names the weights that they belong to."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from utils.cli import UserError
 from utils.config import LoraConfig
-from utils.files import hash_file, read_json
+from utils.files import hash_file, read_json, short
 
 BASE_FILE = "base.json"
 
@@ -24,13 +24,13 @@ def import_peft() -> Any:
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:
-    """`model` with its weights frozen and trainable adapters beside them; `UserError` if none fits."""
+    """`model` with frozen weights and trainable adapters beside them; `UserError` if no adapter fits."""
     peft = import_peft()
     if type(model).__name__ not in (model.config.architectures or []):
         saved = (model.config.architectures or ["a model without a head"])[0]
         raise UserError(
-            f"model.lora: {model.name_or_path} was saved as {saved}; the head of {type(model).__name__} would be new and "
-            "stay untrained. Train all weights (model.lora.rank 0)"
+            f"model.lora: {model.name_or_path} was saved as {saved}; the head of {type(model).__name__} would be new "
+            "and remain untrained. Train all weights (model.lora.rank 0)"
         )
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
     options = peft.LoraConfig(
@@ -39,7 +39,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:
     try:
         return peft.get_peft_model(model, options)
     except ValueError as error:
-        raise UserError(f"model.lora: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"model.lora: {short(error)}") from None
 
 
 def has_adapters(folder: str | Path) -> bool:
@@ -47,22 +47,24 @@ def has_adapters(folder: str | Path) -> bool:
 
 
 def base_of(folder: str | Path) -> str:
-    """Name of the model that saved adapters stand beside; `UserError` if its weights are no longer the same."""
+    """Name of the model that saved adapters belong to; `UserError` if its weights have changed since."""
     path = Path(folder) / BASE_FILE
     saved = read_json(path)
     if not isinstance(saved.get("name"), str) or not isinstance(saved.get("sha256"), str | None):
-        raise UserError(f"{path}: does not say which weights the adapters belong to")
+        raise UserError(f"{path}: does not name the weights that the adapters belong to")
     if not Path(saved["name"]).is_dir() and saved.get("sha256"):
-        raise UserError(f"{folder} holds adapters for {saved['name']}, which is not there; call from the same folder")
+        raise UserError(
+            f"{folder} holds adapters for {saved['name']}, which does not exist here; run from the same folder"
+        )
     if saved.get("sha256") != hash_weights(saved["name"]):
         raise UserError(f"{folder} holds adapters for {saved['name']}, whose weights have changed since; restore them")
     if has_adapters(saved["name"]):
-        raise UserError(f"{path}: names {saved['name']}, which holds adapters itself; merge them by export.py first")
+        raise UserError(f"{path}: names {saved['name']}, which holds adapters itself; merge them with export.py first")
     return str(saved["name"])
 
 
 def save_base(model: Any, folder: Path) -> None:
-    """Write beside saved adapters which weights they belong to."""
+    """Write the name and hash of the weights that saved adapters belong to beside them."""
     name = model.get_base_model().name_or_path
     text = json.dumps({"name": name, "sha256": hash_weights(name)})
     (folder / BASE_FILE).write_text(text, encoding="utf-8")
@@ -78,5 +80,5 @@ def hash_weights(name: str) -> str | None:
 
 
 def without_adapters(model: Any) -> Any:
-    """The model of transformers in peft's wrapper, or as it is."""
+    """The model of transformers inside peft's wrapper, or `model` itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,29 +14,30 @@ from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError, nearest
 from utils.config import SIZE_OVERRIDES, ModelConfig
+from utils.files import short
 from utils.model.adapters import add_adapters, base_of, has_adapters, import_peft
 from utils.model.initialization import INITIALIZATIONS
-from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights, short
+from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights
 
-# The class that opens a saved model for a stranger, from the objective's.
+# Classes that open a saved model, by the objective's head.
 AUTO_MODELS = (
     transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
 )  # fmt: skip
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-# Those of `model.attention` that `use_kernels` sets, when the device is known; until then the architecture's default.
+# Values of `model.attention` that `use_kernels` applies when the device is known; before, the architecture's default.
 DEFERRED_ATTENTION = {"auto": None, "blocked": None}
-# Our name of a size → its other names in configuration classes, beyond transformers' own `attribute_map`.
+# Our name of a size → further names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
 
 
 def build_model(
     config: ModelConfig, tokenizer: Any, auto_model: Any = transformers.AutoModelForCausalLM, *, weights: bool = True
 ) -> PreTrainedModel:
-    """A model in fp32 with a row of the embedding for each token; the caller seeds torch first.
+    """A model in fp32 with an embedding row for each token; the caller seeds torch first.
 
-    `auto_model` is the objective's. Without `weights`, those of `config.pretrained` are not read: for a model on the
-    meta device. Raises `UserError` if the configuration makes no model, or `config.pretrained` cannot be loaded or
-    belongs to another tokenizer.
+    `auto_model` is the objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are
+    not read. Raises `UserError` if the configuration is invalid, or `config.pretrained` cannot be loaded or belongs to
+    another tokenizer.
     """
     special = {
         "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
@@ -57,8 +58,8 @@ def build_model(
             )
         except Exception as error:  # each class checks in its own way
             raise UserError(
-                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, another architecture, "
-                "objective.name or model.attention"
+                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, or another "
+                "architecture, objective.name or model.attention"
             ) from None
         INITIALIZATIONS[config.initialization](model)
     model.config.update(special)
@@ -80,7 +81,7 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
     else:
         if config.architecture not in CONFIG_MAPPING:
             hint = nearest(config.architecture, CONFIG_MAPPING)
-            raise UserError(f"model.architecture {config.architecture} is not one of transformers'{hint}")
+            raise UserError(f"model.architecture: transformers has no {config.architecture}{hint}")
         cls = CONFIG_MAPPING[config.architecture]
         fields = {item.name for item in dataclasses.fields(cls)}
         for name in config.overrides:
@@ -93,27 +94,26 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
             if field is not None and value is not None:
                 values[field] = value
             elif getattr(config, name) is not None:
-                raise UserError(f"model.{name} is unknown to {cls.__name__}; name its own field in model.overrides")
+                raise UserError(f"model.{name}: {cls.__name__} has no such field; set its own in model.overrides")
         if "num_key_value_heads" in fields and values.get("num_attention_heads") is not None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if config.num_attention_heads is None:
             values |= SIZE_OVERRIDES.get((config.architecture, config.size or ""), {})
         if config.architecture == "t5" and {"d_model", "num_heads"} <= values.keys():
             values["d_kv"] = values["d_model"] // values["num_heads"]
-        for name in ("cls_token_id", "sep_token_id"):
-            values |= (
-                {name: special["bos_token_id" if name == "cls_token_id" else "eos_token_id"]} if name in fields else {}
-            )
+        for name, other in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):
+            if name in fields:
+                values[name] = special[other]
         try:
             architecture = cls(**(values | config.overrides))
         except Exception as error:  # each class checks in its own way
-            raise UserError(f"model: {cls.__name__} refuses these values: {short(error)}") from None
+            raise UserError(f"model: {cls.__name__} rejects these values: {short(error)}") from None
         if architecture.is_encoder_decoder:
             architecture.decoder_start_token_id = special["pad_token_id"]
         heads, groups = (getattr(architecture, f"num_{name}_heads", 1) for name in ("attention", "key_value"))
         if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
             raise UserError(f"model: {groups} key-value heads do not divide {heads} attention heads")
-    # An encoder with the head of a decoder would see what it is to predict.
+    # Without this an encoder with a decoder's head would see the tokens that it must predict.
     if auto_model is transformers.AutoModelForCausalLM and hasattr(architecture, "is_decoder"):
         architecture.is_decoder = True
     set_dropout(architecture, config.dropout, config.overrides)
@@ -121,7 +121,7 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
 
 
 def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> None:
-    """Give every dropout of a configuration one probability, `but` those named."""
+    """Set every dropout probability of a configuration, except those named in `but`."""
     for name, value in vars(architecture).items():
         is_dropout = ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
         if is_dropout and name not in but and not isinstance(value, bool):
@@ -129,7 +129,7 @@ def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> N
 
 
 def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, architecture: Any) -> PreTrainedModel:
-    """The weights of `config.pretrained`, its embedding grown to the tokenizer's entries."""
+    """The model with the weights of `config.pretrained`, and embedding rows added for new tokens."""
     name = str(config.pretrained)
     entries = architecture.vocab_size
     architecture.vocab_size = read_config(name).vocab_size
@@ -142,8 +142,8 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
     if entries > architecture.vocab_size:
         if config.lora.rank:
             raise UserError(
-                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}; adapters leave "
-                "the embedding as it is: train all weights (model.lora.rank 0), or use data without new tokens"
+                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}, and adapters "
+                "do not train the embedding: train all weights (model.lora.rank 0), or use data without new tokens"
             )
         model.resize_token_embeddings(entries)
     return model
@@ -152,9 +152,9 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
 def load_model(
     name: str | Path, attention: str = "auto", auto_model: Any = None, architecture: Any = None, dropout: float = 0.0
 ) -> PreTrainedModel:
-    """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), by its own class if no other is given.
+    """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), with the class it was saved as by default.
 
-    A folder with adapters gives the base model, with `dropout`, and the adapters beside its weights, trainable.
+    From a folder with adapters: the base model, with `dropout`, and trainable adapters beside its weights.
     """
     transformers_logging.disable_progress_bar()
     if has_adapters(name):
@@ -169,8 +169,8 @@ def load_model(
             auto_model or saved_class(architecture), name, architecture,
             attn_implementation=DEFERRED_ATTENTION.get(attention, attention), dtype=torch.float32,
         )  # fmt: skip
-    # Out of the mapped file into torch's own memory: a math library's last bits can depend on the alignment of its
-    # inputs, and a resumed run is to equal the uninterrupted one.
+    # From the mapped file into torch's own memory: the last bits of a product can depend on the alignment of its
+    # inputs, and a resumed run must equal the uninterrupted one.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -188,11 +188,11 @@ def saved_class(architecture: Any) -> Any:
 
 
 def enable_activation_checkpointing(model: Any, config: ModelConfig) -> None:
-    """Recompute blocks in the backward pass, if `config` says so (Chen et al., 2016, arXiv 1604.06174)."""
+    """Recompute blocks in the backward pass if `config` says so (Chen et al., 2016, arXiv 1604.06174)."""
     if not config.activation_checkpointing:
         return
     if config.activation_offload and not torch.accelerator.is_available():
-        raise UserError("model.activation_offload is for GPUs: a CPU's activations are in the host's memory already")
+        raise UserError("model.activation_offload is for GPUs: on a CPU activations are in host memory already")
     try:
         model.activation_checkpointing_enable(
             {"use_reentrant": False}, every_n_layers=config.activation_checkpointing_every,
@@ -203,8 +203,8 @@ def enable_activation_checkpointing(model: Any, config: ModelConfig) -> None:
 
 
 def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
-    """Whether `tokenizer` has all entries of the one at `name`; True where there is none to compare with."""
-    # For a folder without tokenizer files transformers would make one of a few entries.
+    """Whether `tokenizer` has all entries of the one at `name`; True if there is no tokenizer at `name`."""
+    # For a folder without tokenizer files transformers would make up a tokenizer of a few entries.
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         return True
     try:
@@ -216,29 +216,18 @@ def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
-def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
-    """`UserError` if the dataset's tokenizer is no longer the one that the checkpoint was trained with."""
-    trained, present = read_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
-    if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
-        token, number = differing[0]
-        raise UserError(
-            f"the dataset's tokenizer is not the one that {checkpoint} was trained with: {len(present)} entries, there "
-            f"{len(trained)}; they first differ at {number}, {token!r}; restore it, or choose another --output"
-        )
-
-
 def stop_token_ids(tokenizer: Any) -> list[int]:
-    """The tokens that end a text, and, with a chat template, the one that ends the assistant's turn."""
+    """The tokens that end a text, with a chat template also the one that ends the assistant's turn."""
     found = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
         ids = chat_ids(tokenizer, turns)
-        found += [token for token in ids[-2:] if token in tokenizer.all_special_ids]  # white space may follow it
+        found += [token for token in ids[-2:] if token in tokenizer.all_special_ids]  # white space may follow the token
     return sorted(set(found))
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The tokenizer's padding token, or its end-of-text where it has none: what pads is masked in any case."""
+    """The tokenizer's padding token, or else its end-of-text token: padding is masked in any case."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -248,17 +237,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def longest_sequence(model: PreTrainedModel) -> int:
-    """Positions that the model can read; without a limit for relative positions."""
+    """Positions that the model can read; `sys.maxsize` for a model without a limit."""
     longest = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    for name, module in model.named_modules():  # RoBERTa and its kin begin to count behind the padding's row
+    for name, module in model.named_modules():  # RoBERTa and its relatives count from behind the padding's row
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest -= int(module.padding_idx) + 1  # type: ignore[arg-type]
     return longest
-
-
-def check_length(model: Any, sequence_length: int) -> None:
-    if sequence_length > longest_sequence(model):
-        raise UserError(
-            f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
-            "model; lower it"
-        )

@@ -17,7 +17,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForMaskedLM
 
-from utils.cli import UserError
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import use_kernels
@@ -110,7 +109,7 @@ def has_linear_head(model: Any) -> bool:
 
     Some architectures scale or cap their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a
     decoder). The pass compares the tensors themselves, not their numbers: small logits would differ little, and a model
-    on the meta device has no numbers. On that device a model that computes by values (a mixture's router) counts as False.
+    on the meta device has none. On that device the answer for a model that computes by values (a router) is False.
     """
     bare, head = without_adapters(model), model.get_output_embeddings()
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
@@ -168,28 +167,6 @@ def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dic
     columns = torch.arange(position_ids.shape[1], device=position_ids.device)
     far = (columns[:, None] - columns).abs() > config.sliding_window
     return {"full_attention": mask, "sliding_attention": mask.masked_fill(far, torch.finfo(torch.float32).min)}
-
-
-def check_documents_stay_apart(objective: Objective) -> None:
-    """`UserError` if a document's logits in a packed row differ from those that it has alone; two short passes.
-
-    A model fails silently if it carries a state along the row, makes its own mask, or does not count positions from 0.
-    The passes are made with gradients, as in training: without them attention may compute in another way.
-    """
-    model: Any = objective.model
-    window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
-    length = 8 + (window or 0)  # longer than what a layer with a window sees
-    device = next(objective.parameters()).device
-    ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
-    positions = torch.arange(2 * length, device=device)[None] % length
-    with evaluating(objective):
-        together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
-        alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
-    difference = (together - alone).detach().abs().max()
-    if not float(difference) <= 1e-3 * float(alone.detach().std()):
-        raise UserError(
-            f"{type(model).__name__} does not keep the documents of a packed row apart; choose data.layout padded"
-        )
 
 
 def count_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:

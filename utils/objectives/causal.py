@@ -18,5 +18,5 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 
 
 def collate(rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
-    """The layouts' own targets, the next tokens; every token counts."""
+    """The layouts' own targets, the next tokens."""
     return {name: values for name, values in rows.items() if name not in ("lengths", "loss_mask")}

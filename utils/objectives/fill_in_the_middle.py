@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: next tokens of documents whose middle stands last (Bavarian et al., 2022, arXiv 2207.14255)."""
+"""Fill-in-the-middle: next tokens of documents with the middle at the end (Bavarian et al., 2022, arXiv 2207.14255)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ SPELLINGS = [
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen's
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder's
 ]
-LEAST_CONTENT = 8  # tokens; a shorter document has hardly a middle
+LEAST_CONTENT = 8  # tokens; a shorter document hardly has a middle
 
 
 def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
-    """Takes the tokenizer's own sentinels, or adds them in place: the model is built afterwards."""
+    """Uses the tokenizer's own sentinels, or adds some in place: the model is built afterwards."""
     vocabulary = tokenizer.get_vocab()
     known = (spelling for spelling in SPELLINGS if all(token in vocabulary for token in spelling))
     spelling = next(known, SPELLINGS[0])
@@ -38,13 +38,13 @@ class FillInTheMiddle:
         <prefix> prefix <suffix> suffix <middle> middle eos
         <prefix> <suffix> suffix <middle> prefix middle eos      with `suffix_first_rate`
 
-    The second order is the paper's SPM, variant 2 (appendix D), in which prefix and middle are one run. A document is
-    cut at two of its tokens' edges, each cut uniform and independent (as the paper cuts between characters). This
-    happens in the row (the paper's context-level variant), so a piece of a document that the row holds counts as one.
+    The second order is the paper's SPM, variant 2 (appendix D), in which prefix and middle are contiguous. A document
+    is cut between tokens at two places, drawn uniformly and independently (the paper cuts between characters). The cut
+    is made in the row (the paper's context-level variant), so a piece of a document counts as a document.
 
-    The row keeps its length: the sentinels, and an eos that the piece lacked, take the place of the last 3 or 4 tokens
-    of its content, which are not learnt in this epoch. A bos or eos token in front stays there. A piece that would
-    keep less than `LEAST_CONTENT` tokens stays as it is.
+    The row keeps its length: the sentinels, and an eos that the piece lacked, replace the last 3 or 4 tokens of its
+    content, which are not learnt in this epoch. A bos or eos token in front stays there. A piece that would keep fewer
+    than `LEAST_CONTENT` tokens stays as it is.
     """
 
     config: FillInTheMiddleConfig
@@ -61,7 +61,7 @@ class FillInTheMiddle:
         starts, stops, draws, firsts, contents = (values[chosen] for values in (starts, stops, draws, firsts, contents))
         cuts = np.sort((draws[:, 2:] * (contents + 1)[:, None]).astype(np.int64), axis=1).T
         order = arrange(len(tokens), firsts, cuts, contents, draws[:, 1] < self.config.suffix_first_rate)
-        # The sentinels stand behind the tokens, where `order` finds them.
+        # `order` refers to the sentinels as the entries behind the tokens.
         tokens[ranges(firsts, stops - firsts)] = np.append(tokens, self.sentinels)[order]
         places = ranges(starts, stops - starts - 1)
         targets[places] = tokens[places + 1]
@@ -72,7 +72,7 @@ class FillInTheMiddle:
 
 
 def find_pieces(rows: Batch, generators: Sequence[np.random.Generator]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The rows' pieces of documents: where each begins and ends in the flat batch, (P,), and random numbers, (P, 4)."""
+    """Pieces of documents in the rows: begin and end of each in the flat batch, (P,), and random numbers, (P, 4)."""
     num_rows, width = rows["input_ids"].shape
     columns = np.arange(width)
     begins = np.broadcast_to(columns == 0, (num_rows, width))
@@ -89,10 +89,10 @@ def find_pieces(rows: Batch, generators: Sequence[np.random.Generator]) -> tuple
 def arrange(
     end: int, firsts: np.ndarray, cuts: np.ndarray, contents: np.ndarray, suffix_first: np.ndarray
 ) -> np.ndarray:
-    """Where each token of the rearranged documents comes from, document after document.
+    """The source index of each token of the rearranged documents, document after document.
 
-    Content i is the `contents[i]` tokens from `firsts[i]` on, cut at `cuts[0, i]` and `cuts[1, i]`; the prefix, suffix,
-    middle and eos sentinels are found from `end` on.
+    Content i is the `contents[i]` tokens from `firsts[i]` on, cut at `cuts[0, i]` and `cuts[1, i]`. The prefix, suffix,
+    middle and eos sentinels have the indices from `end` on.
     """
     (left, right), one = cuts, np.ones_like(contents)
     before, behind, fill, eos = (np.full_like(contents, end + number) for number in range(4))

@@ -1,4 +1,4 @@
-"""Instruction tuning: the next token, where it belongs to one of the assistant's turns."""
+"""Instruction tuning: next-token prediction within the assistant's turns."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 
 
 def collate(rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
-    """The layouts' targets without those that the dataset's loss mask leaves out."""
+    """The layouts' targets, without those that the dataset's loss mask excludes."""
     if "loss_mask" not in rows:
         raise UserError(
             "objective.name instruction needs a dataset of conversations; prepare one with --messages_column messages"

@@ -1,4 +1,4 @@
-"""Masked language modelling: an encoder gives the tokens that are hidden from it (Devlin et al., 2019, arXiv 1810.04805)."""
+"""Masked language modelling: an encoder predicts hidden tokens (Devlin et al., 2019, arXiv 1810.04805)."""
 
 import re
 import unicodedata
@@ -19,7 +19,7 @@ from utils.data.packing import IGNORED, Batch
 AUTO_MODEL = AutoModelForMaskedLM
 MASK = "<|mask|>"
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-# Thai to Lao, Burmese, Khmer, kana, Chinese characters: no space tells where a word ends.
+# Thai to Lao, Burmese, Khmer, kana, Chinese characters: scripts without spaces between words.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -28,7 +28,7 @@ UNSPACED = re.compile(
 def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
     """Adds a mask token to a tokenizer without one, in place: the model is built afterwards.
 
-    Raises `UserError` if whole words are asked for and the tokenizer's tokens do not tell where a word begins.
+    Raises `UserError` if `whole_words` is set and the tokens do not show where a word begins.
     """
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
@@ -43,25 +43,25 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 
 @dataclass(frozen=True)
 class Masking:
-    """Chooses tokens, each with `mask_rate` and whatever happens to the others, and hides most of them.
+    """Chooses tokens to predict, each independently with probability `mask_rate`, and hides most of them.
 
-    Of the chosen, `replace_rate` become the mask token, `random_rate` a random one and the rest stay: the model is to
-    give all of them. Special tokens are neither chosen nor put in. With `whole_words` a word is chosen or not as one,
-    by the same rate; what becomes of each of its tokens is drawn by itself, as in BERT's own whole word masking
-    (github.com/google-research/bert, create_pretraining_data.py). A row may end up without a target.
+    Of the chosen tokens `replace_rate` become the mask token, `random_rate` a random token, and the rest stay; the
+    model must predict all of them. Special tokens are neither chosen nor inserted. With `whole_words` all tokens of a
+    word are chosen together, at the same rate; each of them is then replaced independently, as in BERT's own whole word
+    masking (github.com/google-research/bert, create_pretraining_data.py). A row may end up without a target.
     """
 
     config: MaskedConfig
     mask_token_id: int
     is_special: np.ndarray  # (V,) bool
-    ordinary_ids: np.ndarray  # what a random token is drawn from
+    ordinary_ids: np.ndarray  # random tokens are drawn from these
     edges: tuple[np.ndarray, np.ndarray] | None  # see `word_edges`
 
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
         """Rows → input_ids and targets (B, T), and the rows' position_ids or attention_mask."""
         tokens = rows["input_ids"]
         width = tokens.shape[1]
-        # Position by position: what a row draws does not depend on how far its batch is padded.
+        # One draw per position: what a row draws does not depend on how far its batch is padded.
         draws = np.stack([generator.random((width, 3)) for generator in generators])
         choice, change, substitute = draws.transpose(2, 0, 1)
         if self.edges is not None:
@@ -88,12 +88,12 @@ class Masking:
 
 
 def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two tables over the vocabulary, (V,) bool: tokens that may go on with a word, tokens that a word may go on after.
+    """Two tables over the vocabulary, (V,) bool: tokens that may continue a word, tokens that a word may continue after.
 
-    A token belongs to the word of the one before it if the first table holds for it and the second for the other.
-    WordPiece marks what goes on with a word. Other tokens do so if they begin with a letter, digit or mark after one
-    that ends in one; a space is part of the token (Ġ in byte-level vocabularies, ▁ in SentencePiece's). In scripts
-    without spaces each token is a word.
+    A token belongs to the word of the token before it if the first table holds for it and the second for that one.
+    WordPiece marks the tokens that continue a word. Other tokens continue one if they begin with a letter, digit or
+    mark and the token before ends with one; a space is part of the token (Ġ in byte-level vocabularies, ▁ in
+    SentencePiece's). In scripts without spaces each token is a word.
     """
     model, vocabulary = tokenizer.backend_tokenizer.model, tokenizer.get_vocab()
     open_left, open_right = np.zeros_like(is_special), np.zeros_like(is_special)
@@ -104,7 +104,7 @@ def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.n
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
     if not byte_level and not any(token.startswith("▁") for token in vocabulary):
-        raise UserError("objective.masked.whole_words: the tokens of this tokenizer do not tell where a word begins")
+        raise UserError("objective.masked.whole_words: the tokens of this tokenizer do not show where a word begins")
     for token, id_ in vocabulary.items():
         if is_special[id_]:
             continue
@@ -116,8 +116,8 @@ def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.n
             raw = token.replace("▁", " ").encode()
         text = raw.decode(errors="replace")
         if text.startswith("\ufffd"):
-            # A piece of a character: its later bytes go on with it. Of its first ones, 0xC3 to 0xDF begin letters
-            # nearly always (Latin to Arabic), higher ones as often a Chinese character, an emoji or a dash.
+            # A piece of a character: later bytes continue it. First bytes of 0xC3 to 0xDF nearly always begin letters
+            # (Latin to Arabic); higher ones begin a Chinese character, an emoji or a dash just as often.
             open_left[id_] = 0x80 <= raw[0] <= 0xBF or 0xC3 <= raw[0] <= 0xDF
         else:
             open_left[id_] = is_word_character(text[:1])
@@ -126,5 +126,5 @@ def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def is_word_character(char: str) -> bool:
-    """Whether it is a letter, digit or mark of a script with spaces between words; False for none."""
+    """Whether `char` is a letter, digit or mark of a script with spaces between words; False for the empty string."""
     return char != "" and unicodedata.category(char)[0] in "LNM" and not UNSPACED.match(char)

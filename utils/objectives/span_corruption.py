@@ -1,4 +1,4 @@
-"""Span corruption: a decoder gives the spans cut out of the encoder's text (Raffel et al., 2020, arXiv 1910.10683)."""
+"""Span corruption: a decoder predicts spans cut out of the encoder's text (Raffel et al., 2020, arXiv 1910.10683)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 h
 
 
 def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
-    """Adds those of T5's sentinels that the tokenizer lacks, in place: the model is built afterwards."""
+    """Adds T5's sentinels that the tokenizer lacks, in place: the model is built afterwards."""
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in SENTINELS if token not in vocabulary]:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
@@ -27,18 +27,19 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """Cuts spans out of each row's text: a sentinel stands for each in the input, and before it in the target.
+    """Cuts spans out of each row's text: a sentinel replaces each in the input, and precedes it in the target.
 
         text     Thank you for inviting me to your party last week
         input    Thank you <0> me to your party <1> eos
         target   <0> for inviting <1> last week eos
 
     Text and spans follow T5's code (github.com/google-research/text-to-text-transfer-transformer, t5/data:
-    preprocessors.py, `random_spans_noise_mask` and `span_corruption`; tasks.py). A row is one text whatever documents
-    it holds, as T5 joins documents and cuts them into pieces of one length (`reduce_concat_tokens`, `split_tokens`);
-    the row's eos tokens stay in it as separators, except one at its end. The text begins with what stays and ends with
-    a span, so the target ends with eos and without the last sentinel of the paper's figures. All ways to cut that keep
-    the numbers below are equally likely. A text that would have more spans than there are sentinels has longer ones.
+    preprocessors.py, `random_spans_noise_mask` and `span_corruption`; tasks.py). A row counts as one text even if it
+    holds several documents, as T5 joins documents and cuts them into pieces of one length (`reduce_concat_tokens`,
+    `split_tokens`). The row's eos tokens stay in it as separators, except one at its end. The text begins with kept
+    tokens and ends with a span, so the target ends with eos, without the last sentinel of the paper's figures. All cuts
+    with the numbers of `counts` are equally likely. A text that would need more spans than there are sentinels has
+    longer spans.
     """
 
     config: SpanCorruptionConfig
@@ -49,9 +50,9 @@ class SpanCorruption:
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
         """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U).
 
-        S and U are what a text of all T positions needs: the shapes depend on T alone. decoder_input_ids are the
-        targets one to the right after the padding token, T5's decoder start. The decoder is causal and padded on the
-        right, so it needs no mask. A row without two tokens of text has no target.
+        S and U are the lengths that a text of T tokens needs: the shapes depend on T alone. decoder_input_ids are the
+        targets shifted right behind the padding token, T5's decoder start. The decoder is causal and padded on the
+        right, so it needs no mask. A row with fewer than two tokens of text has no target.
         """
         tokens = rows["input_ids"]
         input_width, target_width = self.widths(tokens.shape[1])
@@ -87,13 +88,13 @@ class SpanCorruption:
         return np.append(left, self.eos_token_id), np.append(cut_out, self.eos_token_id)
 
     def counts(self, length: int) -> tuple[int, int]:
-        """How many tokens of a text of `length` ≥ 2 are cut out, in how many spans."""
+        """Number of tokens cut out of a text of `length` ≥ 2, and number of spans."""
         num_noise = min(max(round(length * self.config.noise_density), 1), length - 1)
         num_spans = max(round(num_noise / self.config.mean_span_length), 1)
         return num_noise, min(num_spans, length - num_noise, len(self.sentinels))
 
     def widths(self, length: int) -> tuple[int, int]:
-        """Tokens of input and target for a text of `length`, which no shorter text exceeds."""
+        """Tokens of input and target for a text of `length`; a shorter text needs no more."""
         if length < 2:
             return length + 1, 1
         num_noise, num_spans = self.counts(length)
