@@ -423,7 +423,7 @@ def test_the_ngram_rules_agree_with_a_plain_loop():
 
 
 def test_every_reason_is_among_the_cases():
-    source = (ROOT / "utils" / "text" / "filters.py").read_text()
+    source = (ROOT / "preparation" / "cleaning" / "filters.py").read_text()
     reasons = set(re.findall(r'(?:return|\()\s*False, f?"(.+?)"', source))
     seen = {expected for _, _, expected in CASES if expected is not True}
     patterns = {reason: re.sub(r"\\\{.+?\\\}", ".+", re.escape(reason)) for reason in reasons}

@@ -187,12 +187,12 @@ def test_eos_ends_what_no_special_token_ends(tokenizer):
 REFUSED = {  # template, what the error must say
     "earlier turns are written in another way": (
         "{% for item in messages %}{{ item.content if loop.last or item.role != 'assistant' else '...' }}\n{% endfor %}",
-        "file:2: the chat template writes message 3 in another way when more follows",
+        "file:2: the chat template formats message 3 differently when more",
     ),
     "the prompt is not what the turn begins with": (
         "{% for item in messages %}{{ item.role + ': ' + item.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'model: ' }}{% endif %}",
-        "file:1: the chat template writes message 2 in another way",
+        "file:1: the chat template formats message 2 differently",
     ),
     "the template raises": (
         "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}{% for item in messages %}"
@@ -213,7 +213,7 @@ def test_a_template_that_hides_the_turns_is_refused_with_the_record(case, tokeni
     with pytest.raises(UserError) as error:
         encode(with_template(tokenizer, template), [talk("user: a", "assistant: b"), ODD[0]])
     assert message in str(error.value)
-    if "in another way" in message:
+    if "differently" in message:
         assert "put {% generation %}" in str(error.value)
 
 
@@ -309,7 +309,7 @@ BROKEN = {  # what stands in a line, what is said about it
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "message 2 has a content",
     '{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]}': "has tool_calls",
     '{"messages": [{"role": "user", "content": "Hello"}]}': "has no message of the assistant",
-    '{"messages": [{"role": "assistant"': "not a JSON record",
+    '{"messages": [{"role": "assistant"': "not JSON",
 }
 
 

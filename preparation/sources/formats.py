@@ -149,7 +149,7 @@ def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
             if not line.strip():
                 continue
             try:
-                record = _parse_json(line)
+                record = _parse_json(line.rstrip())
             except ValueError as error:
                 yield Broken(name, f"line {number}: {error}")
             else:
