@@ -111,8 +111,8 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
 
 
 def prepare(
-    config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]], key: str, stages: Stages, output: Path,
-    engine: Engine,
+    config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]], key: str, stages: Stages,
+    output: Path, engine: Engine,
 ) -> dict[str, Any]:  # fmt: skip
     """Run the stages that have no result yet, assemble the dataset folder, and return its manifest.
 
@@ -219,7 +219,7 @@ def write_dataset(
     config: PrepareConfig, sources: list[SourceConfig], manifest: dict[str, Any], cleaned: datasets.Dataset,
     lengths: np.ndarray, selection: Selection, folder: Path, engine: Engine,
 ) -> None:  # fmt: skip
-    """Encode both splits into `folder`, which holds the tokenizer; complete `manifest`; write the report and the card."""
+    """Encode both splits into `folder`, which holds the tokenizer, complete `manifest` and write the reports."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     samples = sample_by_source(cleaned, selection, sources)
     encoder: Encoder | ConversationEncoder
@@ -244,7 +244,8 @@ def write_dataset(
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
     manifest["tokenizer"] = {
         "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
-        "dtype": encoder.dtype.__name__, "sources": describe_tokenizer(tokenizer, samples),
+        "dtype": encoder.dtype.__name__,
+        "sources": {source: describe_tokenizer(tokenizer, texts) for source, texts in samples.items()},
     }  # fmt: skip
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
@@ -328,7 +329,7 @@ def sample_by_source(
 
 
 def weighted_rows(selection: Selection, sources: list[SourceConfig]) -> np.ndarray:
-    """(n,) int64: the training documents in the order in which they are stored, repeated by the weight of their source."""
+    """(n,) int64: the training documents as they are stored, repeated by the weight of their source."""
     rows = np.flatnonzero(selection.train)
     weights = np.array([source.weight for source in sources])[selection.source[rows]]
     return repeat_by_weight(rows, weights, selection.chance[rows])
@@ -347,7 +348,7 @@ def encode_split(
         documents.select_columns(list(encoder.columns)), lengths, encoder.encode_table, path, features=encoder.features,
         description=f"encode {folder.name}",
     )  # fmt: skip
-    # The folder stores the fingerprint. `datasets` would choose a random one; a fixed one makes the result reproducible.
+    # The folder stores this fingerprint. `datasets` would draw a random one, and the bytes would differ every time.
     datasets.Dataset(load_slices(path).data, fingerprint=folder.name).save_to_disk(folder)
     for file in slice_files(path):
         file.unlink()
@@ -408,7 +409,8 @@ def check_splits(selection: Selection, config: PrepareConfig) -> None:
         advice = "change the options that drop them"
     raise UserError(
         f"the {empty} split is empty: {documents} documents, {sum(dropped.values())} dropped"
-        f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} (see docs/data.md)"
+        f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} "
+        "(see docs/data.md)"
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import unicodedata
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 from conftest import ROOT, run
 from growth import growth
 
-from preparation.selection import contamination, duplicates
+from preparation.selection import contamination, duplicates, shingles
 from preparation.selection.contamination import build_index, find_contaminated
 from preparation.selection.duplicates import digest, find_near_duplicates, first_of_each, sketch_documents
 from preparation.selection.shingles import hash_ngrams, hash_words, normalize, split_words
@@ -441,12 +442,10 @@ def test_results_depend_on_no_hash_seed_batch_size_or_process():
 
 def test_the_cache_of_words_is_bounded_and_changes_nothing(monkeypatch):
     whole = hash_words(TEXTS[:300])[0]
-    monkeypatch.setattr("preparation.selection.shingles.CACHED_WORDS", 100)
-    monkeypatch.setattr(
-        "preparation.selection.shingles.WORD_HASHES", type(duplicates.hash_words.__globals__["WORD_HASHES"])()
-    )
-    assert (hash_words(TEXTS[:300])[0] == whole).all()
-    assert len(duplicates.hash_words.__globals__["WORD_HASHES"]) <= 100
+    assert shingles.hash_word.cache_info().maxsize == 2**17
+    small = lru_cache(maxsize=100)(shingles.hash_word.__wrapped__)
+    monkeypatch.setattr(shingles, "hash_word", small)
+    assert (hash_words(TEXTS[:300])[0] == whole).all() and small.cache_info().currsize == 100
 
 
 def test_a_forked_worker_sketches_after_its_parent_did():

@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 from preparation.recipe import SourceConfig, parse_source
-from preparation.sources.documents import OTHER_KIND, check_broken, iter_records, read_sources, reading_units
+from preparation.sources.documents import OTHER_KIND, check_broken, iter_records, read_sources
+from preparation.sources.files import reading_units
 from preparation.sources.formats import TEXT_PART_BYTES, Broken, Document, Skipped
 from utils.cli import UserError
 
@@ -198,7 +199,7 @@ def test_saved_datasets_and_hub_folders(tmp_path):
             source = SourceConfig(hub=str(hub), name="hub", text_column="body", split=split, streaming=streaming)
             assert [item.text for item in iter_records(source, reading_units(source))] == expected
     source = SourceConfig(hub=str(tmp_path / "nothing"), name="hub")
-    with pytest.raises(UserError, match=r"hub .*nothing: cannot be loaded"):
+    with pytest.raises(UserError, match=r"hub .*nothing: cannot be read as a dataset"):
         list(iter_records(source, reading_units(source)))
 
 

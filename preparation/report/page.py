@@ -55,8 +55,8 @@ def collect_details(
 ) -> Details:  # fmt: skip
     """Count over all N documents, and fetch the texts of the few that the page shows (at most 160).
 
-    `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored document;
-    `rows` (n,): its number in `cleaned`.
+    `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored
+    document; `rows` (n,): its number in `cleaned`.
     """
     numbers, first = np.unique(selection.source, return_index=True)
     shape = len(selection.reasons), int(numbers[-1]) + 1
@@ -140,7 +140,8 @@ def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
         dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
         changed={step: count for step, count in manifest["changed"].items() if count},
-        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken], all_broken=manifest["read"]["broken"],
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken],
+        all_broken=manifest["read"]["broken"],
         distributions=_distributions(details), cluster_spans=_cluster_spans(details.cluster_sizes),
         searched=manifest["options"]["deduplication"]["near_threshold"] is not None,
         failures=list(_iter_failures(manifest)), options=list(_flatten(manifest["options"])),

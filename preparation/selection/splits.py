@@ -134,7 +134,7 @@ def count_uses(weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 
 def repeat_by_weight(rows: np.ndarray, weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """Each of `rows` (n,) as often as `count_uses` says. Repetitions follow as further passes, so they lie far apart."""
+    """Each of `rows` (n,) as often as `count_uses` says. Repetitions come in further passes, so they are far apart."""
     times = count_uses(weights, chance)
     return np.concatenate([np.empty(0, np.int64), *(rows[times > done] for done in range(times.max(initial=0)))])
 

@@ -1,7 +1,7 @@
 """Conversations: lists of messages, each list stored as one text.
 
-For each message the text holds U+001E (ASCII's record separator), the role, a newline and the content. So every stage that
-works on text also works on conversations, and nothing needs escaping.
+For each message the text holds U+001E (ASCII's record separator), the role, a newline and the content. So every stage
+that works on text also works on conversations, and nothing needs escaping.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def find_fault(messages: Any) -> str | None:
 
 
 def join_messages(messages: list[dict[str, str]]) -> str:
-    """The text of a conversation, from the role and content of each message. A separator in a content becomes a space."""
+    """The text of a conversation, from the role and content of each message. A separator in it becomes a space."""
     return "".join(f"{SEPARATOR}{item['role']}\n{item['content'].replace(SEPARATOR, ' ')}" for item in messages)
 
 

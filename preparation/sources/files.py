@@ -18,9 +18,9 @@ VERSIONS = {"read": 1, "clean": 1, "sketch": 1, "select": 1, "tokenizer": 1, "en
 WITHOUT_EFFECT = ("output", "num_proc", "check_hashes")  # options that do not change the result
 
 CODE_SUFFIXES = frozenset([
-    ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cs", ".css", ".dart", ".ex", ".exs", ".go", ".hs", ".java", ".jl", ".js",
-    ".jsx", ".kt", ".lua", ".m", ".ml", ".php", ".pl", ".pm", ".py", ".r", ".rb", ".rs", ".S", ".s", ".scala", ".sh", ".sql",
-    ".swift", ".ts", ".tsx", ".vue", ".zig",
+    ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cs", ".css", ".dart", ".ex", ".exs", ".go", ".hs", ".java", ".jl",
+    ".js", ".jsx", ".kt", ".lua", ".m", ".ml", ".php", ".pl", ".pm", ".py", ".r", ".rb", ".rs", ".S", ".s", ".scala",
+    ".sh", ".sql", ".swift", ".ts", ".tsx", ".vue", ".zig",
 ])  # fmt: skip
 NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
@@ -46,6 +46,16 @@ def find_files(source: SourceConfig) -> list[Path]:
         wanted = f"file like {source.include}" if source.include else f"{known_suffixes(source)} file"
         raise UserError(f"{path}: no {wanted} in this folder")
     return files
+
+
+def reading_units(source: SourceConfig) -> list[Path | None]:
+    """The parts of a source that can be read separately: its files, one saved dataset, or None for a Hub dataset."""
+    if source.hub is not None:
+        return [None]
+    path = Path(str(source.path))
+    if path.is_dir() and is_saved_dataset(path):
+        return [path]
+    return list(find_files(source))
 
 
 def count_other_files(source: SourceConfig) -> int:

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from preparation.tokenizer.build import token_dtype
 
-# Characters passed to `tokenizers` at a time. A byte of text takes 30 to 70 bytes of memory there in short documents, and
-# 110 to 180 in a long one.
+# Characters passed to `tokenizers` at a time. A byte of text takes 30 to 70 bytes of memory there in short documents,
+# and 110 to 180 in a long one.
 BATCH_CHARACTERS = 2_000_000
 PIECE_CHARACTERS = 250_000  # a longer document is cut where that changes no token
 CUT = re.compile(r"\S(?=[ \n])")
@@ -94,8 +94,6 @@ class Encoder:
             self.note = (
                 f"encoded by gigatoken {version('gigatoken')} (same ids as tokenizers on {len(sample)} documents)"
             )
-        except ImportError:
-            self.note = "encoded by tokenizers (gigatoken is not installed)"
         except BaseException as error:
             self._drop_gigatoken(error, "")
 
@@ -171,9 +169,9 @@ class Encoder:
 def build_encoder(tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True) -> Encoder:
     """An encoder for `tokenizer` that uses gigatoken if it is installed and gives the ids of `tokenizers` on `sample`.
 
-    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers`, and its `note`
-    says why, if gigatoken is not installed, does not support this tokenizer (WordPiece, unigram, a byte-level vocabulary
-    that lacks a byte), gives different ids, or fails on a later document.
+    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers`, and its
+    `note` says why, if gigatoken is not installed, does not support this tokenizer (WordPiece, unigram, a byte-level
+    vocabulary that lacks a byte), gives different ids, or fails on a later document.
     """
     encoder = Encoder(tokenizer)
     if use_gigatoken:
@@ -259,8 +257,8 @@ def iter_pieces(text: str) -> Iterator[str]:
 def iter_probes(backend: Tokenizer) -> Iterator[str]:
     """Texts on which two implementations of one tokenizer are likely to differ."""
     yield from (
-        "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½", "x" * 999, " " * 999,
-        "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
+        "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½",
+        "x" * 999, " " * 999, "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
         "\0\x7f\x85\xa0\u180e\u2028\u3000\ufeff.",
     )  # fmt: skip
     for token in backend.get_added_tokens_decoder().values():
