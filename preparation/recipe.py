@@ -175,20 +175,16 @@ class PrepareConfig:
                 found.append("sources: standard input cannot be read again while training; write it to a file first")
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
-            found += self._conversation_problems(sources)
+            if holds_conversations(sources):
+                found += self._conversation_problems(sources)
         if not 0 < self.validation_fraction < 1:
             found.append(f"validation_fraction is {self.validation_fraction}; it must be above 0 and below 1")
         return found + _outside("max_broken_share", self.max_broken_share)
 
     def _conversation_problems(self, sources: list[SourceConfig]) -> list[str]:
-        conversations = [str(source.name) for source in sources if source.messages_column is not None]
-        plain = [str(source.name) for source in sources if source.messages_column is None]
-        if not conversations:
-            return []
         found = []
-        if plain:
-            mixed = f"{conversations[0]} holds conversations and {plain[0]} plain text"
-            found.append(f"sources: {mixed}; prepare them as two datasets")
+        if plain := [str(source.name) for source in sources if source.messages_column is None]:
+            found.append(f"sources: {plain[0]} holds plain text, others conversations; prepare them as two datasets")
         if self.stream:
             found.append("stream: conversations cannot be streamed; leave stream out")
         if self.tokenizer.pretrained is None and self.tokenizer.chat_template is None:

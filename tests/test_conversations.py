@@ -336,7 +336,7 @@ def test_what_does_not_go_with_conversations_is_refused_in_one_line(tmp_path, to
         return error_line("prepare_data.py", "--output", tmp_path / "out", "--messages_column", "messages", *arguments)
 
     mixed = json.dumps([str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.txt"), "text_column": "text"}])
-    assert "a holds conversations and b plain text" in refused("--sources", mixed, *TEMPLATE_OPTIONS)
+    assert "b holds plain text, others conversations" in refused("--sources", mixed, *TEMPLATE_OPTIONS)
     assert "cannot be streamed" in refused("--sources", source, "--stream", "true", *TEMPLATE_OPTIONS)
     assert "give tokenizer.pretrained, or tokenizer.chat_template" in refused("--sources", source)
     assert "tokenizer.special_tokens lacks <|im_end|>, <|im_start|>" in refused(

@@ -125,7 +125,7 @@ def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
     environment = jinja2.Environment(
         autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cut": cut, "percent": percent, "megabytes": megabytes, "difference": difference}
+    environment.filters |= {"cut": cut, "percent": percent, "difference": difference}
     sizes = {"NAME": NAME, "EXAMPLES": EXAMPLES, "CLUSTERS": CLUSTERS, "MEMBER_CHARACTERS": MEMBER_CHARACTERS}
     read, splits = manifest["documents_read"], manifest["splits"]
     totals = [sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")]
@@ -169,10 +169,6 @@ def percent(part: float, total: float) -> str:
     if share >= 0.01 or share == 0:
         return f"{share:.1%}"
     return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.2f} MB"
 
 
 def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
@@ -234,8 +230,8 @@ def _distribution(
 def _cluster_spans(sizes: np.ndarray) -> dict[str, int]:
     """The number of clusters by size: 2, 3–4, 5–8, 9–16, ..."""
     octaves = np.bincount(np.ceil(np.log2(sizes)).astype(np.int64)).tolist()
-    spans = {f"{2 ** (octave - 1) + 1:,}–{2**octave:,}": count for octave, count in enumerate(octaves) if count}
-    return {"2" if span == "2–2" else span: count for span, count in spans.items()}
+    spans = [f"{2 ** (octave - 1) + 1:,}–{2**octave:,}" if octave > 1 else "2" for octave in range(len(octaves))]
+    return {span: count for span, count in zip(spans, octaves, strict=True) if count}
 
 
 def _iter_failures(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:

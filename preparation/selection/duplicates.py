@@ -103,7 +103,11 @@ def find_near_duplicates(
     members = np.flatnonzero(candidates).astype(np.uint32)
     root = np.arange(len(members), dtype=np.uint32)  # for each member, an earlier one of its cluster; see `_join`
     for band in range(BANDS):
-        order, later = _sort_into_buckets(table.band_keys(candidates, band))
+        keys = table.band_keys(candidates, band)
+        order = np.argsort(keys, kind="stable")  # buckets of equal keys
+        keys = keys[order]
+        later = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+        del keys
         for start in range(0, len(later), BLOCK):
             part = later[start : start + BLOCK]
             left, right = order[part], order[part - 1]
@@ -158,15 +162,6 @@ class _SignatureTable:
             block = block_of[places[0]]
             rows[places] = self.blocks[block][documents[places] - self.offsets[block]]
         return rows
-
-
-def _sort_into_buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that groups equal keys, and the positions in it whose key equals the one before."""
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    same = np.zeros(len(keys), bool)
-    same[1:] = keys[1:] == keys[:-1]
-    return order, np.flatnonzero(same)
 
 
 def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:

@@ -73,7 +73,9 @@ def select_documents(
         evaluation_texts: batches of texts, besides the validation split, that training documents must not contain.
         map_texts: applies a function to the texts of documents, given by their numbers (n,); returns (n,) int64.
     """
-    reasons, code = _cleaning_reasons(cleaned)
+    found, numbers = _encode_dictionary(cleaned.data.column("reason"))
+    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
+    code = np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
     names, numbers = _encode_dictionary(cleaned.data.column("source"))
     source = np.array([sources.index(name) for name in names], np.int16)[numbers]
     digests = np.concatenate(list(fixed_size_chunks(sketches, "digest")))
@@ -95,12 +97,6 @@ def select_documents(
         find = functools.partial(find_contaminated, index=index, overlap=config.contamination_overlap)
         code[train[map_texts(train, find) >= 0]] = reasons.index(CONTAMINATED)
     return selection
-
-
-def _cleaning_reasons(cleaned: datasets.Dataset) -> tuple[list[str], np.ndarray]:
-    found, numbers = _encode_dictionary(cleaned.data.column("reason"))
-    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
-    return reasons, np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
 
 
 def _encode_dictionary(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:

@@ -99,14 +99,11 @@ class Encoder:
 
     def _compare(self, what: str, texts: list[str]) -> None:
         """Raises `ValueError` at the first text for which gigatoken and `tokenizers` give different ids."""
-        for first in range(0, len(texts), 100):
-            part = texts[first : first + 100]
-            expected, actual = self._encode_by_tokenizers(part), self._encode_by_gigatoken(part)
-            if np.array_equal(expected[0], actual[0]) and np.array_equal(expected[1], actual[1]):
-                continue
-            rows = zip(np.split(expected[0], expected[1][1:-1]), np.split(actual[0], actual[1][1:-1]), strict=True)
-            index = next(index for index, (ours, theirs) in enumerate(rows) if not np.array_equal(ours, theirs))
-            raise ValueError(f"ids differ on {what} {first + index}")
+        encoded = self._encode_by_tokenizers(texts), self._encode_by_gigatoken(texts)
+        pairs = zip(*(np.split(ids, offsets[1:-1]) for ids, offsets in encoded), strict=True)
+        for index, (expected, actual) in enumerate(pairs):
+            if not np.array_equal(expected, actual):
+                raise ValueError(f"ids differ on {what} {index}")
 
     def _drop_gigatoken(self, error: BaseException, when: str) -> None:
         if isinstance(error, KeyboardInterrupt | SystemExit):  # not `Exception`: a panic in Rust is none
@@ -117,25 +114,21 @@ class Encoder:
 
     def _encode_by_gigatoken(self, texts: list[str]) -> Encoded:
         """Ids and offsets without the template; `tokenizers` encodes texts with characters that are new to Unicode."""
-        new = [has_new_characters(text) for text in texts]
-        rare = np.flatnonzero(new)
-        if not len(rare):
-            return self._encode_all_by_gigatoken(texts)
-        ids, offsets = self._encode_all_by_gigatoken(
-            ["" if is_new else text for text, is_new in zip(texts, new, strict=True)]
-        )
-        rare_ids, rare_offsets = self._encode_by_tokenizers([texts[index] for index in rare])
-        counts = np.diff(offsets)
-        counts[rare] = np.diff(rare_offsets)
-        ids = np.insert(ids, offsets[:-1][rare].repeat(counts[rare]), rare_ids)
-        return ids, np.concatenate([[0], counts.cumsum()])
-
-    def _encode_all_by_gigatoken(self, texts: list[str]) -> Encoded:
-        layout = self._gigatoken.encode_batch(texts).layout
+        new = np.array([has_new_characters(text) for text in texts], bool)
+        known = ["" if is_new else text for text, is_new in zip(texts, new, strict=True)]
+        layout = self._gigatoken.encode_batch(known).layout
         offsets = np.asarray(layout.offsets, dtype=np.int64)
         if len(offsets) != len(texts) + 1:
             raise ValueError(f"{len(offsets) - 1} results for {len(texts)} documents")
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self.dtype), offsets - offsets[0]
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self.dtype)
+        offsets = offsets - offsets[0]
+        if not new.any():
+            return ids, offsets
+        rare_ids, rare_offsets = self._encode_by_tokenizers([texts[index] for index in np.flatnonzero(new)])
+        counts = np.diff(offsets)
+        counts[new] = np.diff(rare_offsets)
+        ids = np.insert(ids, offsets[:-1][new].repeat(counts[new]), rare_ids)
+        return ids, np.concatenate([[0], counts.cumsum()])
 
     def _encode_by_tokenizers(self, texts: list[str]) -> Encoded:
         """Ids and offsets, without the template if there is one."""
