@@ -130,12 +130,13 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         folder = stages.run(
             "select",
             [
-                VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files),
-                config.text_column, config.messages_column,
+                VERSIONS["select"], asdict(config.deduplication), config.validation_fraction,
+                hash_paths(evaluation_files), config.text_column, config.messages_column,
             ],
             lambda folder: select_documents(
                 cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
-                config.validation_fraction, iter_file_texts(evaluation_files, config.text_column, config.messages_column),
+                config.validation_fraction,
+                iter_file_texts(evaluation_files, config.text_column, config.messages_column),
                 lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
             ).save(folder),
         )  # fmt: skip

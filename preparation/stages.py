@@ -82,7 +82,7 @@ def text_bytes(documents: datasets.Dataset) -> np.ndarray:
 def iter_slices(
     lengths: np.ndarray, size: int = SLICE_BYTES, documents: int = SLICE_DOCUMENTS
 ) -> Iterator[tuple[int, int]]:
-    """(start, stop) of up to `documents` consecutive documents of at most `size` together, or of one longer document."""
+    """(start, stop) of up to `documents` consecutive documents with at most `size` in all, or one longer document."""
     ends = np.cumsum(lengths)
     start = 0
     while start < len(ends):

@@ -110,13 +110,9 @@ class TextStream:
                     yield EncodedDocument(input_ids, place | {"document": done}, place | {"document": done + 1})
                 at["document"] = 0
             if not used:
-                reason = "no document is left"
-                if read:
-                    reason = f"its {read} documents are all dropped or held out for validation"
-                raise UserError(
-                    f"data.stream_lanes {self.num_lanes}: lane {lane} has nothing to train on ({reason}); use fewer "
-                    "lanes, or more text"
-                )
+                reason = f"its {read} documents are all dropped or held out" if read else "no document is left"
+                problem = f"lane {lane} has nothing to train on ({reason}); use fewer lanes, or more text"
+                raise UserError(f"data.stream_lanes {self.num_lanes}: {problem}")
             at |= {"epoch": epoch + 1, "block": 0, "reader": None}
 
     def _encode(self, block: list["Taken"], first: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -565,10 +565,9 @@ def test_a_batch_under_datasets_with_two_processes(tmp_path):
 def test_a_recipe_is_checked_by_names():
     assert check_steps(["standard", "basic", *FILTERS]) == [] and check_steps([]) == []
     (line,) = check_steps(["standard", "gopher"])
-    assert line.startswith(
-        "cleaning: unknown step 'gopher'; did you mean gopher_quality?; known are standard, fix_unicode,"
-    )
-    assert check_steps(["licens", "lenght"])[0].startswith("cleaning: unknown step 'licens'; did you mean licence?")
+    assert line.startswith("cleaning: unknown step 'gopher' (known are standard, fix_unicode,")
+    assert line.endswith("; did you mean gopher_quality?")
+    assert check_steps(["licens", "lenght"])[0].endswith("; did you mean licence?")
     assert "did you mean" not in check_steps(["xyzzy"])[0]
     assert check_steps(["standard", "nfc"]) == [
         f"cleaning: nfc is given twice (standard includes {', '.join(STANDARD)})"

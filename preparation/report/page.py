@@ -89,16 +89,8 @@ def collect_details(
 
     tokens = {split: values for split, values in token_lengths.items() if len(values)}
     ratios = {split: lengths[rows[split]] / values for split, values in tokens.items()}
-    return Details(
-        sources=names,
-        counts={reason: by_source[reason] for reason in ["", *selection.count()]},
-        examples=examples,
-        kept=kept,
-        clusters=clusters,
-        cluster_sizes=sizes + 1,
-        tokens=tokens,
-        ratios=ratios,
-    )
+    counts = {reason: by_source[reason] for reason in ["", *selection.count()]}
+    return Details(names, counts, examples, kept, clusters, sizes + 1, tokens, ratios)
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:

@@ -123,9 +123,9 @@ def find_near_duplicates(
     represented = np.flatnonzero(best != np.arange(len(members)))
     for start in range(0, len(represented), BLOCK):
         part = represented[start : start + BLOCK]
-        left, right = members[part], members[best[part]]
-        alike = table.similarity(left, right) >= threshold - DRIFT
-        cluster[left[alike]] = right[alike]
+        documents, kept = members[part], members[best[part]]
+        alike = table.similarity(documents, kept) >= threshold - DRIFT
+        cluster[documents[alike]] = kept[alike]
     return cluster
 
 

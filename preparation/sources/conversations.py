@@ -25,9 +25,9 @@ def find_fault(messages: Any) -> str | None:
             return f"message {number} has tool_calls, which are not supported"
         if not isinstance(content, str):
             return f"message {number} has a content of type {type(content).__name__}, not text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "has no message of the assistant" if messages else "is an empty list"
-    return None
+    if not messages:
+        return "is an empty list"
+    return None if any(item["role"] == "assistant" for item in messages) else "has no message of the assistant"
 
 
 def join_messages(messages: list[dict[str, str]]) -> str:

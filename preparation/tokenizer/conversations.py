@@ -83,7 +83,7 @@ class ConversationEncoder:
         })  # fmt: skip
 
     def render(self, stored: str, id: str) -> tuple[str, list[Span]]:
-        """A stored conversation as the template formats it, and the assistant's turns; `id` names it in a `UserError`."""
+        """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`."""
         messages = split_messages(stored)
         try:
             text, turns = self._apply_template(messages)
