@@ -143,9 +143,9 @@ def refusal(output: Path, *options: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stream", "true"], "stream: there is little to prepare"),
+        (["--stream", "true"], "stream: a stream needs little preparation"),
         (["--num_proc", "2"], "num_proc is for one machine"),
-        (["--sources", "[{hub: owner/texts}]"], "sources: hub owner/texts is not read by a cluster"),
+        (["--sources", "[{hub: owner/texts}]"], "sources: a cluster cannot read hub owner/texts"),
     ],
 )
 def test_what_a_cluster_does_not_do_is_refused_in_one_line(options, message, tmp_path):

@@ -259,7 +259,7 @@ def test_broken_records_are_passed_over_and_counted(texts, dataset, tmp_path):
     resumed = make_loader(stream, state=loader.state())
     take(resumed, 1)
     line = describe_stream(resumed.state())
-    assert "broken records passed over: 1, " in line and f"{path.name}, line 11: not a JSON record" in line
+    assert "broken records passed over: 1, " in line and f"{path.name}, line 11: not JSON" in line
 
 
 @pytest.fixture(scope="module")
