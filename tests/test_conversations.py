@@ -1,4 +1,4 @@
-"""Conversations: which tokens the assistant says, against transformers and by hand, and the way through prepare_data.py."""
+"""Conversations: which tokens the assistant says, compared with transformers and by hand, and all of prepare_data.py."""
 
 import json
 import random
@@ -32,7 +32,7 @@ from utils.objectives import Objective, instruction
 MARKED = (ROOT / "configs" / "chat_template.jinja").read_text(encoding="utf-8")
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 DEFAULT_SYSTEM = "You answer from old dictionaries."
-# ChatML without marks, and with a system message of its own where the conversation has none.
+# ChatML without marks, which adds a system message if the conversation has none.
 UNMARKED = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>\n{% endif %}"
     "{% for item in messages %}<|im_start|>{{ item.role }}\n{{ item.content }}<|im_end|>\n{% endfor %}"
@@ -45,7 +45,7 @@ TEMPLATE_OPTIONS = [
 
 
 def talk(*turns: str) -> list[dict[str, str]]:
-    """Messages from "user: ..." and the like."""
+    """Messages from strings such as "user: ..."."""
     return [{"role": role, "content": content} for role, _, content in (turn.partition(": ") for turn in turns)]
 
 
@@ -59,7 +59,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory):
-    """What the example makes of the sample text."""
+    """The conversations that the example makes from the sample text."""
     path = tmp_path_factory.mktemp("instructions") / "instructions.jsonl"
     script("examples/make_instructions.py", path)
     return path
@@ -119,7 +119,7 @@ def test_ids_and_mask_of_a_marked_template_are_transformers_own(algorithm, conve
 
 
 def test_ids_and_mask_of_an_unmarked_template_are_those_put_together_by_hand(tokenizer, conversations):
-    """Reference: each message encoded by itself, which changes nothing where special tokens stand between."""
+    """Reference: each message encoded separately, which gives the same ids if special tokens separate them."""
     unmarked = with_template(tokenizer, UNMARKED)
     start, end = unmarked.convert_tokens_to_ids(SPECIAL)
 
@@ -139,7 +139,7 @@ def test_ids_and_mask_of_an_unmarked_template_are_those_put_together_by_hand(tok
 
 
 def test_a_token_on_both_sides_of_a_border_counts_as_the_assistants(tokenizer):
-    """As transformers has it: " the" is one token, its space belongs to the header."""
+    """As in transformers: " the" is one token, although its space belongs to the header."""
     marked = (
         "{% for item in messages %}{{ item.role + ': ' }}{% if item.role == 'assistant' %}{% generation %}"
         "{{ item.content }}<|im_end|>{% endgeneration %}{% else %}{{ item.content }}{% endif %}{% endfor %}"
@@ -184,7 +184,7 @@ def test_eos_ends_what_no_special_token_ends(tokenizer):
     assert all(eos not in ids for ids, _ in encode(tokenizer, ODD))  # these end with <|im_end|>
 
 
-REFUSED = {  # template, what the error must say
+REFUSED = {  # template, expected part of the error
     "earlier turns are written in another way": (
         "{% for item in messages %}{{ item.content if loop.last or item.role != 'assistant' else '...' }}\n{% endfor %}",
         "file:2: the chat template formats message 3 differently when more",
@@ -249,7 +249,7 @@ def documents(folder, split) -> list[tuple[list[int], list[int]]]:
 
 
 def test_a_dataset_of_conversations_from_its_sources(tmp_path, conversations):
-    """Every stored document is a conversation of the source, cleaned, as transformers encodes it, in their order."""
+    """Every stored document is a cleaned conversation of the source, as transformers encodes it, in order."""
     conversations = conversations[:800]
     out = prepare(tmp_path / "out", "--sources", write_lines(tmp_path / "a.jsonl", conversations), *TEMPLATE_OPTIONS)
     assert "--objective.name instruction" in out
@@ -297,7 +297,7 @@ def test_a_given_tokenizer_and_every_kind_of_file_give_the_same(tmp_path, conver
     assert sorted(found["json"]["train"] + found["json"]["validation"]) == sorted(expected)
 
 
-BROKEN = {  # what stands in a line, what is said about it
+BROKEN = {  # a line, expected part of the reason
     '{"messages": []}': "is an empty list",
     '{"messages": null}': "holds NoneType, not a list of messages",
     '{"messages": "Hello"}': "holds str, not a list of messages",

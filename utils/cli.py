@@ -180,10 +180,12 @@ def _nearest(name: str, names: list[str], dashes: str) -> str:
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The known name closest to `name`, as in "; did you mean X?"; "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+def nearest(name: object, known: Iterable[str]) -> str:
+    """` (did you mean X?)` with the most similar of the `known` names, or nothing if none is similar."""
+    known = list(known)
+    found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    found = found or [option for option in known if option.endswith(f".{name}")]
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def find_problems(config: object, section: str = "") -> list[str]:

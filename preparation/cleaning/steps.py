@@ -150,7 +150,7 @@ def check_steps(steps: Iterable[str]) -> list[str]:
     problems, expanded = [], expand_steps(steps)
     for name in dict.fromkeys(expanded):
         if name not in known:
-            problems.append(f"cleaning: unknown step {name!r} (known are {', '.join(known)}){nearest(name, known)}")
+            problems.append(f"cleaning: unknown step {name!r}{nearest(name, known)}; known are {', '.join(known)}")
         elif expanded.count(name) > 1:
             problems.append(f"cleaning: {name} is given twice (standard includes {', '.join(STANDARD)})")
     return problems
