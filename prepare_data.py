@@ -12,10 +12,11 @@ from utils.cli import UserError, parse_config, run_script
 
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,15 +75,108 @@ THIS_MACHINE = Engine()
 
 
 def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
+    """Sources → dataset folder, in stages.
+
+    `stages.run` reuses the folder of an earlier call with the same key, or has the function write it. The key is a hash
+    of everything that decides the result: the given list, and the keys of the stages before.
+    """
     output = Path(config.output).resolve()
     sources = resolve_sources(config)
-    check_places(sources, output)
     stages = Stages(output.with_name(f".{output.name}.stages"))
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with claim_output(config, sources, stages, output) as claimed:
+        if claimed is None:
+            return
+        files, key = claimed
+
+        # ---- Read: sources of any format → one table on disk with the columns text, source and id.
+        limit = config.stream_head_documents if config.stream else None
+        folder = stages.run(
+            "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
+            lambda folder: engine.read_sources(sources, folder, limit),
+        )  # fmt: skip
+        counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
+        check_broken(counts, config.max_broken_share)
+        documents = load_slices(folder / "documents.arrow")
+
+        # ---- Clean: documents → the same with changed text, and with a reason for each that is dropped.
+        code_sources = {str(source.name) for source in sources if source.kind == "code"}
+        conversations = holds_conversations(sources)
+        folder = stages.run(
+            "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(code_sources)],
+            lambda folder: engine.map_slices(
+                documents, text_bytes(documents),
+                lambda batch: clean_table(batch, config.cleaning, code_sources, conversations), folder / "clean.arrow",
+                features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
+            ),
+        )  # fmt: skip
+        cleaned = load_slices(folder / "clean.arrow")
+        lengths = text_bytes(cleaned)
+
+        # ---- Sketch: cleaned documents → short digests and signatures, by which duplicates are found.
+        near = config.deduplication.near_threshold is not None
+        folder = stages.run(
+            "sketch", [VERSIONS["sketch"], near],
+            lambda folder: engine.map_slices(
+                cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
+                features=sketch_features(near), num_proc=config.num_proc, description="sketch",
+            ),
+        )  # fmt: skip
+        sketches = load_slices(folder / "sketch.arrow")
+
+        # ---- Select: digests and signatures → for each document: dropped (and why), training or validation.
+        evaluation_files = config.deduplication.evaluation_files
+        folder = stages.run(
+            "select",
+            [
+                VERSIONS["select"], asdict(config.deduplication), config.validation_fraction,
+                hash_paths(evaluation_files), config.text_column, config.messages_column,
+            ],
+            lambda folder: select_documents(
+                cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
+                config.validation_fraction,
+                iter_file_texts(evaluation_files, config.text_column, config.messages_column),
+                lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
+            ).save(folder),
+        )  # fmt: skip
+        selection = Selection.load(folder)
+        check_splits(selection, config)
+
+        # ---- Tokenizer: a sample of the training documents → a tokenizer; or the one you supply.
+        folder = stages.run(
+            "tokenizer", [VERSIONS["tokenizer"], asdict(config.tokenizer), tokenizer_files(config)],
+            lambda folder: make_tokenizer(config, cleaned, selection, folder),
+        )  # fmt: skip
+
+        # ---- Encode: both splits → the dataset folder, written beside the output and moved there in one step.
+        manifest = start_manifest(config, key, files, counts, cleaned, selection)
+        partial = stages.partial("output")
+        try:
+            shutil.copytree(folder, partial / "tokenizer")
+            write_dataset(config, sources, manifest, cleaned, lengths, selection, partial, engine)
+            replace_folder(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        stages.remove_unused()
+    print(table(manifest))
+    objective = " --objective.name instruction" if conversations else ""
+    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
+
+
+@contextlib.contextmanager
+def claim_output(
+    config: PrepareConfig, sources: list[SourceConfig], stages: Stages, output: Path
+) -> Iterator[tuple[list[dict[str, Any]], str] | None]:
+    """The files of the sources and the recipe's key, with a lock on the output; None if the output is up to date.
+
+    `UserError` if the output is locked, is not a dataset, overlaps a source or cannot be written.
+    """
+    check_places(sources, output)
     restore_output(output, stages)
     manifest = load_existing(output)
     try:
         with standard_input_in_file(sources, stages.folder):
-            # ---- Anything to do? The key is a hash of the sources' content and of all options that matter.
             files = describe_files(
                 sources, manifest["files"] if manifest.get("stream") == config.stream else [],
                 read_again=config.check_hashes, by_size_only=config.stream and not config.check_hashes,
@@ -91,108 +185,19 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
             if manifest.get("key") == key:
                 print(table(manifest))
                 print(f"{config.output} is up to date: nothing to do")
+                yield None
                 return
-
-            # ---- One process at a time.
             stages.folder.mkdir(parents=True, exist_ok=True)
             with hold_lock(stages.folder / "lock") as locked:
                 if not locked:
                     raise UserError(
-                        f"{config.output}: another prepare_data.py is writing it; wait until it ends, or stop it"
+                        f"{config.output}: another prepare_data.py is writing it; wait for its end, or stop it"
                     )
-                manifest = prepare(config, sources, files, key, stages, output, engine)
+                yield files, key
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error.strerror or error}") from error
-    print(table(manifest))
-    objective = " --objective.name instruction" if holds_conversations(sources) else ""
-    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
-
-
-def prepare(
-    config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]], key: str, stages: Stages, output: Path,
-    engine: Engine,
-) -> dict[str, Any]:  # fmt: skip
-    """Run the stages that have no result yet, assemble the dataset folder, and return its manifest.
-
-    For each stage, `stages.run` gets everything that decides its result and a function that writes it to a folder.
-    """
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-    # ---- Read: sources of any format → one table on disk with the columns text, source and id.
-    limit = config.stream_head_documents if config.stream else None
-    folder = stages.run(
-        "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
-        lambda folder: engine.read_sources(sources, folder, limit),
-    )  # fmt: skip
-    counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
-    check_broken(counts, config.max_broken_share)
-    documents = load_slices(folder / "documents.arrow")
-
-    # ---- Clean: documents → the same with changed text, and with a reason for each that is dropped.
-    code_sources = {str(source.name) for source in sources if source.kind == "code"}
-    conversations = holds_conversations(sources)
-    folder = stages.run(
-        "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(code_sources)],
-        lambda folder: engine.map_slices(
-            documents, text_bytes(documents),
-            lambda batch: pa.Table.from_pydict(
-                clean_documents(batch.to_pydict(), config.cleaning, code_sources, conversations),
-                schema=CLEANED_FEATURES.arrow_schema,
-            ),
-            folder / "clean.arrow", features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
-        ),
-    )  # fmt: skip
-    cleaned = load_slices(folder / "clean.arrow")
-    lengths = text_bytes(cleaned)
-
-    # ---- Sketch: cleaned documents → short digests and signatures, by which duplicates are found.
-    near = config.deduplication.near_threshold is not None
-    folder = stages.run(
-        "sketch", [VERSIONS["sketch"], near],
-        lambda folder: engine.map_slices(
-            cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
-            features=sketch_features(near), num_proc=config.num_proc, description="sketch",
-        ),
-    )  # fmt: skip
-    sketches = load_slices(folder / "sketch.arrow")
-
-    # ---- Select: digests and signatures → for each document: dropped (and why), training or validation.
-    evaluation_files = config.deduplication.evaluation_files
-    folder = stages.run(
-        "select",
-        [
-            VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files),
-            config.text_column, config.messages_column,
-        ],
-        lambda folder: select_documents(
-            cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
-            config.validation_fraction, iter_file_texts(evaluation_files, config.text_column, config.messages_column),
-            lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
-        ).save(folder),
-    )  # fmt: skip
-    selection = Selection.load(folder)
-    check_splits(selection, config)
-
-    # ---- Tokenizer: a sample of the training documents → a tokenizer; or the one you supply.
-    folder = stages.run(
-        "tokenizer", [VERSIONS["tokenizer"], asdict(config.tokenizer), tokenizer_files(config)],
-        lambda folder: make_tokenizer(config, cleaned, selection, folder),
-    )  # fmt: skip
-
-    # ---- Encode: both splits → the dataset folder, written beside the output and moved there in one step.
-    manifest = start_manifest(config, key, files, counts, cleaned, selection)
-    partial = stages.partial("output")
-    try:
-        shutil.copytree(folder, partial / "tokenizer")
-        write_dataset(config, sources, manifest, cleaned, lengths, selection, partial, engine)
-        replace_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    stages.remove_unused()
-    return manifest
 
 
 def start_manifest(
@@ -219,7 +224,7 @@ def write_dataset(
     config: PrepareConfig, sources: list[SourceConfig], manifest: dict[str, Any], cleaned: datasets.Dataset,
     lengths: np.ndarray, selection: Selection, folder: Path, engine: Engine,
 ) -> None:  # fmt: skip
-    """Encode both splits into `folder`, which holds the tokenizer; complete `manifest`; write the report and the card."""
+    """Encode both splits into `folder`, which holds the tokenizer, complete `manifest` and write the reports."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     samples = sample_by_source(cleaned, selection, sources)
     encoder: Encoder | ConversationEncoder
@@ -244,7 +249,8 @@ def write_dataset(
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
     manifest["tokenizer"] = {
         "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
-        "dtype": encoder.dtype.__name__, "sources": describe_tokenizer(tokenizer, samples),
+        "dtype": encoder.dtype.__name__,
+        "sources": {source: describe_tokenizer(tokenizer, texts) for source, texts in samples.items()},
     }  # fmt: skip
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
@@ -265,6 +271,11 @@ def sketch_features(near: bool) -> datasets.Features:
     if near:
         features["signature"] = datasets.List(datasets.Value("uint32"), length=NUM_HASHES)
     return features
+
+
+def clean_table(batch: pa.Table, *options: Any) -> pa.Table:
+    """`clean_documents` for a table."""
+    return pa.Table.from_pydict(clean_documents(batch.to_pydict(), *options), schema=CLEANED_FEATURES.arrow_schema)
 
 
 def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
@@ -328,7 +339,7 @@ def sample_by_source(
 
 
 def weighted_rows(selection: Selection, sources: list[SourceConfig]) -> np.ndarray:
-    """(n,) int64: the training documents in the order in which they are stored, repeated by the weight of their source."""
+    """(n,) int64: the training documents as they are stored, repeated by the weight of their source."""
     rows = np.flatnonzero(selection.train)
     weights = np.array([source.weight for source in sources])[selection.source[rows]]
     return repeat_by_weight(rows, weights, selection.chance[rows])
@@ -347,7 +358,7 @@ def encode_split(
         documents.select_columns(list(encoder.columns)), lengths, encoder.encode_table, path, features=encoder.features,
         description=f"encode {folder.name}",
     )  # fmt: skip
-    # The folder stores the fingerprint. `datasets` would choose a random one; a fixed one makes the result reproducible.
+    # The folder stores this fingerprint. `datasets` would draw a random one, and the bytes would differ every time.
     datasets.Dataset(load_slices(path).data, fingerprint=folder.name).save_to_disk(folder)
     for file in slice_files(path):
         file.unlink()
@@ -408,7 +419,8 @@ def check_splits(selection: Selection, config: PrepareConfig) -> None:
         advice = "change the options that drop them"
     raise UserError(
         f"the {empty} split is empty: {documents} documents, {sum(dropped.values())} dropped"
-        f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} (see docs/data.md)"
+        f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} "
+        "(see docs/data.md)"
     )
 
 

@@ -5,14 +5,14 @@
     python examples/prepare_data_cluster.py --config my_recipe.yaml     # on the first; without a cluster, on its cores
 
 It runs on Ray (Apache-2.0; a wheel of 79 MB and six small packages, no spacy, no other torch or pyarrow). Ray repeats a
-plain task up to three times if its worker or machine is lost, and gives tasks to machines that join later. datatrove has
-its own readers, order and token format; blocks of Ray Data would have to be sorted again.
+plain task up to three times if its worker or machine is lost, and gives tasks to machines that join later. datatrove
+has its own readers, order and token format; blocks of Ray Data would have to be sorted again.
 
-All machines need the same Python packages, and must see these scripts, the sources and the output under the same paths on
-a shared disk. Reading, cleaning, sketching, encoding and the search for evaluation text are split into parts: one Ray task
-and one Arrow file each, numbered in the order of the documents. Everything that needs a view of the whole stays in this
-process, which maps those files: it hashes the sources, finds duplicates (about 100 bytes of memory per document, and 528 of
-page cache for its sketch), trains the tokenizer on its sample, and joins the tokens.
+All machines need the same Python packages, and must see these scripts, the sources and the output under the same paths
+on a shared disk. Reading, cleaning, sketching, encoding and the search for evaluation text are split into parts: one
+Ray task and one Arrow file each, numbered in the order of the documents. Everything that needs a view of the whole
+stays in this process, which maps those files: it hashes the sources, finds duplicates (about 100 bytes of memory per
+document, and 528 of page cache for its sketch), trains the tokenizer on its sample, and joins the tokens.
 """
 
 import sys
@@ -82,8 +82,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import prepare_data
-from preparation.sources.documents import MAX_BROKEN_LISTED, OTHER_KIND, read_sources, reading_units
-from preparation.sources.files import count_other_files
+from preparation.sources.documents import MAX_BROKEN_LISTED, OTHER_KIND, read_sources
+from preparation.sources.files import count_other_files, reading_units
 from preparation.sources.source_config import SourceConfig
 from preparation.stages import iter_slices, load_slices, map_slices
 
@@ -100,7 +100,7 @@ PARTS_PER_CPU = 4  # at least, if there is enough text, so that all CPUs finish 
 
 def main(config: PrepareConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A task has one CPU. Document ids contain relative paths, so `run_part` changes to this process's working directory.
+    # A task has one CPU. Document ids contain relative paths, so `run_part` works in the directory of this process.
     environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     machines = sum(node["Alive"] for node in ray.nodes())
@@ -180,7 +180,7 @@ def run_parts(work: Callable[..., Any], parts: list[tuple], path: Path, descript
         if isinstance(error.cause, UserError):
             raise error.cause from None
         if isinstance(error.cause, OSError | ImportError):
-            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same packages, "
+            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same packages "
                             "and the same paths for these scripts, the sources and the output)") from None  # fmt: skip
         raise
     except RayError as error:

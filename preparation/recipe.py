@@ -1,4 +1,4 @@
-"""The options of prepare_data.py, one dataclass per subject. No slow import here, so that a mistake is reported at once."""
+"""The options of prepare_data.py, one dataclass per subject. No slow import here, so mistakes are reported at once."""
 
 import re
 from collections import Counter
@@ -9,8 +9,8 @@ from typing import Literal
 from preparation.sources.source_config import SourceConfig, parse_source
 from utils.cli import at_least
 
-# The special tokens of a tokenizer trained here, and the fewest other entries that each algorithm works with: the bytes (the
-# unigram trainer overshoots unless there is room for one more piece), or a few characters.
+# The special tokens of a tokenizer trained here, and the fewest other entries that each algorithm works with: the bytes
+# (the unigram trainer overshoots unless there is room for one more piece), or a few characters.
 END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
 WORDPIECE_TOKENS = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
@@ -86,7 +86,7 @@ class TokenizerConfig:
     pretrained: str | None = None
     """Folder or Hub name of a tokenizer to use unchanged. null: train one on the training documents."""
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"
-    """bpe and unigram work on bytes, so any text can be encoded and decoded; wordpiece works on words, as BERT's does."""
+    """bpe and unigram work on bytes, so they encode and decode any text; wordpiece works on words, as BERT's does."""
     vocab_size: int = 2048
     """Entries of a tokenizer trained here, including special tokens."""
     special_tokens: list[str] = field(default_factory=list)
@@ -118,10 +118,8 @@ class TokenizerConfig:
             found.append(f"tokenizer.special_tokens lacks {', '.join(lacking)}, which tokenizer.chat_template writes")
         least = len(special) + LEAST_ENTRIES[self.algorithm]
         if not least <= self.vocab_size <= 2**31:
-            found.append(
-                f"tokenizer.vocab_size is {self.vocab_size}; {self.algorithm} with {len(special)} special tokens needs at "
-                f"least {least}, and at most 2^31"
-            )
+            needs = f"{self.algorithm} with {len(special)} special tokens needs at least {least}, and at most 2^31"
+            found.append(f"tokenizer.vocab_size is {self.vocab_size}; {needs}")
         return found
 
 
@@ -174,35 +172,26 @@ class PrepareConfig:
             repeated = sorted({name for name in names if names.count(name) > 1})
             found += [f"two entries of sources are called {name!r}; give one a name" for name in repeated]
             if self.stream and any(source.path == "-" for source in sources):
-                found.append(
-                    "sources: standard input cannot be read again while training; write it to a file, or leave stream out"
-                )
+                found.append("sources: standard input cannot be read again while training; write it to a file first")
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
-            found += self._conversation_problems(sources)
+            if holds_conversations(sources):
+                found += self._conversation_problems(sources)
         if not 0 < self.validation_fraction < 1:
-            found.append(
-                f"validation_fraction is {self.validation_fraction}; it must be between 0 and 1, both excluded"
-            )
+            found.append(f"validation_fraction is {self.validation_fraction}; it must be above 0 and below 1")
         return found + _outside("max_broken_share", self.max_broken_share)
 
     def _conversation_problems(self, sources: list[SourceConfig]) -> list[str]:
-        conversations = [str(source.name) for source in sources if source.messages_column is not None]
-        plain = [str(source.name) for source in sources if source.messages_column is None]
-        if not conversations:
-            return []
         found = []
-        if plain:
-            found.append(
-                f"sources: {conversations[0]} holds conversations and {plain[0]} plain text; prepare them as two datasets"
-            )
+        if plain := [str(source.name) for source in sources if source.messages_column is None]:
+            found.append(f"sources: {plain[0]} holds plain text, others conversations; prepare them as two datasets")
         if self.stream:
             found.append("stream: conversations cannot be streamed; leave stream out")
         if self.tokenizer.pretrained is None and self.tokenizer.chat_template is None:
             found.append(
                 "tokenizer: conversations need a chat template; give tokenizer.pretrained, or tokenizer.chat_template "
-                "and its tokens, as in --tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens "
-                "'[<|im_start|>, <|im_end|>]'"
+                "and its tokens, as in --tokenizer.chat_template configs/chat_template.jinja "
+                "--tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
             )
         return found
 

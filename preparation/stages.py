@@ -61,7 +61,7 @@ class Stages:
         return folder
 
     def partial(self, name: str) -> Path:
-        """A folder for this process's unfinished results. The process id in its name keeps out workers of a killed call."""
+        """A folder for unfinished results. The process id in its name keeps out workers of a killed call."""
         for old in self.folder.glob(".*.partial-*"):
             shutil.rmtree(old, ignore_errors=True)
         return self.folder / f".{name}.partial-{os.getpid()}"
@@ -79,14 +79,16 @@ def text_bytes(documents: datasets.Dataset) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *lengths])
 
 
-def iter_slices(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive documents with at most SLICE_BYTES of text, or of one longer document."""
+def iter_slices(
+    lengths: np.ndarray, size: int = SLICE_BYTES, documents: int = SLICE_DOCUMENTS
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of up to `documents` consecutive documents with at most `size` in all, or one longer document."""
     ends = np.cumsum(lengths)
     start = 0
     while start < len(ends):
         before = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, before + SLICE_BYTES, side="right"))
-        stop = min(max(stop, start + 1), start + SLICE_DOCUMENTS)
+        stop = int(np.searchsorted(ends, before + size, side="right"))
+        stop = min(max(stop, start + 1), start + documents)
         yield start, stop
         start = stop
 

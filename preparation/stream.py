@@ -3,8 +3,8 @@
 A stream has a fixed number of lanes (see `training.stream_loader`). Each lane reads its share of the sources in blocks,
 and permutes each block. When it has read everything, its next epoch begins, in another order.
 
-A source is a `datasets.IterableDataset`. Lanes share its files or shards if that gives all lanes about the same amount of
-text. Otherwise every lane reads all of it, and takes the records whose number modulo the number of lanes is its own.
+A source is a `datasets.IterableDataset`. Lanes share its files or shards if that gives all lanes about the same amount
+of text. Otherwise every lane reads all of it, and takes the records whose number modulo the number of lanes is its own.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from preparation.cleaning.steps import clean_documents
 from preparation.recipe import CleaningConfig, PrepareConfig, resolve_sources
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import count_uses, draw_chance, is_held_out
-from preparation.sources.documents import OPENERS, iter_records, load_hub, load_saved
+from preparation.sources.documents import OPENERS, iter_records, load_table
 from preparation.sources.files import describe_files, is_saved_dataset
 from preparation.sources.formats import Document, Skipped, make_document
 from preparation.sources.source_config import SourceConfig
-from preparation.stages import hash_json
+from preparation.stages import hash_json, iter_slices
 from preparation.tokenizer.build import load_tokenizer
 from preparation.tokenizer.encoding import Encoder, build_encoder
 from utils.cli import UserError
@@ -46,9 +46,9 @@ ENCODED_DOCUMENTS = 64  # cleaned and encoded at a time, or
 ENCODED_CHARACTERS = 1 << 17
 SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 300, 5_000  # to test the encoder on
 
-# A place in a lane, as JSON: `epoch`, `block` (its number), `reader` (the state of the EpochReader at the beginning of the
-# block, or None at the beginning of the epoch) and `document` (how many of the permuted block are done). For logs it also
-# holds how many broken records have been skipped so far, and the last one: `broken`, `last_broken`.
+# A place in a lane, as JSON: `epoch`, `block` (its number), `reader` (the state of the EpochReader at the beginning of
+# the block, or None at the beginning of the epoch) and `document` (how many of the permuted block are done). For logs
+# it also holds how many broken records have been skipped so far, and the last one: `broken`, `last_broken`.
 Position = dict[str, Any]
 BEGINNING: Position = {"epoch": 0, "block": 0, "document": 0, "reader": None, "broken": 0, "last_broken": None}
 
@@ -82,7 +82,7 @@ class TextStream:
         self.identity = hash_json(contents, order)
 
     def documents(self, lane: int, position: Position | None) -> Iterator[EncodedDocument]:
-        """The lane's training documents without end, from a position (None: the beginning); `UserError` if it has none."""
+        """The lane's training documents without end, from a position or the beginning; `UserError` if it has none."""
         at: Position = dict(position or BEGINNING)
         while True:
             epoch, resumed = at["epoch"], at["reader"] is not None
@@ -110,24 +110,16 @@ class TextStream:
                     yield EncodedDocument(input_ids, place | {"document": done}, place | {"document": done + 1})
                 at["document"] = 0
             if not used:
-                reason = "no document is left"
-                if read:
-                    reason = f"its {read} documents are all dropped or held out for validation"
-                raise UserError(
-                    f"data.stream_lanes {self.num_lanes}: lane {lane} has nothing to train on ({reason}); use fewer lanes, "
-                    "or more text"
-                )
+                reason = f"its {read} documents are all dropped or held out" if read else "no document is left"
+                problem = f"lane {lane} has nothing to train on ({reason}); use fewer lanes, or more text"
+                raise UserError(f"data.stream_lanes {self.num_lanes}: {problem}")
             at |= {"epoch": epoch + 1, "block": 0, "reader": None}
 
     def _encode(self, block: list["Taken"], first: int) -> Iterator[tuple[int, np.ndarray]]:
         """(number in the block, input_ids) of each document to train on, beginning with number `first`."""
-        start = first
-        while start < len(block):
-            stop, characters = start, 0
-            while stop < min(start + ENCODED_DOCUMENTS, len(block)) and characters < ENCODED_CHARACTERS:
-                characters += len(block[stop].document.text)
-                stop += 1
-            part = block[start:stop]
+        characters = np.array([len(taken.document.text) for taken in block[first:]])
+        for start, stop in iter_slices(characters, ENCODED_CHARACTERS, ENCODED_DOCUMENTS):
+            part = block[first + start : first + stop]
             texts, ids = zip(*(taken.document for taken in part), strict=True)
             batch = {"text": list(texts), "id": list(ids), "source": [taken.source.name for taken in part]}
             cleaned = clean_documents(batch, self.cleaning, self.code_sources)
@@ -138,8 +130,9 @@ class TextStream:
             used = [number for number, times in zip(kept, uses, strict=True) if part[number].again < times]
             if used:
                 input_ids, offsets = self._encoder([cleaned["text"][number] for number in used])
-                yield from zip((start + number for number in used), np.split(input_ids, offsets[1:-1]), strict=True)
-            start = stop
+                yield from zip(
+                    (first + start + number for number in used), np.split(input_ids, offsets[1:-1]), strict=True
+                )
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -172,7 +165,7 @@ def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: in
     """`files` are the source's records from `describe_files`; `UserError` if a table cannot be opened."""
     is_table = config.hub is not None or is_saved_dataset(Path(str(config.path)))
     if is_table:
-        table = load_hub(config) if config.hub is not None else load_saved(Path(str(config.path)), config.split)
+        table = load_table(config)
         total = table.dataset_size or 0
         if isinstance(table, datasets.Dataset):
             table = table.to_iterable_dataset(num_shards=max(1, min(len(table), TABLE_PARTS * num_lanes)))
@@ -222,7 +215,7 @@ class _Reading:
 class EpochReader:
     """Reads a lane's shares of the sources once, or as often as a source's weight requires.
 
-    The next source to read is drawn in proportion to how much of each is left, so that every part of an epoch mixes all.
+    The next source to read is drawn in proportion to how much of each is left, so every part of an epoch mixes them.
     """
 
     def __init__(
@@ -260,7 +253,7 @@ class EpochReader:
         return {"begun": self._begun, "draws": self._draws, "reading": reading}
 
     def read_block(self) -> list[Taken]:
-        """The documents of the next block, none at the end of the epoch; `broken` lists the records that were skipped."""
+        """The documents of the next block, none at the end of the epoch; `broken` lists the skipped records."""
         block: list[Taken] = []
         self.broken = []
         characters = 0

@@ -216,7 +216,7 @@ MUTANTS = [
            "Masking.__call__", "self.config.replace_rate + self.config.random_rate", "self.config.random_rate",
            "test_masking_hides_the_share_and_in_the_ways_that_transformers_does"),
     Mutant("what the user says behind an answer is learnt",
-           "ConversationEncoder.encode_table", "(first < stop) & (behind > start)", "behind > start",
+           "ConversationEncoder.encode_table", "(first < stop) & (after > start)", "after > start",
            "test_ids_and_mask_of_a_marked_template_are_transformers_own"),
     # ---- Text
     Mutant("no document ends with eos",

@@ -1,4 +1,4 @@
-"""The HTML report: figures that agree with a plain count, documents that cannot break out, nothing fetched."""
+"""The HTML report: figures that match a plain count, documents that cannot inject markup, nothing fetched."""
 
 import json
 import re
@@ -26,7 +26,7 @@ EVIL = "<script>alert('&')</script><img src=http://example.org/x onerror=y>"
 
 
 class Page(HTMLParser):
-    """Every element and attribute of a page, its text, and whether the elements close in order."""
+    """The elements, attributes and text of a page, and whether the elements close in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ def report(documents: list[dict], *, stream: bool = False, **tokenizer: object) 
         },
         "tokenizer": {"from": "x", "vocab_size": 500, "dtype": "uint16", "sources": dict.fromkeys(sources, measured)},
         "versions": {"datasets": "5.2.0"},
-        "token_lengths": {split: lengths.tolist() for split, lengths in tokens.items()},  # not of a real manifest
+        "token_lengths": {split: lengths.tolist() for split, lengths in tokens.items()},  # not in a real manifest
     }
     details = collect_details(cleaned, lengths, selection, tokens, rows)
     page = html_report("demo", manifest, details)
@@ -209,7 +209,7 @@ def test_nothing_in_a_document_becomes_markup_and_nothing_is_fetched(documents):
     assert not {"script", "img", "link", "iframe", "a"} & page.tags.keys()
     assert page.attributes <= {"lang", "charset", "name", "content", "http-equiv", "class", "style", "open", "dir"}
     assert "url(" not in text and "@import" not in text
-    with pytest.raises(AssertionError):  # one place that is not escaped would be seen
+    with pytest.raises(AssertionError):  # a single unescaped place would be noticed
         Page(text.replace(str(escape(EVIL)), EVIL, 1))
 
 

@@ -59,7 +59,7 @@ def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
         kept = set(texts)
         assert texts == list(
             dict.fromkeys(text for text in cleaned if text in kept)
-        )  # in the order of the source, none twice
+        )  # in the order of the source, without repetition
         assert len(texts) == manifest["splits"][split]["documents"]
         assert manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
         assert (is_held_out(digest_documents(texts), VALIDATION_FRACTION) == (split == "validation")).all()
@@ -76,7 +76,7 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
         TEXTS[1].upper() + "  \n\n!",
         "",
         " \u200b\n",
-    ]  # two duplicates (one but for case and punctuation), two empty
+    ]  # two duplicates (one except for case and punctuation), two empty documents
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
     first = prepare(tmp_path / "out", "--sources", f"[{source}]")
     manifest = load_manifest(tmp_path / "out")
@@ -101,7 +101,7 @@ def test_the_report_can_be_opened_and_says_what_was_dropped(dataset):
 
 
 def test_weights_and_mixtures(tmp_path):
-    """Weight 2 stores each training document twice, a half of them 0.5, none of the validation ones twice."""
+    """Weight 2 stores each training document twice, weight 0.5 half of them; weights do not repeat validation documents."""
     for name, texts in {"a": TEXTS[:300], "b": TEXTS[300:900], "c": TEXTS[900:1000]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sources = [
@@ -151,7 +151,7 @@ def test_every_format_and_a_folder_give_the_same_documents(tmp_path):
 
 
 def test_the_split_is_stable_when_documents_are_added(tmp_path):
-    """A property of the text alone: adding documents, or reordering them, moves none across."""
+    """The split depends on a document's text alone: adding or reordering documents changes it for none."""
     sides = {}
     for name, texts in {"few": TEXTS[200:300], "more": [*TEXTS[400:500], *reversed(TEXTS[200:300])]}.items():
         source = tmp_path / f"{name}.jsonl"
@@ -163,7 +163,7 @@ def test_the_split_is_stable_when_documents_are_added(tmp_path):
 
 
 def test_a_given_tokenizers_truncation_and_padding_are_not_applied(tmp_path, dataset):
-    """Its saved limits are those of another use: here they would cut documents without a word."""
+    """Its saved limits are meant for another use: here they would silently cut documents."""
     limited = AutoTokenizer.from_pretrained(dataset / "tokenizer")
     limited.backend_tokenizer.enable_truncation(16)
     limited.backend_tokenizer.enable_padding(length=16)
@@ -183,7 +183,7 @@ def test_a_given_tokenizer_is_taken(tmp_path, dataset):
         assert (ours.read(0, ours.num_tokens) == theirs.read(0, theirs.num_tokens)).all()
 
 
-BAD_SOURCES = {  # source, what the error line must say
+BAD_SOURCES = {  # source, expected part of the error line
     "missing": ("no/such/file.txt", "no such file"),
     "empty_folder": ("empty_folder", "no .txt"),
     "empty": ("empty.jsonl", "the file is empty; 1 of 1 records are broken"),
@@ -225,7 +225,7 @@ def test_bad_sources_get_one_line_and_leave_nothing(case, tmp_path):
     line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{tmp_path / name}]")
     assert expected in line and ("split is empty" in expected or Path(name).name in line)
     left = [path.name for path in tmp_path.iterdir() if "out" in path.name]
-    assert left in ([], [".out.stages"])  # the stages that did come to an end
+    assert left in ([], [".out.stages"])  # the completed stages
     assert not left or not list((tmp_path / ".out.stages").glob(".*partial*"))
 
 
@@ -237,7 +237,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
 
 
 def test_the_recipe_in_the_docs_runs(tmp_path, monkeypatch):
-    """Word for word, with files of the names that it uses; but for the Hub, which is not reached from here."""
+    """Unchanged, with files of the names that it uses, except for the Hub, which tests cannot reach."""
     recipe = re.search(r"```yaml\n(sources:.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.S)[1]
     recipe = "".join(line for line in recipe.splitlines(keepends=True) if "{hub:" not in line)
     long = [text for text in TEXTS if len(text) > 200]

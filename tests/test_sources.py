@@ -1,4 +1,4 @@
-"""Every kind of source gives the documents that are in it, and names the records that it cannot read."""
+"""Each kind of source yields its documents and names the records that cannot be read."""
 
 import csv
 import gzip
@@ -14,7 +14,8 @@ import pytest
 from conftest import ROOT
 
 from preparation.recipe import SourceConfig, parse_source
-from preparation.sources.documents import OTHER_KIND, check_broken, iter_records, read_sources, reading_units
+from preparation.sources.documents import OTHER_KIND, check_broken, iter_records, read_sources
+from preparation.sources.files import reading_units
 from preparation.sources.formats import TEXT_PART_BYTES, Broken, Document, Skipped
 from utils.cli import UserError
 
@@ -110,7 +111,7 @@ def test_a_long_text_without_line_ends_is_never_cut_through_a_character(characte
 
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
 def test_an_archive_with_a_damaged_header_or_a_cut_is_named(suffix, tmp_path):
-    """`tarfile` itself takes either for the archive's end."""
+    """`tarfile` itself treats both as the end of the archive."""
     for index, text in enumerate(TEXTS):
         (tmp_path / f"{index:02}.txt").write_text(text)
     with tarfile.open(tmp_path / "plain.tar", "w") as archive:
@@ -189,7 +190,7 @@ def test_saved_datasets_and_hub_folders(tmp_path):
     with pytest.raises(UserError, match="no split 'dev'; it has train, test"):
         records(tmp_path / "splits", split="dev")
 
-    hub = tmp_path / "hub"  # a repository as `load_dataset` finds it: data files named after their split
+    hub = tmp_path / "hub"  # the layout that `load_dataset` expects: data files named after their split
     (hub / "data").mkdir(parents=True)
     (hub / "data" / "train-00000.jsonl").write_bytes(json_lines(TEXTS[:30], "body"))
     (hub / "data" / "test-00000.jsonl").write_bytes(json_lines(TEXTS[30:], "body"))
@@ -198,7 +199,7 @@ def test_saved_datasets_and_hub_folders(tmp_path):
             source = SourceConfig(hub=str(hub), name="hub", text_column="body", split=split, streaming=streaming)
             assert [item.text for item in iter_records(source, reading_units(source))] == expected
     source = SourceConfig(hub=str(tmp_path / "nothing"), name="hub")
-    with pytest.raises(UserError, match=r"hub .*nothing: cannot be loaded"):
+    with pytest.raises(UserError, match=r"hub .*nothing: cannot be read as a dataset"):
         list(iter_records(source, reading_units(source)))
 
 
@@ -211,7 +212,7 @@ def test_a_template_makes_text_of_several_columns(tmp_path):
 
 
 GOOD = json_lines(TEXTS[:3])
-BAD = {  # content, documents that are still read, the reason that is given
+BAD = {  # content, number of documents that are still read, the reported reason
     "cut.jsonl.gz": (gzip.compress(json_lines(TEXTS))[:-200], None, "damaged or cut off after"),
     "cut.jsonl.zst": (zstd(json_lines(TEXTS))[:-200], None, "damaged or cut off after"),
     "not.jsonl.gz": (b"plain text", 0, "damaged or cut off after 0 records"),
@@ -249,7 +250,7 @@ def test_broken_records_are_named_and_the_rest_is_read(name, tmp_path):
     broken = [item for item in found if isinstance(item, Broken)]
     read = [item.text for item in found if isinstance(item, Document)]
     assert broken and broken[0].file.endswith(name) and reason in broken[0].why
-    if documents is None:  # cut off somewhere: what came before is there
+    if documents is None:  # cut off somewhere: everything before the cut is read
         assert read == TEXTS[: len(read)]
     else:
         assert len(read) == documents
@@ -274,7 +275,7 @@ def test_the_stated_share_decides(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ({"path": "a", "wieght": 2}, "unknown key 'wieght'; did you mean weight?"),
+        ({"path": "a", "wieght": 2}, "did you mean weight?"),
         ({"path": "a", "weight": "x"}, "weight cannot be 'x'"),
         ({"path": "a", "weight": -1}, "must be between 0 and 100"),
         ({"path": "a", "hub": "b"}, "either path or hub"),

@@ -1,4 +1,4 @@
-"""Training, describing and applying tokenizers, against the tokenizer's own call and plain computations."""
+"""Training, describing and applying tokenizers, compared with the tokenizer's own call and plain computations."""
 
 import hashlib
 import json
@@ -96,7 +96,7 @@ def all_texts(tokenizer) -> list[str]:
 
 
 def expected_ids(tokenizer, text: str) -> list[int]:
-    """What a dataset holds: the tokenizer's own ids, and the eos token unless it stands there."""
+    """The ids in a dataset: the tokenizer's own, and the eos token unless they end with it."""
     ids = tokenizer(text)["input_ids"]
     return ids if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
@@ -299,7 +299,7 @@ def test_tokenizers_that_gigatoken_cannot_take_fall_back_and_say_so(folders):
         encoder = build_encoder(tokenizer, ENGLISH[:20])
         assert encoder.note.startswith("encoded by tokenizers (gigatoken: ") and reason in encoder.note
         check_ids(encoder, tokenizer, ENGLISH[300:320])
-    lacking = Tokenizer(models.BPE())  # like the published vocabularies that lack a byte which text never holds
+    lacking = Tokenizer(models.BPE())  # like published vocabularies that lack a byte that text never contains
     lacking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     lacking.train_from_iterator(
@@ -312,7 +312,7 @@ def test_tokenizers_that_gigatoken_cannot_take_fall_back_and_say_so(folders):
 
 
 def test_characters_that_are_new_to_unicode_go_to_tokenizers(bpe):
-    """U+A7D4 is a letter to gigatoken 0.10 and none to tokenizers 0.23, so words end elsewhere."""
+    """U+A7D4 is a letter in gigatoken 0.10 but not in tokenizers 0.23, so words end differently."""
     pytest.importorskip("gigatoken")
     texts = ["plain", "a \ua7d4뵸 b", "", "日本語", "\U000323bcs", "it\ua7d4s", "👩‍👩‍👧"]
     encoder = build_encoder(bpe, ENGLISH[:5])
@@ -336,7 +336,7 @@ def test_other_ids_of_gigatoken_are_found_and_not_used(bpe, monkeypatch):
 
 
 class FailsLater:
-    """gigatoken, until it meets a certain text."""
+    """gigatoken that fails on a certain text."""
 
     def __init__(self, real, failure: BaseException | None):
         self.real, self.failure = real, failure
@@ -350,7 +350,7 @@ class FailsLater:
 
 
 class Panic(BaseException):
-    """What a panic in Rust is in Python: not an Exception."""
+    """Like a panic in Rust, which in Python is not an Exception."""
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no such merge\nat line 3"), Panic("index out of range"), None])
@@ -385,7 +385,7 @@ def test_long_documents_are_cut_where_no_token_changes(folders, algorithm, monke
     pieces = list(iter_pieces(long))
     assert len(pieces) > len(long) / 200 and "".join(pieces) == long
     check_ids(Encoder(tokenizer), tokenizer, [long, "", *texts, long])
-    # Cuts at other places do change tokens.
+    # Cuts elsewhere do change tokens.
     monkeypatch.setattr(encoding, "iter_pieces", lambda text: iter([text[:45], text[45:]]))
     with pytest.raises(AssertionError):
         check_ids(Encoder(tokenizer), tokenizer, texts)
@@ -439,7 +439,7 @@ def test_a_sample_lies_evenly_over_the_dataset_at_any_time():
         assert gaps.max() <= 3 * len(texts) / count, "a stretch of the dataset is left out"
     assert taken == [text for batch in iter_sample(dataset, 9_999 * 8) for text in batch]
     assert taken != [text for batch in iter_sample(dataset, 9_999 * 8, seed=1) for text in batch]
-    head = texts[:1000]  # what is to be avoided would not pass
+    head = texts[:1000]  # a sample from the head would fail
     assert np.diff([*[int(text[:6]) for text in head], len(texts)]).max() > 3 * len(texts) / len(head)
 
 
@@ -467,7 +467,8 @@ def test_the_description_is_that_of_a_plain_computation(tokenizer):
         "odd": ["☃ ☃"],
         "none": [],
     }
-    report = json.loads(json.dumps(describe_tokenizer(tokenizer, samples)))
+    report = {name: describe_tokenizer(tokenizer, texts) for name, texts in samples.items()}
+    assert report == json.loads(json.dumps(report))
     assert [name for name, figures in report.items() if not figures["spaced"]] == ["japanese", "chinese"]
     for name, texts in samples.items():
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -109,7 +109,7 @@ def gopher_quality(text: str) -> Verdict:
 
 
 def gopher_repetition(text: str) -> Verdict:
-    """Gopher's rules against repetition. Every occurrence of a line, paragraph or n-gram after the first is a duplicate.
+    """Gopher's rules against repetition. A line, paragraph or n-gram is a duplicate whenever it occurs again.
 
     Shares of characters exclude white space between words, so that indents and line width do not matter.
     """
@@ -195,9 +195,9 @@ def _language_detector() -> Any:
 
 
 def language(text: str, languages: Collection[str], min_score: float) -> Verdict:
-    """Whether the text is in one of `languages` (ISO 639-1; empty: any) with at least `min_score`, according to fastText's
-    lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651). The reason names the language found, as in "language: de", or
-    is "language: uncertain" if the score is low.
+    """Whether the text is in one of `languages` (ISO 639-1; empty: any) with at least `min_score`, according to
+    fastText's lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651). The reason names the language found
+    ("language: de"), or is "language: uncertain" if the score is low.
 
     FineWeb requires 0.65 of the larger lid.176.bin. This small model is less certain about text full of names, code and
     tables: it classifies nearly every page of the Linux kernel's documentation as English, but a fifth below 0.65.

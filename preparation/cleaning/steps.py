@@ -18,17 +18,17 @@ from preparation.recipe import CleaningConfig
 from preparation.sources.conversations import assistant_text, lacks_content, map_contents
 from utils.cli import nearest
 
-# Unicode's category Cc (controls) except tab and newline, and the zero-width characters that no script needs: ZERO WIDTH
-# SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D are part of words and emoji, so they stay.
+# Unicode's category Cc (controls) except tab and newline, and the zero-width characters that no script needs: ZERO
+# WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D are part of words and emoji, so they stay.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
 LINE_ENDS = re.compile("\r\n?|[\u2028\u2029\x85]")
 BLANK_LINES = re.compile(r"\n{3,}")
 NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
 
 # ftfy only repairs text that was decoded with the wrong encoding, including C1 controls from Windows-1252. Its other
-# repairs are off: straight quotes, expanded ligatures and half-width punctuation (，！ to ,!) change the spelling, which is
-# wrong in Chinese and Japanese; &lt; and escape sequences belong in texts about HTML and terminals; line ends, controls
-# and NFC have their own steps.
+# repairs are off: straight quotes, expanded ligatures and half-width punctuation (，！ to ,!) change the spelling, which
+# is wrong in Chinese and Japanese; &lt; and escape sequences belong in texts about HTML and terminals; line ends,
+# controls and NFC have their own steps.
 FTFY_OPTIONS: dict[str, Any] = {
     "unescape_html": False, "remove_terminal_escapes": False, "fix_latin_ligatures": False, "uncurl_quotes": False,
     "fix_character_width": False, "fix_line_breaks": False, "fix_surrogates": False, "remove_control_chars": False,
@@ -42,8 +42,8 @@ _LINK = (
     r"|site ?map|log ?in|sign ?(?:in|up)|register|privacy(?: policy)?|cookies?(?: policy| settings)?|imprint|disclaimer"
     r"|terms(?: (?:of (?:use|service)|(?:and|&) conditions))?|accessibility|careers|press|blog|advertis(?:e|ing))"
 )
-# Lines that are boilerplate from end to end, in lower case: strings that such a line contains (checked first, because it
-# is cheap) and a pattern for the whole line. Prose about cookies or copyright must survive.
+# Lines that are boilerplate from end to end, in lower case: strings that such a line contains (checked first, because
+# it is cheap) and a pattern for the whole line. Prose about cookies or copyright must survive.
 _BOILERPLATE = [
     (("|", " · ", " • ", " » ", " / "), rf"[^\w|]*{_LINK}(?:[ \t]*[|·•»/][ \t|·•»/]*{_LINK})+[\W_]*"),
     (("skip to", " top"), r"skip to (?:main |the )?content|(?:back|return|go) to (?:the )?top(?: of (?:the )?page)?"),
@@ -161,8 +161,8 @@ def clean_documents(
 ) -> dict[str, Any]:
     """Columns text, source, id → the same columns and reason, changed.
 
-    `text` is cleaned; the cleaning of a dropped document ends where it was dropped. `reason` says why it was dropped, ""
-    if it is kept. Bit i of `changed` (uint32) is set if step i of `expand_steps(config.steps)` changed the text.
+    `text` is cleaned; the cleaning of a dropped document ends where it was dropped. `reason` says why it was dropped,
+    "" if it is kept. Bit i of `changed` (uint32) is set if step i of `expand_steps(config.steps)` changed the text.
     PROSE_STEPS skip documents whose source is in `code_sources`; CODE_STEPS skip the others. In `conversations`,
     transformations change the content of each message, and filters judge only what the assistant says, since only that
     is trained on.

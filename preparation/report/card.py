@@ -59,10 +59,8 @@ def tokenizer_table(manifest: dict[str, Any]) -> str:
     """How well the tokenizer works on a sample of each source."""
     lines = [f"{'source':<34}{'bytes/token':>12}{'tokens/word':>13}{'unknown':>10}{'round trip':>12}"]
     for name, figures in manifest["tokenizer"]["sources"].items():
-        lines.append(
-            f"{name:<34}{figures['bytes_per_token']:>12.2f}{figures['fertility']:>13.2f}{figures['unknown_rate']:>10.2%}"
-            f"{figures['round_trip_share']:>12.1%}"
-        )
+        ratios = f"{figures['bytes_per_token']:>12.2f}{figures['fertility']:>13.2f}"
+        lines.append(f"{name:<34}{ratios}{figures['unknown_rate']:>10.2%}{figures['round_trip_share']:>12.1%}")
     return "\n".join(lines)
 
 
@@ -81,9 +79,9 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
     if "assistant_tokens" in manifest["splits"]["validation"]:
         columns += " and `loss_mask` (uint8), which is 1 for the tokens that the assistant says"
     return (
-        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row per "
-        f"document and {columns}; `tokenizer/` opens with `AutoTokenizer` "
-        f"({tokenizer['vocab_size']:,} entries, from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
+        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row "
+        f"per document and {columns}; `tokenizer/` opens with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, "
+        f"from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
         f"## Sources\n\n{listed}{more}\n\nEach source has its own licence: check it before you share this folder.\n\n"
         f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Tokenizer\n\n```\n{tokenizer_table(manifest)}\n```\n\n"
         f"## Options\n\n{options}\n"

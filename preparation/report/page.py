@@ -55,8 +55,8 @@ def collect_details(
 ) -> Details:  # fmt: skip
     """Count over all N documents, and fetch the texts of the few that the page shows (at most 160).
 
-    `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored document;
-    `rows` (n,): its number in `cleaned`.
+    `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored
+    document; `rows` (n,): its number in `cleaned`.
     """
     numbers, first = np.unique(selection.source, return_index=True)
     shape = len(selection.reasons), int(numbers[-1]) + 1
@@ -89,16 +89,8 @@ def collect_details(
 
     tokens = {split: values for split, values in token_lengths.items() if len(values)}
     ratios = {split: lengths[rows[split]] / values for split, values in tokens.items()}
-    return Details(
-        sources=names,
-        counts={reason: by_source[reason] for reason in ["", *selection.count()]},
-        examples=examples,
-        kept=kept,
-        clusters=clusters,
-        cluster_sizes=sizes + 1,
-        tokens=tokens,
-        ratios=ratios,
-    )
+    counts = {reason: by_source[reason] for reason in ["", *selection.count()]}
+    return Details(names, counts, examples, kept, clusters, sizes + 1, tokens, ratios)
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:
@@ -125,7 +117,7 @@ def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
     environment = jinja2.Environment(
         autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cut": cut, "percent": percent, "megabytes": megabytes, "difference": difference}
+    environment.filters |= {"cut": cut, "percent": percent, "difference": difference}
     sizes = {"NAME": NAME, "EXAMPLES": EXAMPLES, "CLUSTERS": CLUSTERS, "MEMBER_CHARACTERS": MEMBER_CHARACTERS}
     read, splits = manifest["documents_read"], manifest["splits"]
     totals = [sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")]
@@ -140,7 +132,8 @@ def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
         dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
         changed={step: count for step, count in manifest["changed"].items() if count},
-        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken], all_broken=manifest["read"]["broken"],
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken],
+        all_broken=manifest["read"]["broken"],
         distributions=_distributions(details), cluster_spans=_cluster_spans(details.cluster_sizes),
         searched=manifest["options"]["deduplication"]["near_threshold"] is not None,
         failures=list(_iter_failures(manifest)), options=list(_flatten(manifest["options"])),
@@ -168,10 +161,6 @@ def percent(part: float, total: float) -> str:
     if share >= 0.01 or share == 0:
         return f"{share:.1%}"
     return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:,.2f} MB"
 
 
 def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
@@ -233,8 +222,8 @@ def _distribution(
 def _cluster_spans(sizes: np.ndarray) -> dict[str, int]:
     """The number of clusters by size: 2, 3–4, 5–8, 9–16, ..."""
     octaves = np.bincount(np.ceil(np.log2(sizes)).astype(np.int64)).tolist()
-    spans = {f"{2 ** (octave - 1) + 1:,}–{2**octave:,}": count for octave, count in enumerate(octaves) if count}
-    return {"2" if span == "2–2" else span: count for span, count in spans.items()}
+    spans = [f"{2 ** (octave - 1) + 1:,}–{2**octave:,}" if octave > 1 else "2" for octave in range(len(octaves))]
+    return {span: count for span, count in zip(spans, octaves, strict=True) if count}
 
 
 def _iter_failures(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -5,8 +5,8 @@ appendix C). The measure is the share of an *evaluation* document's 13-grams tha
 page that quotes a whole test item is contaminated, however small a part of the page the item is. A licence header or a
 quotation that both documents contain is only a part of the item, and drops no document.
 
-Evaluation documents of fewer than 13 words have no 13-gram and are not checked: such a sentence occurs in unrelated texts,
-and a training document equal to it is an exact duplicate.
+Evaluation documents of fewer than 13 words have no 13-gram and are not checked: such a sentence occurs in unrelated
+texts, and a training document equal to it is an exact duplicate.
 """
 
 from collections.abc import Iterable
@@ -33,14 +33,14 @@ class ContaminationIndex:
     sizes: np.ndarray
     """(E,) number of 13-grams of each document; 0 for one that is too short to check."""
     bitmap: np.ndarray
-    """(2^b,) uint8: 16 to 32 bits per 13-gram, one of them set. For nearly every 13-gram of clean text the bit is unset,
-    which saves a search in `hashes` with about twenty cache misses."""
+    """(2^b,) uint8: 16 to 32 bits per 13-gram, one of them set. For nearly every 13-gram of clean text the bit is
+    unset, which saves a search in `hashes` with about twenty cache misses."""
 
 
 def build_index(batches: Iterable[list[str]]) -> ContaminationIndex:
-    """Index the 64 13-grams with the smallest hashes of each evaluation document: a random sample (bottom-k sketch, Cohen
-    and Kaplan 2007) that estimates the share another document contains with a standard error of at most 0.06. Documents
-    of up to 76 words have no more 13-grams than that."""
+    """Index the 64 13-grams with the smallest hashes of each evaluation document: a random sample (bottom-k sketch,
+    Cohen and Kaplan 2007) that estimates the share another document contains with a standard error of at most 0.06.
+    Documents of up to 76 words have no more 13-grams than that."""
     hashes, owners, sizes = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
     documents = 0
     for texts in batches:

@@ -2,10 +2,10 @@
 
 How the numbers were chosen:
 
-- Shingles are 3-grams of words. Editing one word changes n shingles, so two texts that differ in a share e of their words
-  have J = q / (2 - q) of the shingles in common, with q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32 with
-  n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557). Chance in where the edits fall
-  blurs the gap for n = 2; for n = 5 the upper value is so low that finding it needs many more bands.
+- Shingles are 3-grams of words. Editing one word changes n shingles, so two texts that differ in a share e of their
+  words have J = q / (2 - q) of the shingles in common, with q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32
+  with n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557). Chance in where the
+  edits fall blurs the gap for n = 2. For n = 5 the upper value is so low that finding it takes many more bands.
 - The threshold 0.55 lies in that gap, below the 0.6 of a 40-word text with one edit more than its share. It corresponds
   to editing a tenth of the words. Two texts that share half of their words, such as a licence header, have J = 1/3 and
   are both kept.
@@ -13,8 +13,8 @@ How the numbers were chosen:
   1 - (1 - J^4)^32: 0.95 for J = 0.55, 0.99 for 0.6, 0.9998 for 0.7, 0.05 for 0.2. (FineWeb's 14 bands of 8 give 0.11,
   0.21 and 0.56.) Such pairs are compared by all 128 hashes: the share of equal hashes estimates J with a standard error
   of at most 0.044.
-- Short texts: with 20 words, one edit gives J = 0.71; with 12 it gives 0.54, so half of such pairs are kept; with 3 to 8
-  words, any edit in the middle makes a different text.
+- Short texts: with 20 words, one edit gives J = 0.71; with 12 it gives 0.54, so half of such pairs are kept; with 3
+  to 8 words, any edit in the middle makes a different text.
 """
 
 import os
@@ -71,9 +71,9 @@ def _sketch(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 @cache
 def _keep_rensa_to_one_thread() -> None:
-    """A thread pool does not survive a fork: a worker forked after a first large call here (`num_proc` of datasets) would
-    wait for its threads forever. The pool takes its size from the environment at that call, and rensa does not use a
-    pool of one thread.
+    """A thread pool does not survive a fork: a worker forked after a first large call here (`num_proc` of datasets)
+    would wait for its threads forever. The pool takes its size from the environment at that call, and rensa does not
+    use a pool of one thread.
     """
     before = os.environ.get("RAYON_NUM_THREADS")
     os.environ["RAYON_NUM_THREADS"] = "1"
@@ -103,7 +103,11 @@ def find_near_duplicates(
     members = np.flatnonzero(candidates).astype(np.uint32)
     root = np.arange(len(members), dtype=np.uint32)  # for each member, an earlier one of its cluster; see `_join`
     for band in range(BANDS):
-        order, later = _sort_into_buckets(table.band_keys(candidates, band))
+        keys = table.band_keys(candidates, band)
+        order = np.argsort(keys, kind="stable")  # buckets of equal keys
+        keys = keys[order]
+        later = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+        del keys
         for start in range(0, len(later), BLOCK):
             part = later[start : start + BLOCK]
             left, right = order[part], order[part - 1]
@@ -119,9 +123,9 @@ def find_near_duplicates(
     represented = np.flatnonzero(best != np.arange(len(members)))
     for start in range(0, len(represented), BLOCK):
         part = represented[start : start + BLOCK]
-        left, right = members[part], members[best[part]]
-        alike = table.similarity(left, right) >= threshold - DRIFT
-        cluster[left[alike]] = right[alike]
+        documents, kept = members[part], members[best[part]]
+        alike = table.similarity(documents, kept) >= threshold - DRIFT
+        cluster[documents[alike]] = kept[alike]
     return cluster
 
 
@@ -158,15 +162,6 @@ class _SignatureTable:
             block = block_of[places[0]]
             rows[places] = self.blocks[block][documents[places] - self.offsets[block]]
         return rows
-
-
-def _sort_into_buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that groups equal keys, and the positions in it whose key equals the one before."""
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    same = np.zeros(len(keys), bool)
-    same[1:] = keys[1:] == keys[:-1]
-    return order, np.flatnonzero(same)
 
 
 def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:

@@ -7,12 +7,12 @@ Python's Unicode tables).
 import re
 import unicodedata
 from array import array
+from functools import lru_cache
 from hashlib import blake2b
 
 import numpy as np
 
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplication by it loses no bits
-CACHED_WORDS = 2**17  # some 25 MB per process
 LETTER = re.compile(r"[^\W\d_]")
 # NFKC turns a lone accent, as in ´quoted´, into a space and a combining mark.
 LONE_MARKS = re.compile("[ \n\t][\u0300-\u036f\u064b-\u0652\u3099\u309a]+")
@@ -35,19 +35,13 @@ class _Separated(dict[int, str]):
         return result
 
 
-class _WordHashes(dict[str, int]):
-    """64 bits of BLAKE2b of each word. The cache is cleared when it is full, which bounds its memory."""
-
-    def __missing__(self, word: str) -> int:
-        if len(self) >= CACHED_WORDS:
-            self.clear()
-        hashed = blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        self[word] = value = int.from_bytes(hashed, "little")
-        return value
-
-
 SEPARATED = _Separated()
-WORD_HASHES = _WordHashes()
+
+
+@lru_cache(maxsize=2**17)  # some 25 MB per process
+def hash_word(word: str) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def split_words(text: str) -> list[str]:
@@ -82,7 +76,7 @@ def hash_words(texts: list[str], at_least: int = 0) -> tuple[np.ndarray, np.ndar
     lengths = np.empty(len(texts), np.int64)
     for index, text in enumerate(texts):
         start = len(hashes)
-        hashes.extend(map(WORD_HASHES.__getitem__, split_words(text)))
+        hashes.extend(map(hash_word, split_words(text)))
         hashes.extend([0] * (at_least - (len(hashes) - start)))
         lengths[index] = len(hashes) - start
     return np.asarray(hashes), lengths

@@ -73,7 +73,9 @@ def select_documents(
         evaluation_texts: batches of texts, besides the validation split, that training documents must not contain.
         map_texts: applies a function to the texts of documents, given by their numbers (n,); returns (n,) int64.
     """
-    reasons, code = _cleaning_reasons(cleaned)
+    found, numbers = _encode_dictionary(cleaned.data.column("reason"))
+    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
+    code = np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
     names, numbers = _encode_dictionary(cleaned.data.column("source"))
     source = np.array([sources.index(name) for name in names], np.int16)[numbers]
     digests = np.concatenate(list(fixed_size_chunks(sketches, "digest")))
@@ -95,12 +97,6 @@ def select_documents(
         find = functools.partial(find_contaminated, index=index, overlap=config.contamination_overlap)
         code[train[map_texts(train, find) >= 0]] = reasons.index(CONTAMINATED)
     return selection
-
-
-def _cleaning_reasons(cleaned: datasets.Dataset) -> tuple[list[str], np.ndarray]:
-    found, numbers = _encode_dictionary(cleaned.data.column("reason"))
-    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
-    return reasons, np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
 
 
 def _encode_dictionary(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
@@ -134,7 +130,7 @@ def count_uses(weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 
 def repeat_by_weight(rows: np.ndarray, weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """Each of `rows` (n,) as often as `count_uses` says. Repetitions follow as further passes, so they lie far apart."""
+    """Each of `rows` (n,) as often as `count_uses` says. Repetitions come in further passes, so they are far apart."""
     times = count_uses(weights, chance)
     return np.concatenate([np.empty(0, np.int64), *(rows[times > done] for done in range(times.max(initial=0)))])
 

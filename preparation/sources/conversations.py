@@ -1,7 +1,7 @@
 """Conversations: lists of messages, each list stored as one text.
 
-For each message the text holds U+001E (ASCII's record separator), the role, a newline and the content. So every stage that
-works on text also works on conversations, and nothing needs escaping.
+For each message the text holds U+001E (ASCII's record separator), the role, a newline and the content. So every stage
+that works on text also works on conversations, and nothing needs escaping.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ def find_fault(messages: Any) -> str | None:
             return f"message {number} has tool_calls, which are not supported"
         if not isinstance(content, str):
             return f"message {number} has a content of type {type(content).__name__}, not text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "has no message of the assistant" if messages else "is an empty list"
-    return None
+    if not messages:
+        return "is an empty list"
+    return None if any(item["role"] == "assistant" for item in messages) else "has no message of the assistant"
 
 
 def join_messages(messages: list[dict[str, str]]) -> str:
-    """The text of a conversation, from the role and content of each message. A separator in a content becomes a space."""
+    """The text of a conversation, from the role and content of each message. A separator in it becomes a space."""
     return "".join(f"{SEPARATOR}{item['role']}\n{item['content'].replace(SEPARATOR, ' ')}" for item in messages)
 
 

@@ -1,4 +1,4 @@
-"""From the entries of a recipe to documents: files, archives and tables, each opened and passed to its format's reader."""
+"""From the entries of a recipe to documents: opens files, archives and tables and passes them to their readers."""
 
 import bz2
 import contextlib
@@ -22,15 +22,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from preparation.sources.conversations import without_system
-from preparation.sources.files import (
-    count_other_files,
-    find_files,
-    is_saved_dataset,
-    is_tar,
-    is_wanted,
-    kind_of,
-    known_suffixes,
-)  # fmt: skip
+from preparation.sources.files import count_other_files, is_tar, is_wanted, kind_of, known_suffixes, reading_units
 from preparation.sources.formats import READERS, Broken, Document, Record, Skipped, make_document, needed_columns
 from preparation.sources.source_config import SourceConfig
 from preparation.stages import SLICE_BYTES, SLICE_DOCUMENTS
@@ -122,23 +114,11 @@ def check_broken(counts: dict[str, Any], max_share: float) -> None:
             )
 
 
-def reading_units(source: SourceConfig) -> list[Path | None]:
-    """The parts of a source that can be read separately: its files, one saved dataset, or None for a Hub dataset."""
-    if source.hub is not None:
-        return [None]
-    path = Path(str(source.path))
-    if path.is_dir() and is_saved_dataset(path):
-        return [path]
-    return list(find_files(source))
-
-
 def iter_records(source: SourceConfig, units: Iterable[Path | None]) -> Iterator[Record]:
     """The documents and the broken records of some `reading_units` of the source."""
     for unit in units:
-        if unit is None:
-            yield from _read_table(load_hub(source), str(source.hub), source)
-        elif unit.is_dir():
-            yield from _read_table(load_saved(unit, source.split), str(unit), source)
+        if unit is None or unit.is_dir():
+            yield from _read_table(load_table(source), str(source.hub or unit), source)
         else:
             yield from _read_file(source, unit)
 
@@ -180,9 +160,9 @@ class StrictTarInfo(tarfile.TarInfo):
     def fromtarfile(cls, archive: tarfile.TarFile) -> "StrictTarInfo":
         try:
             return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
         except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                raise
             raise tarfile.ReadError(str(error)) from error
 
 
@@ -219,27 +199,25 @@ def _read_table(table: Any, name: str, source: SourceConfig) -> Iterator[Record]
         yield make_document(record, name, number, "record", source)
 
 
-def load_saved(path: Path, split: str) -> datasets.Dataset:
-    """A folder written by `save_to_disk`; `UserError` if it cannot be read or has no such split."""
-    try:
-        table = datasets.load_from_disk(str(path))
-    except Exception as error:  # the library raises many types
-        raise UserError(f"{path}: cannot be read as a saved dataset: {error}") from None
-    if isinstance(table, datasets.DatasetDict):
-        if split not in table:
-            raise UserError(f"{path}: no split {split!r}; it has {', '.join(map(str, table))}")
-        return table[split]
-    return table
+def load_table(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
+    """A dataset on the Hub or in the Hub's layout, or a folder written by `save_to_disk`.
 
-
-def load_hub(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """`load_dataset` of a Hub name, or of a local folder in the Hub's layout."""
+    `UserError` if it cannot be read or has no such split.
+    """
     try:
-        return datasets.load_dataset(
-            str(source.hub), source.config, split=source.split, revision=source.revision, streaming=source.streaming
-        )
+        if source.hub is not None:
+            return datasets.load_dataset(
+                source.hub, source.config, split=source.split, revision=source.revision, streaming=source.streaming
+            )
+        table = datasets.load_from_disk(str(source.path))
     except Exception as error:  # network, names, formats: the library raises many types
-        raise UserError(f"hub {source.hub}: cannot be loaded: {error}") from None
+        name = source.path if source.hub is None else f"hub {source.hub}"
+        raise UserError(f"{name}: cannot be read as a dataset: {error}") from None
+    if isinstance(table, datasets.Dataset):
+        return table
+    if source.split not in table:
+        raise UserError(f"{source.path}: no split {source.split!r}; it has {', '.join(map(str, table))}")
+    return table[source.split]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Which files a recipe reads, of which kind each is, and whether they have changed since the last run."""
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ VERSIONS = {"read": 1, "clean": 1, "sketch": 1, "select": 1, "tokenizer": 1, "en
 WITHOUT_EFFECT = ("output", "num_proc", "check_hashes")  # options that do not change the result
 
 CODE_SUFFIXES = frozenset([
-    ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cs", ".css", ".dart", ".ex", ".exs", ".go", ".hs", ".java", ".jl", ".js",
-    ".jsx", ".kt", ".lua", ".m", ".ml", ".php", ".pl", ".pm", ".py", ".r", ".rb", ".rs", ".S", ".s", ".scala", ".sh", ".sql",
-    ".swift", ".ts", ".tsx", ".vue", ".zig",
+    ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cs", ".css", ".dart", ".ex", ".exs", ".go", ".hs", ".java", ".jl",
+    ".js", ".jsx", ".kt", ".lua", ".m", ".ml", ".php", ".pl", ".pm", ".py", ".r", ".rb", ".rs", ".S", ".s", ".scala",
+    ".sh", ".sql", ".swift", ".ts", ".tsx", ".vue", ".zig",
 ])  # fmt: skip
 NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
@@ -46,6 +46,16 @@ def find_files(source: SourceConfig) -> list[Path]:
         wanted = f"file like {source.include}" if source.include else f"{known_suffixes(source)} file"
         raise UserError(f"{path}: no {wanted} in this folder")
     return files
+
+
+def reading_units(source: SourceConfig) -> list[Path | None]:
+    """The parts of a source that can be read separately: its files, one saved dataset, or None for a Hub dataset."""
+    if source.hub is not None:
+        return [None]
+    path = Path(str(source.path))
+    if path.is_dir() and is_saved_dataset(path):
+        return [path]
+    return list(find_files(source))
 
 
 def count_other_files(source: SourceConfig) -> int:
@@ -90,47 +100,42 @@ def _suffix(name: str) -> str:
     return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
 
 
-def list_sources(sources: Iterable[SourceConfig]) -> Iterator[tuple[SourceConfig, str, Path | None]]:
-    """(source, name within the source, file) of everything that is read; file is None for a dataset from the Hub."""
-    seen: dict[Path, str] = {}
-    for source in sources:
-        root = Path(str(source.path or source.hub))
-        if source.hub is not None and not root.is_dir():
-            yield source, f"{source.hub}/{source.config}/{source.split}@{source.revision}", None
-            continue
-        files = find_files(source) if source.path else sorted(item for item in root.rglob("*") if item.is_file())
-        for path in files:
-            real = path.resolve()
-            if seen.setdefault(real, str(source.name)) != source.name:
-                raise UserError(f"{path}: belongs to two sources, {seen[real]} and {source.name}")
-            yield source, str(path.relative_to(root)) if root.is_dir() else path.name, path
-
-
 def describe_files(
     sources: list[SourceConfig], known: list[dict[str, Any]], *, read_again: bool, by_size_only: bool
 ) -> list[dict[str, Any]]:
-    """One record per file: source, name, path, bytes, mtime_ns, and its SHA-256 as `content`.
+    """One record per file: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`.
 
     A file in `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
     `read_again`. `by_size_only` is for streamed sources: their size replaces the hash.
     """
     hashes = {(item["path"], item["bytes"], item["mtime_ns"]): item["content"] for item in known}
-    records = []
-    for source, name, path in list_sources(sources):
-        record: dict[str, Any] = {"source": source.name, "name": name, "path": str(path or name)}
-        if path is None:
-            records.append(record | {"bytes": 0, "mtime_ns": 0, "content": name})
+    records: list[dict[str, Any]] = []
+    owners: dict[Path, str] = {}
+    for source in sources:
+        root = Path(str(source.path or source.hub))
+        if source.hub is not None and not root.is_dir():
+            name = f"{source.hub}/{source.config}/{source.split}@{source.revision}"
+            records.append(
+                {"source": source.name, "name": name, "path": name, "bytes": 0, "mtime_ns": 0, "content": name}
+            )
             continue
-        try:
-            stat = path.stat()
-            content = hashes.get((str(path), stat.st_size, stat.st_mtime_ns))
-            if by_size_only:
-                content = f"{stat.st_size} bytes"
-            elif content is None or read_again:
-                content = hash_file(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        records.append(record | {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "content": content})
+        for path in find_files(source) if source.path else sorted(item for item in root.rglob("*") if item.is_file()):
+            owner = owners.setdefault(path.resolve(), str(source.name))
+            if owner != source.name:
+                raise UserError(f"{path}: belongs to two sources, {owner} and {source.name}")
+            try:
+                stat = path.stat()
+                content = hashes.get((str(path), stat.st_size, stat.st_mtime_ns))
+                if by_size_only:
+                    content = f"{stat.st_size} bytes"
+                elif content is None or read_again:
+                    content = hash_file(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+            records.append({
+                "source": source.name, "name": str(path.relative_to(root)) if root.is_dir() else path.name,
+                "path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "content": content,
+            })  # fmt: skip
     return records
 
 
@@ -166,10 +171,10 @@ def without_nulls(values: Any) -> Any:
 
 def tokenizer_files(config: PrepareConfig) -> dict[str, str]:
     """Hashes of the tokenizer's files, if it is not trained here."""
-    folder = Path(config.tokenizer.pretrained or "")
-    files = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".jinja", ".txt", ".model")]
-    files = files if config.tokenizer.pretrained else []
-    files += [Path(config.tokenizer.chat_template)] if config.tokenizer.chat_template else []
+    pretrained, template = config.tokenizer.pretrained, config.tokenizer.chat_template
+    files = sorted(Path(pretrained).glob("*")) if pretrained else []
+    files = [path for path in files if path.suffix in (".json", ".jinja", ".txt", ".model")]
+    files += [Path(template)] if template else []
     return {path.name: hash_file(path) for path in files if path.is_file()}
 
 

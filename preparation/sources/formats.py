@@ -133,7 +133,8 @@ def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
 
 def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     """JSON lines, or a file that is one JSON value: a list of records, or one record."""
-    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[attr-defined]
+    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]  # type: ignore[attr-defined]
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
         yield Broken(name, "the file is empty")
     elif head[:1] == b"[" or (head[:1] == b"{" and head[1:].lstrip(b" \t")[:1] in (b"\n", b"\r")):
@@ -149,7 +150,7 @@ def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
             if not line.strip():
                 continue
             try:
-                record = _parse_json(line)
+                record = _parse_json(line.rstrip())
             except ValueError as error:
                 yield Broken(name, f"line {number}: {error}")
             else:
@@ -222,7 +223,7 @@ def needed_columns(source: SourceConfig) -> list[str]:
 
 
 def make_document(record: Any, name: str, number: int, unit: str, source: SourceConfig) -> Document | Broken:
-    """The text of a record, from the source's column or template, or its conversation. A null text is an empty document.
+    """The text of a record, from the source's column or template, or its conversation. Null is an empty document.
 
     `name` is the file; `number` counts its lines or records, as `unit` says.
     """

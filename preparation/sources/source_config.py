@@ -93,7 +93,7 @@ def parse_source(entry: Any, where: str) -> tuple[SourceConfig | None, list[str]
     found = []
     for key, value in entry.items():
         if key not in types:
-            hint = nearest(str(key), types) or f"; known are {', '.join(types)}"
+            hint = nearest(key, types) or f"; known are {', '.join(types)}"
             found.append(f"{where}: unknown key {key!r}{hint}")
         elif not _fits(value, types[key]):
             found.append(f"{where}: {key} cannot be {value!r}")

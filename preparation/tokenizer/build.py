@@ -64,10 +64,9 @@ def train_tokenizer(
         backend = _train_byte_level(texts, algorithm, vocab_size, special)
         names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PADDING}
     bos, eos = names["bos_token"], names["eos_token"]
+    ids = [(token, backend.token_to_id(token)) for token in sorted({bos, eos})]
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {eos} $B",
-        special_tokens=[(token, backend.token_to_id(token)) for token in sorted({bos, eos})],
+        single=f"{bos} $A", pair=f"{bos} $A {eos} $B", special_tokens=ids
     )
     options: dict[str, Any] = {"extra_special_tokens": list(special_tokens)} if special_tokens else {}
     tokenizer = PreTrainedTokenizerFast(
@@ -86,11 +85,9 @@ def _train_byte_level(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = (trainers.BpeTrainer if algorithm == "bpe" else trainers.UnigramTrainer)(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     if algorithm == "unigram":
         tokenizer.model = models.Unigram(_settle_scores(tokenizer, len(special)))
@@ -153,7 +150,7 @@ def get_chat_template(tokenizer: Any) -> str:
         return tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
-            "the tokenizer has no chat template; give one as tokenizer.chat_template, such as configs/chat_template.jinja"
+            "the tokenizer has no chat template; give one with tokenizer.chat_template configs/chat_template.jinja"
         ) from None
 
 
@@ -203,8 +200,8 @@ def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -
         yield batch
 
 
-def describe_tokenizer(tokenizer: Any, samples: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """How well a tokenizer works on sample texts of each source, as values for JSON. By source:
+def describe_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+    """How well a tokenizer works on sample texts, as values for JSON:
 
     - bytes_per_token: UTF-8 bytes of text per token, without template and eos;
     - fertility: tokens per word, words being separated by white space (as in Rust et al. 2021, arXiv:2012.15613);
@@ -214,10 +211,6 @@ def describe_tokenizer(tokenizer: Any, samples: dict[str, list[str]]) -> dict[st
     - round_trip_share: share of texts that decode to themselves; round_trip_failures: up to three that do not, as
       {text, decoded}, each cut to some characters around the first difference.
     """
-    return {source: _describe(tokenizer, texts) for source, texts in samples.items()}
-
-
-def _describe(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     num_bytes = num_words = num_tokens = num_unknown = num_characters = num_unspaced = num_same = 0
     failures: list[dict[str, str]] = []
     for text in texts:
@@ -247,7 +240,7 @@ def _describe(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a folder or the Hub; `UserError` if it is missing, not a fast one, or has no end-of-text token."""
+    """A tokenizer from a folder or the Hub; `UserError` if it is missing or not fast, or has no end-of-text token."""
     tokenizer = read_tokenizer(name)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: only tokenizers with a tokenizer.json (fast ones) are supported")

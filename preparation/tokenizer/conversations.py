@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,21 +20,13 @@ Messages = list[dict[str, str]]
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 
 
-class Rendered(NamedTuple):
-    """A conversation as the chat template formats it."""
-
-    text: str
-    turns: list[Span]
-    """The assistant's turns."""
-
-
 class ConversationEncoder:
     """Encodes conversations as transformers' `apply_chat_template` does, and finds the assistant's turns in them.
 
-    A turn is what the template puts between {% generation %} and {% endgeneration %}. If the template has no such marks,
-    a turn is what the conversation up to and including it adds to the conversation before it plus the generation prompt;
-    white space after a special token that ends the turn is left out. A token that overlaps a turn counts as part of it,
-    as in transformers' `return_assistant_tokens_mask`.
+    A turn is what the template puts between {% generation %} and {% endgeneration %}. If the template has no such
+    marks, a turn is what the conversation up to and including it adds to the conversation before it plus the generation
+    prompt; white space after a special token that ends the turn is left out. A token that overlaps a turn counts as
+    part of it, as in transformers' `return_assistant_tokens_mask`.
 
     The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
 
@@ -65,7 +57,7 @@ class ConversationEncoder:
         self._backend.post_processor = None  # some of them remove white space from a token's span of characters
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists of equal length.
+        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists.
 
         Raises `UserError` for a conversation that the template refuses, or whose turns cannot be found.
         """
@@ -74,13 +66,13 @@ class ConversationEncoder:
         ]
         encodings = itertools.chain.from_iterable(
             self._backend.encode_batch(texts, add_special_tokens=False)
-            for texts, _ in iter_batches([item.text for item in rendered], cut=False)
+            for texts, _ in iter_batches([text for text, _ in rendered], cut=False)
         )
         ids, masks = [np.empty(0, self.dtype)], [np.empty(0, np.uint8)]
-        for item, encoding in zip(rendered, encodings, strict=True):
+        for (_, turns), encoding in zip(rendered, encodings, strict=True):
             first, after = np.array(encoding.offsets, np.int64).T  # of each token's characters
             mask = np.zeros(len(first), np.uint8)
-            for start, stop in item.turns:
+            for start, stop in turns:
                 mask[(first < stop) & (after > start)] = 1
             ids.append(np.array(encoding.ids, self.dtype))
             masks.append(mask)
@@ -90,8 +82,8 @@ class ConversationEncoder:
             name: pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts))) for name, parts in columns.items()
         })  # fmt: skip
 
-    def render(self, stored: str, id: str) -> Rendered:
-        """The text of a stored conversation to encode, and its turns; `id` names it in a `UserError`."""
+    def render(self, stored: str, id: str) -> tuple[str, list[Span]]:
+        """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`."""
         messages = split_messages(stored)
         try:
             text, turns = self._apply_template(messages)
@@ -109,7 +101,7 @@ class ConversationEncoder:
                 turns = [*turns, (end - len(self._eos), end)]
         if not any(start < stop for start, stop in turns):
             raise UserError(f"{id}: the chat template's {{% generation %}} marks nothing of this conversation")
-        return Rendered(text, turns)
+        return text, turns
 
     def _apply_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The formatted text, and the spans that the template marks in it."""
@@ -131,9 +123,9 @@ class ConversationEncoder:
             whole, _ = self._apply_template(messages[: number + 1])
             if not (whole.startswith(prompt) and text.startswith(whole)):
                 raise UserError(
-                    f"{id}: the chat template formats message {number + 1} differently when more messages follow, so the "
-                    "assistant's turn cannot be found; put {% generation %} and {% endgeneration %} around it in the "
-                    "template (tokenizer.chat_template)"
+                    f"{id}: the chat template formats message {number + 1} differently when more messages follow, so "
+                    "the assistant's turn cannot be found; put {% generation %} and {% endgeneration %} around it in "
+                    "the template (tokenizer.chat_template)"
                 )
             said = whole[len(prompt) :]
             if said.rstrip().endswith(self._special):

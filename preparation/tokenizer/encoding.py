@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 from preparation.tokenizer.build import token_dtype
 
-# Characters passed to `tokenizers` at a time. A byte of text takes 30 to 70 bytes of memory there in short documents, and
-# 110 to 180 in a long one.
+# Characters passed to `tokenizers` at a time. A byte of text takes 30 to 70 bytes of memory there in short documents,
+# and 110 to 180 in a long one.
 BATCH_CHARACTERS = 2_000_000
 PIECE_CHARACTERS = 250_000  # a longer document is cut where that changes no token
 CUT = re.compile(r"\S(?=[ \n])")
@@ -94,21 +94,16 @@ class Encoder:
             self.note = (
                 f"encoded by gigatoken {version('gigatoken')} (same ids as tokenizers on {len(sample)} documents)"
             )
-        except ImportError:
-            self.note = "encoded by tokenizers (gigatoken is not installed)"
         except BaseException as error:
             self._drop_gigatoken(error, "")
 
     def _compare(self, what: str, texts: list[str]) -> None:
         """Raises `ValueError` at the first text for which gigatoken and `tokenizers` give different ids."""
-        for first in range(0, len(texts), 100):
-            part = texts[first : first + 100]
-            expected, actual = self._encode_by_tokenizers(part), self._encode_by_gigatoken(part)
-            if np.array_equal(expected[0], actual[0]) and np.array_equal(expected[1], actual[1]):
-                continue
-            rows = zip(np.split(expected[0], expected[1][1:-1]), np.split(actual[0], actual[1][1:-1]), strict=True)
-            index = next(index for index, (ours, theirs) in enumerate(rows) if not np.array_equal(ours, theirs))
-            raise ValueError(f"ids differ on {what} {first + index}")
+        encoded = self._encode_by_tokenizers(texts), self._encode_by_gigatoken(texts)
+        pairs = zip(*(np.split(ids, offsets[1:-1]) for ids, offsets in encoded), strict=True)
+        for index, (expected, actual) in enumerate(pairs):
+            if not np.array_equal(expected, actual):
+                raise ValueError(f"ids differ on {what} {index}")
 
     def _drop_gigatoken(self, error: BaseException, when: str) -> None:
         if isinstance(error, KeyboardInterrupt | SystemExit):  # not `Exception`: a panic in Rust is none
@@ -119,25 +114,21 @@ class Encoder:
 
     def _encode_by_gigatoken(self, texts: list[str]) -> Encoded:
         """Ids and offsets without the template; `tokenizers` encodes texts with characters that are new to Unicode."""
-        new = [has_new_characters(text) for text in texts]
-        rare = np.flatnonzero(new)
-        if not len(rare):
-            return self._encode_all_by_gigatoken(texts)
-        ids, offsets = self._encode_all_by_gigatoken(
-            ["" if is_new else text for text, is_new in zip(texts, new, strict=True)]
-        )
-        rare_ids, rare_offsets = self._encode_by_tokenizers([texts[index] for index in rare])
-        counts = np.diff(offsets)
-        counts[rare] = np.diff(rare_offsets)
-        ids = np.insert(ids, offsets[:-1][rare].repeat(counts[rare]), rare_ids)
-        return ids, np.concatenate([[0], counts.cumsum()])
-
-    def _encode_all_by_gigatoken(self, texts: list[str]) -> Encoded:
-        layout = self._gigatoken.encode_batch(texts).layout
+        new = np.array([has_new_characters(text) for text in texts], bool)
+        known = ["" if is_new else text for text, is_new in zip(texts, new, strict=True)]
+        layout = self._gigatoken.encode_batch(known).layout
         offsets = np.asarray(layout.offsets, dtype=np.int64)
         if len(offsets) != len(texts) + 1:
             raise ValueError(f"{len(offsets) - 1} results for {len(texts)} documents")
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self.dtype), offsets - offsets[0]
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self.dtype)
+        offsets = offsets - offsets[0]
+        if not new.any():
+            return ids, offsets
+        rare_ids, rare_offsets = self._encode_by_tokenizers([texts[index] for index in np.flatnonzero(new)])
+        counts = np.diff(offsets)
+        counts[new] = np.diff(rare_offsets)
+        ids = np.insert(ids, offsets[:-1][new].repeat(counts[new]), rare_ids)
+        return ids, np.concatenate([[0], counts.cumsum()])
 
     def _encode_by_tokenizers(self, texts: list[str]) -> Encoded:
         """Ids and offsets, without the template if there is one."""
@@ -171,9 +162,9 @@ class Encoder:
 def build_encoder(tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True) -> Encoder:
     """An encoder for `tokenizer` that uses gigatoken if it is installed and gives the ids of `tokenizers` on `sample`.
 
-    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers`, and its `note`
-    says why, if gigatoken is not installed, does not support this tokenizer (WordPiece, unigram, a byte-level vocabulary
-    that lacks a byte), gives different ids, or fails on a later document.
+    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers`, and its
+    `note` says why, if gigatoken is not installed, does not support this tokenizer (WordPiece, unigram, a byte-level
+    vocabulary that lacks a byte), gives different ids, or fails on a later document.
     """
     encoder = Encoder(tokenizer)
     if use_gigatoken:
@@ -259,8 +250,8 @@ def iter_pieces(text: str) -> Iterator[str]:
 def iter_probes(backend: Tokenizer) -> Iterator[str]:
     """Texts on which two implementations of one tokenizer are likely to differ."""
     yield from (
-        "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½", "x" * 999, " " * 999,
-        "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
+        "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½",
+        "x" * 999, " " * 999, "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
         "\0\x7f\x85\xa0\u180e\u2028\u3000\ufeff.",
     )  # fmt: skip
     for token in backend.get_added_tokens_decoder().values():
