@@ -35,10 +35,10 @@ from accelerate.utils import (
 
 from training.batch_plan import BatchPlan, plan_batches
 from training.data import TrainingData
-from training.dry_run import print_dry_run
+from training.dry_run import describe_objective, print_dry_run
 from training.hardware import resolve_matmul_precision
 from training.launch import check_launch, context_parallel_size
-from training.model import build_training_objective, describe_objective
+from training.model import build_training_objective
 from training.monitoring.guards import check_update
 from training.monitoring.samples import write_sample
 from training.monitoring.stopping import StopAsked

@@ -63,7 +63,14 @@ class EncodedDocument(NamedTuple):
 
 
 class TextStream:
-    """The sources of a recipe as lanes of encoded documents: a `training.stream_loader.DocumentStream`."""
+    """The sources of a recipe as lanes of encoded documents, for `training.stream_loader.StreamLoader`.
+
+    It is sent to the loader's workers, so it opens nothing before `documents` is called.
+
+    Attributes:
+        num_lanes: independent sequences of documents.
+        identity: changes with the documents or their order. A position is valid only in a stream of the same identity.
+    """
 
     def __init__(self, options: dict[str, Any], dataset: Path, num_lanes: int, seed: int) -> None:
         """`options` is the PrepareConfig in the manifest of the folder `dataset`, which also holds the tokenizer.

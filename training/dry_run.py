@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from training.batch_plan import BatchPlan
-from training.checks import check_length
 from training.data import TrainingData
 from training.estimates import (
     BatchShapes,
@@ -20,6 +18,7 @@ from training.estimates import (
 from training.hardware import (
     HARDWARE,
     UTILISATION,
+    describe_kernels,
     duration,
     estimate_time,
     measure_flops_per_second,
@@ -27,15 +26,12 @@ from training.hardware import (
     resolve_matmul_precision,
 )
 from training.launch import describe_launch
+from training.model import check_length, describe_initialization, describe_model
 from training.parallel.sharding import ranks_per_copy
-from training.parameters import is_norm
 from utils.config import TrainConfig
 from utils.files import readable
-from utils.model.adapters import without_adapters
 from utils.model.build import build_model
 from utils.objectives import Objective, build_objective, objective_module
-
-PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")
 
 
 def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
@@ -51,55 +47,6 @@ def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingD
             num_rows=data.num_rows, mixed_precision=accelerator.mixed_precision,
             ranks_per_copy=ranks_per_copy(accelerator),
         ), sep="\n")  # fmt: skip
-
-
-def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part (of `PARTS`) → trainable and frozen parameters; a shared one counts once, in its first place.
-
-    attention: modules of that name within a block. MLP: the rest of the blocks, with routers and experts. norms: all
-    norms, wherever they are. head: everything outside the base model. A block is an entry of a module list.
-    """
-    bare = without_adapters(model)
-    backbone = getattr(bare, bare.base_model_prefix, None)
-    head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
-    counts = {part: [0, 0] for part in PARTS}
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, where: str) -> None:
-        if isinstance(module, nn.ModuleList) and where == "other":
-            where = "MLP"
-        elif where == "MLP" and "Attention" in type(module).__name__:
-            where = "attention"
-        elif module in head and module is not bare:
-            where = "head"
-        part = where
-        if is_norm(module):
-            part = "norms"
-        elif where == "other" and isinstance(module, nn.Embedding):
-            part = "embeddings"
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
-        for child in module.children():
-            visit(child, where)
-
-    visit(bare, "other")
-    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
-
-
-def describe_model(model: nn.Module) -> list[str]:
-    """Lines: the class with its parameters, then the parameters of each part."""
-    counts = count_parameters_by_part(model)
-    trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
-    trained = "all trainable" if not frozen else f"{trainable:,} trainable ({trainable / (trainable + frozen):.2%})"
-    lines = [f"model: {type(without_adapters(model)).__name__}, {trainable + frozen:,} parameters, {trained}"]
-    for part, (part_trainable, part_frozen) in counts.items():
-        number = part_trainable + part_frozen
-        if number:
-            of_them = f", {part_trainable:,} trainable" if frozen else ""
-            lines.append(f"  {part:<10} {number:>15,} {number / (trainable + frozen):6.1%}{of_them}")
-    return lines
 
 
 def dry_run_report(
@@ -189,3 +136,11 @@ def resized(
     }
     length = max(shape[1] for shape in shapes.values())
     return {name: (rows, -(-shape[1] * (longest or length) // (length * share))) for name, shape in shapes.items()}
+
+
+def describe_objective(objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool) -> list[str]:
+    """Lines on the model and its kernels. Call it before FSDP shards the parameters, on the main process only."""
+    lines = [*describe_model(objective.model), describe_work(objective, data.example, config, data.plan)]
+    if new:
+        lines.append(describe_initialization(objective.model))
+    return [*lines, describe_kernels(objective)]

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from training.checks import check_tokenizer
 from training.data import TrainingData
 from training.launch import describe_launch
+from training.model import check_tokenizer
 from training.monitoring.guards import check_limits, write_bad_batch
 from training.monitoring.stopping import StopRequests
 from training.monitoring.tracking import RunTracker

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec.asyn
 import numpy as np
@@ -26,21 +26,10 @@ from utils.data.loaders import Collator, RowGenerators, ignore_signals
 from utils.data.packing import IGNORED, Row
 
 if TYPE_CHECKING:
-    from preparation.stream import EncodedDocument, Position
+    from preparation.stream import EncodedDocument, TextStream
 
 # A document's position, and `token`, the number of its tokens in earlier rows.
 Cursor = dict[str, Any]
-
-
-class DocumentStream(Protocol):
-    """The source of all lanes. It is sent to the loader's workers, so it opens nothing before `documents` is called."""
-
-    num_lanes: int
-    identity: str
-    """Changes with the documents or their order. A position is valid only in a stream of the same identity."""
-
-    def documents(self, lane: int, position: Position | None) -> Iterator[EncodedDocument]:
-        """The lane's documents, endlessly, from a position; None is the beginning. `UserError` if there are none."""
 
 
 def check_stream_options(config: TrainConfig, plan: BatchPlan) -> None:
@@ -97,7 +86,7 @@ class _Lanes(IterableDataset):
     """Per step, the `LaneRows` of this worker's lanes; or an error instead of a step."""
 
     def __init__(
-        self, stream: DocumentStream, lanes: Sequence[int], cursors: dict[int, Cursor], rows_per_lane: int,
+        self, stream: TextStream, lanes: Sequence[int], cursors: dict[int, Cursor], rows_per_lane: int,
         sequence_length: int,
     ) -> None:  # fmt: skip
         self.stream, self.lanes, self.cursors = stream, lanes, cursors
@@ -132,7 +121,7 @@ class StreamLoader:
     """
 
     def __init__(
-        self, stream: DocumentStream, collate: Collator, plan: BatchPlan, *, rank: int, sequence_length: int,
+        self, stream: TextStream, collate: Collator, plan: BatchPlan, *, rank: int, sequence_length: int,
         num_workers: int, device: torch.device, state: dict[str, Any] | None, samples_seen: int, seed: int,
     ) -> None:  # fmt: skip
         """Read the first step (all ranks call); `state` is an earlier `state()`, or None for the beginning.

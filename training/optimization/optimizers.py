@@ -137,7 +137,7 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     two-dimensional biases are recognised by name: the biases of a mixture's experts, and T5's `relative_attention_bias`.
     The latter is stored as an embedding but added to attention scores, and decay would level their differences.
     """
-    from training.parameters import is_norm
+    from utils.model.initialization import is_norm
 
     decayed: dict[int, nn.Parameter] = {}
     others: dict[int, nn.Parameter] = {}
