@@ -41,6 +41,9 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ROOMS:
             yield from ((str(node.module), alias.name) for alias in node.names)
+        if isinstance(node, ast.Import):
+            dotted = [alias.name.rpartition(".") for alias in node.names if alias.name.partition(".")[0] in ROOMS]
+            yield from ((module, name) for module, _, name in dotted)
 
 
 def file_of(module: str) -> Path:
