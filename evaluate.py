@@ -1,7 +1,7 @@
 """Numbers and text from a run, a checkpoint or an export: loss, perplexity, bits per byte, a continued prompt.
 
-    python evaluate.py --model runs/demo --prompt "LOVE, n."
-    python evaluate.py --model exports/demo --text_file my_notes.txt
+python evaluate.py --model runs/demo --prompt "LOVE, n."
+python evaluate.py --model exports/demo --text_file my_notes.txt
 """
 
 import json

@@ -84,10 +84,10 @@ def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the most similar of the `known` names, or nothing if none is similar."""
+    """` (did you mean X?)` with the known name that has `name` as its last part, or the most similar one, or nothing."""
     known = list(known)
-    found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    found = found or [option for option in known if option.endswith("." + str(name).lstrip("-"))]
+    found = [option for option in known if option.endswith("." + str(name).lstrip("-"))]
+    found = found or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
