@@ -55,7 +55,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from utils.checkpoint_folders import resolve_checkpoint
+from utils.checkpoints import resolve_checkpoint
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split

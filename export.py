@@ -35,8 +35,8 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from utils.checkpoint_folders import resolve_checkpoint
-from utils.checkpoints import load_average, load_state
+from utils.checkpoint_tensors import load_average
+from utils.checkpoints import load_state, resolve_checkpoint
 from utils.config import ScoringConfig
 from utils.files import read_yaml
 from utils.model.build import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids

@@ -2,8 +2,9 @@
 
     python prepare_data.py --sources '[my_texts/, notes.jsonl]' --output data/mine
 
-The output folder appears only when it is complete; the same call again finds it up to date and does nothing. Each stage
-is kept beside the output, so that a killed call goes on where it was, and a changed option redoes what it changes.
+The output folder appears only when it is complete; calling again with the same options does nothing. The result of each
+stage is kept beside the output, so a killed call continues where it was, and a changed option reruns only the affected
+stages.
 """
 
 from preparation.recipe import PrepareConfig, holds_conversations, resolve_sources
@@ -11,10 +12,11 @@ from utils.cli import UserError, parse_config, run_script
 
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
 
+import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,14 +26,20 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
-from preparation.cleaning.cleaning import CleaningOptions, clean_documents, expand_steps
-from preparation.report.html_report import collect_details, html_report
-from preparation.report.report import TRAINED_HERE, data_card, table
-from preparation.selection.deduplication import NUM_HASHES, digest, sketch_documents
-from preparation.selection.selection import Selection, repeat_by_weight, select_documents
+from preparation.cleaning.steps import clean_documents, expand_steps
+from preparation.report.card import TRAINED_HERE, data_card, table
+from preparation.report.page import collect_details, html_report
+from preparation.selection.duplicates import NUM_HASHES, digest_documents, sketch_documents
+from preparation.selection.splits import Selection, repeat_by_weight, select_documents
 from preparation.sources.conversations import SEPARATOR, without_system
-from preparation.sources.documents import DOCUMENT_FEATURES, check_broken, read_sources
-from preparation.sources.inventory import (
+from preparation.sources.documents import (
+    DOCUMENT_FEATURES,
+    check_broken,
+    iter_file_texts,
+    read_sources,
+    standard_input_in_file,
+)
+from preparation.sources.files import (
     VERSIONS,
     WITHOUT_EFFECT,
     describe_files,
@@ -42,23 +50,22 @@ from preparation.sources.inventory import (
     tokenizer_files,
 )
 from preparation.sources.source_config import SourceConfig
-from preparation.sources.sources import iter_file_texts, standard_input_in_file
 from preparation.stages import Stages, load_slices, map_slices, slice_files, text_bytes
-from preparation.tokenizer.conversation_encoding import ConversationEncoder
-from preparation.tokenizer.encoding import Encoder, build_encoder
-from preparation.tokenizer.tokenization import (
+from preparation.tokenizer.build import (
     check_chat_template,
     describe_tokenizer,
     iter_sample,
     load_tokenizer,
     train_tokenizer,
 )
+from preparation.tokenizer.conversations import ConversationEncoder
+from preparation.tokenizer.encoding import Encoder, build_encoder
 from utils.data.token_dataset import FORMAT_VERSION, open_split
 from utils.files import hold_lock, read_json
 
 
 class Engine(NamedTuple):
-    """Who does what goes through all of the text: this machine, or several (examples/prepare_data_cluster.py)."""
+    """The functions that process all of the text: on this machine, or on several (examples/prepare_data_cluster.py)."""
 
     read_sources: Callable[..., None] = read_sources
     map_slices: Callable[..., None] = map_slices
@@ -68,10 +75,104 @@ THIS_MACHINE = Engine()
 
 
 def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
+    """Sources → dataset folder, in stages.
+
+    `stages.run` reuses the folder of an earlier call with the same key, or has the function write it. The key is a hash
+    of everything that decides the result: the given list, and the keys of the stages before.
+    """
     output = Path(config.output).resolve()
     sources = resolve_sources(config)
-    check_places(sources, output)
     stages = Stages(output.with_name(f".{output.name}.stages"))
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with claim_output(config, sources, stages, output) as claimed:
+        if claimed is None:
+            return
+        files, key = claimed
+
+        # ---- Read: sources of any format → one table on disk with the columns text, source and id.
+        limit = config.stream_head_documents if config.stream else None
+        folder = stages.run(
+            "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
+            lambda folder: engine.read_sources(sources, folder, limit),
+        )  # fmt: skip
+        counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
+        check_broken(counts, config.max_broken_share)
+        documents = load_slices(folder / "documents.arrow")
+
+        # ---- Clean: documents → the same with changed text, and with a reason for each that is dropped.
+        code_sources = {str(source.name) for source in sources if source.kind == "code"}
+        conversations = holds_conversations(sources)
+        folder = stages.run(
+            "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(code_sources)],
+            lambda folder: engine.map_slices(
+                documents, text_bytes(documents),
+                lambda batch: clean_table(batch, config.cleaning, code_sources, conversations), folder / "clean.arrow",
+                features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
+            ),
+        )  # fmt: skip
+        cleaned = load_slices(folder / "clean.arrow")
+        lengths = text_bytes(cleaned)
+
+        # ---- Sketch: cleaned documents → short digests and signatures, by which duplicates are found.
+        near = config.deduplication.near_threshold is not None
+        folder = stages.run(
+            "sketch", [VERSIONS["sketch"], near],
+            lambda folder: engine.map_slices(
+                cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
+                features=sketch_features(near), num_proc=config.num_proc, description="sketch",
+            ),
+        )  # fmt: skip
+        sketches = load_slices(folder / "sketch.arrow")
+
+        # ---- Select: digests and signatures → for each document: dropped (and why), training or validation.
+        evaluation_files = config.deduplication.evaluation_files
+        folder = stages.run(
+            "select",
+            [
+                VERSIONS["select"], asdict(config.deduplication), config.validation_fraction,
+                hash_paths(evaluation_files), config.text_column, config.messages_column,
+            ],
+            lambda folder: select_documents(
+                cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
+                config.validation_fraction,
+                iter_file_texts(evaluation_files, config.text_column, config.messages_column),
+                lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
+            ).save(folder),
+        )  # fmt: skip
+        selection = Selection.load(folder)
+        check_splits(selection, config)
+
+        # ---- Tokenizer: a sample of the training documents → a tokenizer; or the one you supply.
+        folder = stages.run(
+            "tokenizer", [VERSIONS["tokenizer"], asdict(config.tokenizer), tokenizer_files(config)],
+            lambda folder: make_tokenizer(config, cleaned, selection, folder),
+        )  # fmt: skip
+
+        # ---- Encode: both splits → the dataset folder, written beside the output and moved there in one step.
+        manifest = start_manifest(config, key, files, counts, cleaned, selection)
+        partial = stages.partial("output")
+        try:
+            shutil.copytree(folder, partial / "tokenizer")
+            write_dataset(config, sources, manifest, cleaned, lengths, selection, partial, engine)
+            replace_folder(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        stages.remove_unused()
+    print(table(manifest))
+    objective = " --objective.name instruction" if conversations else ""
+    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
+
+
+@contextlib.contextmanager
+def claim_output(
+    config: PrepareConfig, sources: list[SourceConfig], stages: Stages, output: Path
+) -> Iterator[tuple[list[dict[str, Any]], str] | None]:
+    """The files of the sources and the recipe's key, with a lock on the output; None if the output is up to date.
+
+    `UserError` if the output is locked, is not a dataset, overlaps a source or cannot be written.
+    """
+    check_places(sources, output)
     restore_output(output, stages)
     manifest = load_existing(output)
     try:
@@ -84,110 +185,26 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
             if manifest.get("key") == key:
                 print(table(manifest))
                 print(f"{config.output} is up to date: nothing to do")
+                yield None
                 return
             stages.folder.mkdir(parents=True, exist_ok=True)
             with hold_lock(stages.folder / "lock") as locked:
                 if not locked:
                     raise UserError(
-                        f"{config.output}: another prepare_data.py is at work on it; wait for its end, or stop it"
+                        f"{config.output}: another prepare_data.py is writing it; wait for its end, or stop it"
                     )
-                manifest = prepare(config, sources, files, key, stages, output, engine)
+                yield files, key
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(f"cannot write {config.output}: {error.strerror or error}") from error
-    print(table(manifest))
-    objective = " --objective.name instruction" if holds_conversations(sources) else ""
-    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
-
-
-def prepare(
-    config: PrepareConfig,
-    sources: list[SourceConfig],
-    files: list[dict[str, Any]],
-    key: str,
-    stages: Stages,
-    output: Path,
-    engine: Engine,
-) -> dict[str, Any]:
-    """Run the stages that have no result yet, put the dataset folder together, and return its manifest."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-    # ---- Read: all sources, whatever their format, into one table of documents on disk.
-    limit = config.stream_head_documents if config.stream else None
-    folder = stages.run(
-        "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
-        lambda folder: engine.read_sources(sources, folder, limit),
-    )  # fmt: skip
-    counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
-    check_broken(counts, config.max_broken_share)
-    documents = load_slices(folder / "documents.arrow")
-
-    # ---- Clean: change the text, or say why the document goes.
-    options = cleaning_options(config, sources)
-    folder = stages.run(
-        "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(options.code_sources)],
-        lambda folder: engine.map_slices(
-            documents, text_bytes(documents), lambda batch: clean_table(batch, options), folder / "clean.arrow",
-            features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
-        ),
-    )  # fmt: skip
-    cleaned = load_slices(folder / "clean.arrow")
-    lengths = text_bytes(cleaned)
-
-    # ---- Sketch: what tells documents that say the same, much shorter than they are.
-    near = config.deduplication.near_threshold is not None
-    folder = stages.run(
-        "sketch", [VERSIONS["sketch"], near],
-        lambda folder: engine.map_slices(
-            cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
-            features=sketch_features(near), num_proc=config.num_proc, description="sketch",
-        ),
-    )  # fmt: skip
-    sketches = load_slices(folder / "sketch.arrow")
-
-    # ---- Select: drop duplicates, hold out documents for validation, keep evaluation text out of training.
-    evaluation_files = config.deduplication.evaluation_files
-    folder = stages.run(
-        "select",
-        [
-            VERSIONS["select"], asdict(config.deduplication), config.validation_fraction, hash_paths(evaluation_files),
-            config.text_column, config.messages_column,
-        ],
-        lambda folder: select_documents(
-            cleaned, sketches, lengths, [str(source.name) for source in sources], config.deduplication,
-            config.validation_fraction, iter_file_texts(evaluation_files, config.text_column, config.messages_column),
-            lambda rows, function: map_texts(cleaned, lengths, rows, function, folder, config.num_proc, engine),
-        ).save(folder),
-    )  # fmt: skip
-    selection = Selection.load(folder)
-    check_splits(selection, config)
-
-    # ---- Tokenizer: trained on the training documents, or as given.
-    folder = stages.run(
-        "tokenizer", [VERSIONS["tokenizer"], asdict(config.tokenizer), tokenizer_files(config)],
-        lambda folder: make_tokenizer(config, cleaned, selection, folder),
-    )  # fmt: skip
-
-    # ---- Encode: the token dataset itself, put together beside the output and moved there in one step.
-    manifest = start_manifest(config, key, files, counts, cleaned, selection)
-    partial = stages.partial("output")
-    try:
-        shutil.copytree(folder, partial / "tokenizer")
-        write_dataset(config, sources, manifest, cleaned, lengths, selection, partial, engine)
-        replace_folder(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    stages.remove_unused()
-    return manifest
 
 
 def start_manifest(
     config: PrepareConfig, key: str, files: list[dict[str, Any]], counts: dict[str, Any], cleaned: datasets.Dataset,
     selection: Selection,
 ) -> dict[str, Any]:  # fmt: skip
-    """What is known before the tokens are."""
+    """The part of the manifest that does not depend on the tokens."""
     return {
         "format_version": FORMAT_VERSION,
         "key": key,
@@ -207,7 +224,7 @@ def write_dataset(
     config: PrepareConfig, sources: list[SourceConfig], manifest: dict[str, Any], cleaned: datasets.Dataset,
     lengths: np.ndarray, selection: Selection, folder: Path, engine: Engine,
 ) -> None:  # fmt: skip
-    """Encode both splits into `folder`, which holds the tokenizer, and write what describes them; completes `manifest`."""
+    """Encode both splits into `folder`, which holds the tokenizer, complete `manifest` and write the reports."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     samples = sample_by_source(cleaned, selection, sources)
     encoder: Encoder | ConversationEncoder
@@ -232,7 +249,8 @@ def write_dataset(
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
     manifest["tokenizer"] = {
         "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
-        "dtype": encoder.dtype.__name__, "sources": describe_tokenizer(tokenizer, samples),
+        "dtype": encoder.dtype.__name__,
+        "sources": {source: describe_tokenizer(tokenizer, texts) for source, texts in samples.items()},
     }  # fmt: skip
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
@@ -241,11 +259,6 @@ def write_dataset(
     (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
     (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def cleaning_options(config: PrepareConfig, sources: list[SourceConfig]) -> CleaningOptions:
-    code = frozenset(str(source.name) for source in sources if source.kind == "code")
-    return CleaningOptions(**asdict(config.cleaning), code_sources=code, conversations=holds_conversations(sources))
 
 
 CLEANED_FEATURES = datasets.Features(
@@ -260,15 +273,15 @@ def sketch_features(near: bool) -> datasets.Features:
     return features
 
 
-def clean_table(batch: pa.Table, options: CleaningOptions) -> pa.Table:
-    return pa.Table.from_pydict(clean_documents(batch.to_pydict(), options), schema=CLEANED_FEATURES.arrow_schema)
+def clean_table(batch: pa.Table, *options: Any) -> pa.Table:
+    """`clean_documents` for a table."""
+    return pa.Table.from_pydict(clean_documents(batch.to_pydict(), *options), schema=CLEANED_FEATURES.arrow_schema)
 
 
 def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
     """Columns digest and, if `near`, signature."""
     texts = [without_system(text) for text in batch["text"].to_pylist()]
-    digests = np.frombuffer(b"".join(map(digest, texts)), np.uint8)
-    columns = {"digest": pa.FixedSizeListArray.from_arrays(digests, 16)}
+    columns = {"digest": pa.FixedSizeListArray.from_arrays(digest_documents(texts).ravel(), 16)}
     if near:
         columns["signature"] = pa.FixedSizeListArray.from_arrays(sketch_documents(texts).ravel(), NUM_HASHES)
     return pa.table(columns)
@@ -278,8 +291,8 @@ def map_texts(
     cleaned: datasets.Dataset, lengths: np.ndarray, rows: np.ndarray, function: Callable[[list[str]], list[int]],
     folder: Path, num_proc: int, engine: Engine,
 ) -> np.ndarray:  # fmt: skip
-    """What `function` says of the documents `rows` (n,), without the messages of the system; (n,) int64."""
-    if not len(rows):  # of which `datasets` would write no file
+    """`function` of the documents `rows` (n,), without system messages; (n,) int64."""
+    if not len(rows):  # `datasets` would write no file
         return np.empty(0, np.int64)
     path = folder / "values.arrow"
     engine.map_slices(
@@ -303,7 +316,7 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
             check_chat_template(tokenizer)
     else:
         texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), options.sample_bytes)
-        if holds_conversations(resolve_sources(config)):  # between the messages will be special tokens
+        if holds_conversations(resolve_sources(config)):  # messages will be separated by special tokens
             texts = ([part for text in batch for part in text.split(SEPARATOR)] for batch in texts)
         tokenizer = train_tokenizer(
             texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=options.special_tokens,
@@ -315,7 +328,7 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
 def sample_by_source(
     cleaned: datasets.Dataset, selection: Selection, sources: list[SourceConfig], documents: int = 100
 ) -> dict[str, list[str]]:
-    """Training documents spread evenly over each source, for what is measured on a sample."""
+    """Training documents of each source, evenly spaced, to measure the tokenizer on."""
     samples = {}
     for number, source in enumerate(sources):
         rows = np.flatnonzero(selection.train & (selection.source == number))
@@ -326,7 +339,7 @@ def sample_by_source(
 
 
 def weighted_rows(selection: Selection, sources: list[SourceConfig]) -> np.ndarray:
-    """(n,) int64: the training documents in the order in which they are stored, each as often as its source's weight."""
+    """(n,) int64: the training documents as they are stored, repeated by the weight of their source."""
     rows = np.flatnonzero(selection.train)
     weights = np.array([source.weight for source in sources])[selection.source[rows]]
     return repeat_by_weight(rows, weights, selection.chance[rows])
@@ -345,7 +358,7 @@ def encode_split(
         documents.select_columns(list(encoder.columns)), lengths, encoder.encode_table, path, features=encoder.features,
         description=f"encode {folder.name}",
     )  # fmt: skip
-    # The fingerprint is stored in the folder: with one of our own, the same text gives the same bytes.
+    # The folder stores this fingerprint. `datasets` would draw a random one, and the bytes would differ every time.
     datasets.Dataset(load_slices(path).data, fingerprint=folder.name).save_to_disk(folder)
     for file in slice_files(path):
         file.unlink()
@@ -355,7 +368,7 @@ def encode_split(
 def count_split(
     lengths: np.ndarray, tokens: np.ndarray, source: np.ndarray, sources: list[SourceConfig]
 ) -> dict[str, Any]:
-    """Documents, bytes and tokens of a split, in all and by source; all arrays (n,)."""
+    """Documents, bytes and tokens of a split, in total and by source; all arrays are (n,)."""
     columns = {"documents": np.ones_like(tokens), "bytes": lengths, "tokens": tokens}
     by_source = {
         str(item.name): {name: int(values[source == number].sum()) for name, values in columns.items()}
@@ -365,7 +378,7 @@ def count_split(
 
 
 def write_dropped(cleaned: datasets.Dataset, selection: Selection, path: Path) -> None:
-    """The dropped documents, one JSON record per line with the reason."""
+    """Write the dropped documents, one JSON record per line, with the reason."""
     dropped = cleaned.select(np.flatnonzero(selection.code != 0)).select_columns(["id", "source", "text"])
     with path.open("w", encoding="utf-8") as file:
         for record, code in zip(dropped, selection.code[selection.code != 0], strict=True):
@@ -373,13 +386,13 @@ def write_dropped(cleaned: datasets.Dataset, selection: Selection, path: Path) -
 
 
 def count_changes(cleaned: datasets.Dataset, steps: list[str]) -> dict[str, int]:
-    """By step, the number of documents whose text it changed."""
+    """The number of documents whose text each step changed."""
     changed = cleaned.data.column("changed").to_numpy()
     return {step: int((changed >> number & 1).sum()) for number, step in enumerate(steps)}
 
 
 def load_existing(output: Path) -> dict[str, Any]:
-    """The manifest of a dataset that is there already, or nothing; refuses a folder that is something else."""
+    """The manifest of an existing dataset, or {}; `UserError` if the folder is something else."""
     try:
         manifest = read_json(output / "manifest.json")
     except UserError:
@@ -392,34 +405,35 @@ def load_existing(output: Path) -> dict[str, Any]:
 
 
 def check_splits(selection: Selection, config: PrepareConfig) -> None:
-    rows = weighted_rows(selection, resolve_sources(config))
-    for split, kept in (("train", len(rows)), ("validation", selection.validation.any())):
-        if not kept:
-            reasons = ", ".join(f"{reason} {count:,}" for reason, count in selection.count().items())
-            advice = (
-                "change what drops them"
-                if 2 * (selection.code != 0).sum() > len(selection.code)
-                else (
-                    "give more documents, or another fraction; one long text file becomes many documents by `new_document`"
-                )
-            )
-            raise UserError(
-                f"the {split} split is empty: {len(selection.code)} documents, {sum(selection.count().values())} dropped"
-                f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} (see "
-                "docs/data.md)"
-            )
+    """`UserError` if a split is empty, with the numbers that explain it."""
+    stored = {"train": len(weighted_rows(selection, resolve_sources(config))), "validation": selection.validation.sum()}
+    empty = next((split for split, documents in stored.items() if not documents), None)
+    if empty is None:
+        return
+    documents, dropped = len(selection.code), selection.count()
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+    advice = (
+        "add documents, or change validation_fraction; one long text file becomes many documents with `new_document`"
+    )
+    if 2 * sum(dropped.values()) > documents:
+        advice = "change the options that drop them"
+    raise UserError(
+        f"the {empty} split is empty: {documents} documents, {sum(dropped.values())} dropped"
+        f"{f' ({reasons})' if reasons else ''}, validation_fraction {config.validation_fraction}; {advice} "
+        "(see docs/data.md)"
+    )
 
 
 def check_places(sources: list[SourceConfig], output: Path) -> None:
-    """`UserError` if the output lies in a folder that is read: the next call would read what this one wrote."""
+    """`UserError` if the output lies in a source or a source in it: the next call would read what this one wrote."""
     for source in sources:
         root = Path(source.path or str(source.hub)).resolve()
         if root.is_dir() and (output.is_relative_to(root) or root.is_relative_to(output)):
-            raise UserError(f"the output {output} and the source {root} lie in one another; choose another --output")
+            raise UserError(f"the output {output} and the source {root} overlap; choose another --output")
 
 
 def replace_folder(partial: Path, output: Path) -> None:
-    """Put `partial` in the place of `output`; whoever has the old files open keeps them."""
+    """Replace `output` by `partial`. Processes that have the old files open can continue to read them."""
     old = partial.with_name(".old")
     if output.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -433,7 +447,7 @@ def replace_folder(partial: Path, output: Path) -> None:
 
 
 def restore_output(output: Path, stages: Stages) -> None:
-    """Undo the first half of `replace_folder` where a call was killed between the halves."""
+    """Undo the first half of `replace_folder` if a call was killed in the middle."""
     old = stages.folder / ".old"
     if old.exists() and not output.exists():
         with hold_lock(stages.folder / "lock") as locked:

@@ -1,14 +1,14 @@
-"""Two processes train while rank 0, rank 1 or the launcher is killed (SIGKILL) again and again (Linux).
+"""Kill rank 0, rank 1 or the launcher of a run many times (SIGKILL); compare it with an uninterrupted run (Linux).
 
-    python benchmarks/chaos.py              # 50 kills, some 20 minutes
-    python benchmarks/chaos.py --kills 5    # some 3 minutes
-    python benchmarks/chaos.py --sharded    # under FSDP2, whose checkpoints both ranks write
+    python benchmarks/chaos.py              # 50 kills, about 20 minutes
+    python benchmarks/chaos.py --kills 5    # about 3 minutes
+    python benchmarks/chaos.py --sharded    # under FSDP2, where both ranks write checkpoints
 
-Most kills are aimed: at a step, an evaluation, the writing of a checkpoint, or the rotation after it; every fourth comes at
-a random moment. After each, once all processes are gone, every checkpoint is verified, and the same command goes on with
---checkpoint.resume auto. Then the run may come to its end, and must have the weights, the optimizer's state and the losses
-of one that was never stopped, bit for bit. Counted is the phase in which the processes died, which their heartbeats tell.
-Exits with 1 if anything is not as it must be.
+Two processes train. Most kills are aimed at a step, an evaluation, the writing of a checkpoint, or the rotation after
+it; every fourth kill comes at a random moment. After each kill, once all processes are gone, every checkpoint is
+verified and the run resumes with --checkpoint.resume auto. At the end, weights, optimizer state and losses must equal
+those of an uninterrupted run, bit for bit. The table counts the phase in which a process died, which its heartbeat
+tells. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -30,36 +30,36 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from training.monitoring.watchdog import HEARTBEATS
-from utils.checkpoint_folders import find_problem, list_checkpoints
+from utils.checkpoints import find_problem, list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
-# The most steps that a launch makes before it is killed, so that the run cannot end before all kills are made: up to
-# DELAY before the aim, then one period of what is aimed at, and two more of the ranks after the launcher's death.
+# At most this many steps per launch before its kill, so that the run cannot end before all kills are made: up to DELAY
+# before the aim, one period of the targeted phase, and two more steps of the ranks after the launcher's death.
 STEPS_PER_KILL, DELAY = 12, 4
 OPTIONS = {
-    # Dropout, accumulation, evaluations between the checkpoints: all that a resumed run could get wrong. A checkpoint has
-    # 27 MB, so that writing and rotating it take time enough to be hit.
+    # Dropout, accumulation and evaluations between checkpoints are what a resumed run could get wrong. A checkpoint has
+    # 27 MB, so that writing and rotating it take long enough to be hit.
     "model.architecture": "gpt2", "model.dropout": 0.1, "data.sequence_length": 32, "batch.global_batch_size": 8,
     "batch.per_device_batch_size": 2, "checkpoint.every_steps": 5, "checkpoint.keep_last": 2, "evaluation.every_steps": 4,
     "tracking.log_every_steps": 1, "tracking.sample_every_steps": 0, "tracking.trackers": "[]",
     "checkpoint.resume": "auto",
 }  # fmt: skip
 VICTIMS = ("rank 0", "rank 1", "launcher")
-# Phase → longest wait in seconds from its beginning to the kill; a short phase would be over after a longer one.
+# Phase → longest wait in seconds from its start to the kill. A short phase would end during a longer wait.
 PHASES = {"step": 0.1, "evaluation": 0.3, "save": 0.1, "rotation": 0.002}
 RANDOM_EVERY, RANDOM_SECONDS = 4, 1.0
-# What the heartbeats say → phase. While a checkpoint is written or rotated, that counts, whatever goes on beside it.
+# Heartbeat → phase. Writing or rotating a checkpoint takes precedence over what training does meanwhile.
 WRITING = {"writing": "save", "rotating": "rotation"}
 TRAINING = {"fetching": "step", "training": "step", "evaluating": "evaluation", "saving": "save"}
-START_SECONDS, END_SECONDS = 300, 120  # a launch that takes longer to its first step, or to die, hangs
+START_SECONDS, END_SECONDS = 300, 120  # a launch that takes longer to its first step, or to end, hangs
 
 
 class Launch:
-    """One launch of the training: its launcher, its ranks, and the file of what they print."""
+    """One launch: its launcher, its ranks, and the log file of their output."""
 
     def __init__(self, command: list[str], run: Path, log: Path) -> None:
         self.run, self.log = run, log
-        shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # an earlier launch's would be taken for this one's
+        shutil.rmtree(run / HEARTBEATS, ignore_errors=True)  # so that heartbeats of an earlier launch are not read
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
         kept |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with log.open("wb") as file:
@@ -70,7 +70,7 @@ class Launch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing stays behind, also when this script fails or is interrupted."""
+        """Kill what is left, also when this script fails or is interrupted."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self.ranks |= {child.pid: child for child in self.launcher.children()}
         for process in (self.launcher, *self.ranks.values()):
@@ -84,7 +84,7 @@ class Launch:
         sys.exit(f"chaos.py: {reason}; the end of {self.log}:\n{self.output()[-6000:]}")
 
     def position(self, rank: int = 0) -> tuple[int, str] | None:
-        """Step and phase of a rank by its heartbeat; the writing of checkpoints is rank 0's. None: it has made no step."""
+        """Step and phase of a rank, from its heartbeat; rank 0 writes checkpoints. None: it has made no step."""
         try:
             training = (self.run / HEARTBEATS / f"rank-{rank}").read_text().split()
             writing = (self.run / HEARTBEATS / "rank-0").read_text().split()[-1]
@@ -95,7 +95,7 @@ class Launch:
         return int(training[1]), WRITING.get(writing) or TRAINING[training[2]]
 
     def wait_for_training(self) -> int:
-        """The step with which this launch begins; finds the ranks, which have sessions of their own, as children."""
+        """The first step of this launch. Finds the ranks as children of the launcher; they have their own sessions."""
         deadline = time.monotonic() + START_SECONDS
         while (position := self.position()) is None or self.position(1) is None:
             self.check(deadline)
@@ -107,27 +107,27 @@ class Launch:
         if self.launcher.poll() is not None:
             self.fail(f"a launch that was not killed ended with {self.launcher.returncode}")
         if time.monotonic() > deadline:
-            self.fail("a launch has come no further")
+            self.fail("a launch makes no progress")
 
     def wait_until_gone(self) -> None:
         deadline = time.monotonic() + END_SECONDS
         while any(is_alive(process) for process in (self.launcher, *self.ranks.values())):
             if time.monotonic() > deadline:
-                self.fail(f"processes are left {END_SECONDS} s after a kill")
+                self.fail(f"processes are still alive {END_SECONDS} s after a kill")
             time.sleep(0.02)
 
     def check_survivors(self, victim: str) -> None:
-        """Those left by a launcher save and say so; one left by the other rank may be ended by the launcher in silence."""
+        """Ranks that survive the launcher must save and say so; the launcher may silently end a surviving rank."""
         printed = self.output()
         if victim == "launcher" and "stopped (launcher_gone)" not in printed:
-            self.fail("the launcher was killed, and the ranks did not end in order")
+            self.fail("the launcher was killed, and the ranks did not exit cleanly")
         for line in printed.splitlines():
             if 'train.py", line' in line or ("train.py: error:" in line and "another rank has gone" not in line):
                 self.fail(f"{victim} was killed, and another process ended with an error of its own: {line.strip()}")
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs; an orphan may stay a zombie where the first process does not collect it."""
+    """Whether it runs; an orphan may stay a zombie if process 1 does not collect it."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -135,12 +135,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def kill_once(launch: Launch, target: str | None, victim: str, chance: random.Random) -> tuple[int, str]:
-    """Kill `victim` in the phase `target` (None: at any moment); the step and phase in which it died."""
+    """Kill `victim` in the phase `target` (None: at any moment); returns the step and phase in which it died."""
     first = launch.wait_for_training()
     begin = first if target is None else first + chance.randint(0, DELAY)
     deadline = time.monotonic() + START_SECONDS
     wait_until = time.monotonic() + chance.uniform(0, RANDOM_SECONDS)
-    while (step := launch.position()[0]) < first + STEPS_PER_KILL - 3:  # there at the latest, if the aim is missed
+    while (step := launch.position()[0]) < first + STEPS_PER_KILL - 3:  # kill here at the latest, if the aim is missed
         if target is None and time.monotonic() > wait_until:
             break
         if step >= begin and launch.position()[1] == target:
@@ -150,7 +150,7 @@ def kill_once(launch: Launch, target: str | None, victim: str, chance: random.Ra
         time.sleep(0.0002)
     process = launch.launcher if victim == "launcher" else launch.ranks[int(victim[-1])]
     process.kill()
-    # What rank 0 wrote last is where it died; where it outlives the victim, it goes on, and is looked at at once.
+    # Rank 0's last heartbeat tells where it died. If it outlives the victim, it goes on, so read its heartbeat at once.
     while victim == "rank 0" and is_alive(process):
         pass
     found = launch.position(1 if victim == "rank 1" else 0)
@@ -160,7 +160,7 @@ def kill_once(launch: Launch, target: str | None, victim: str, chance: random.Ra
 
 
 def train_to_the_end(command: list[str], run: Path, log: Path) -> str:
-    """What it prints."""
+    """Run without a kill; returns the output."""
     with Launch(command, run, log) as launch:
         if launch.launcher.wait():
             launch.fail(f"a launch that was not killed ended with {launch.launcher.returncode}")
@@ -168,7 +168,7 @@ def train_to_the_end(command: list[str], run: Path, log: Path) -> str:
 
 
 def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tuple[Counter[tuple[str, str]], int, int]:
-    """How often each victim died in each phase, launches that went on from a checkpoint, invalid checkpoints."""
+    """Returns how often each victim died in each phase, the number of resumes, and that of invalid checkpoints."""
     chance = random.Random(seed)
     hits: Counter[tuple[str, str]] = Counter()
     resumes = invalid = 0
@@ -178,7 +178,7 @@ def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tu
         if number > kills:
             printed = train_to_the_end(command, run, log)
         else:
-            # What was hit least so far is aimed at next.
+            # Aim at what was hit least so far.
             target, victim = min(
                 ((phase, victim) for phase in PHASES for victim in VICTIMS),
                 key=lambda pair: (sum(hits[pair[0], victim] for victim in VICTIMS), hits[pair], chance.random()),
@@ -192,7 +192,7 @@ def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tu
         if newest is not None:
             resumes += 1
             if f"resumed from {newest} " not in printed:
-                sys.exit(f"chaos.py: a launch did not go on from {newest}:\n{printed[-6000:]}")
+                sys.exit(f"chaos.py: a launch did not resume from {newest}:\n{printed[-6000:]}")
         problems = {path: find_problem(path) for path in list_checkpoints(run / "checkpoints")}
         invalid += sum(problem is not None for problem in problems.values())
         newest = max((path for path, problem in problems.items() if problem is None), default=None)
@@ -203,7 +203,7 @@ def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tu
 
 
 def same_tensors(one: Path, other: Path) -> bool:
-    """Bit for bit; their order in the file may differ."""
+    """Whether two files hold the same tensors, bit for bit; their order may differ."""
     left, right = load_file(one), load_file(other)
     return left.keys() == right.keys() and all(left[name].equal(right[name]) for name in left)
 
@@ -220,12 +220,12 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if dataset is None:
         dataset = folder / "dataset"
-        # Little to evaluate: an evaluation takes as long as a few steps.
+        # A small validation split, so that an evaluation takes as long as a few steps.
         prepare = ["prepare_data.py", "--output", str(dataset), "--validation_fraction", "0.005"]
         subprocess.run([sys.executable, *prepare], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
     file, script = ROOT / "accelerate_configs" / "cpu_2_processes.yaml", "train.py"
-    if options.sharded:  # on CPUs, which accelerate does not allow
+    if options.sharded:  # on CPUs, where accelerate does not allow FSDP
         file, script = folder / "fsdp2.yaml", "tests/unlocked_train.py"
         values = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
         file.write_text(yaml.safe_dump(values | {"use_cpu": True, "mixed_precision": "no"}))
@@ -234,13 +234,13 @@ def main(options: argparse.Namespace, folder: Path) -> int:
         settings = OPTIONS | {"schedule.max_steps": steps, "data.dataset": dataset, "output": output}
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file),
-            "--main_process_port", "0",  # a free one: other launches may be running
+            "--main_process_port", "0",  # any free port, because other launches may be running
             script, *(text for name, value in settings.items() for text in (f"--{name}", str(value))),
         ]  # fmt: skip
 
     whole, broken = folder / "whole", folder / "broken"
     train_to_the_end(command(whole), whole, folder / "whole.log")
-    print(f"never stopped: {steps} steps, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"uninterrupted: {steps} steps, {time.monotonic() - started:.0f} s", flush=True)
     hits, resumes, invalid = train_with_kills(command(broken), broken, options.kills, options.seed)
     losses_equal = losses(broken) == losses(whole)
     last, expected = broken / "checkpoints" / "last", whole / "checkpoints" / "last"
@@ -250,7 +250,7 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     print(f"\n{'died in':12}" + "".join(f"{victim:>10}" for victim in VICTIMS))
     for phase in PHASES:
         print(f"{phase:12}" + "".join(f"{hits[phase, victim]:10}" for victim in VICTIMS))
-    # A few kills must hit every phase, many must hit every victim in every phase; four or fewer need not hit anything.
+    # A few kills must hit every phase, and many must hit every victim in every phase; up to four need not hit anything.
     missed = [phase for phase in PHASES if options.kills > len(PHASES) and not any(hits[phase, one] for one in VICTIMS)]
     if options.kills >= 3 * len(PHASES) * len(VICTIMS):
         missed = [f"{phase} ({victim})" for phase in PHASES for victim in VICTIMS if not hits[phase, victim]]
@@ -266,11 +266,13 @@ def main(options: argparse.Namespace, folder: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="launches to kill before the run may come to its end")
-    parser.add_argument("--sharded", action="store_true", help="parameters shared out over the two processes")
-    parser.add_argument("--seed", type=int, default=0, help="of what is aimed at, and when")
-    parser.add_argument("--dataset", type=Path, help="folder written by prepare_data.py; the sample, if there is none")
-    parser.add_argument("--folder", type=Path, help="new folder to keep runs and logs in; else they go at the end")
+    parser.add_argument("--kills", type=int, default=50, help="number of launches to kill")
+    parser.add_argument("--sharded", action="store_true", help="shard the parameters over the two processes (FSDP2)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the targets and times of the kills")
+    parser.add_argument(
+        "--dataset", type=Path, help="folder written by prepare_data.py (default: made from the sample)"
+    )
+    parser.add_argument("--folder", type=Path, help="new folder to keep runs and logs in (default: deleted at the end)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         sys.exit(main(arguments, (arguments.folder or Path(temporary)).resolve()))

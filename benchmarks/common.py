@@ -1,4 +1,4 @@
-"""What the benchmarks share: train.py in processes of its own, and what it wrote about its steps."""
+"""Shared by the benchmarks: running train.py in its own processes, and reading its metrics."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo"
-# train.py's options for a run of which only the steps count, each with a line in metrics.jsonl.
+# train.py's options for a run in which only the steps count; each step writes a line of metrics.jsonl.
 STEPS_ONLY: dict[str, Any] = {
     "data.dataset": DEMO, "evaluation.every_steps": 100_000, "checkpoint.every_steps": 100_000,
     "tracking.trackers": "[]", "tracking.sample_every_steps": 0, "tracking.log_every_steps": 1,
@@ -22,12 +22,12 @@ ONE_PROCESS = [sys.executable]
 TWO_PROCESSES = [
     sys.executable, "-m", "accelerate.commands.launch",
     "--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml"),
-    "--main_process_port", "0",  # a free one: other launches may be running
+    "--main_process_port", "0",  # any free port, because other launches may be running
 ]  # fmt: skip
 
 
 def build_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Without abbreviations: what a benchmark does not know may be train.py's."""
+    """A parser without abbreviations, because options that a benchmark does not know may be train.py's."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
@@ -38,7 +38,7 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
 
 def dataset_folder(name: str) -> Path:
     if not (folder := Path(name).resolve() / "manifest.json").is_file():
-        raise argparse.ArgumentTypeError(f"{name} is no dataset; make the demo's with: python prepare_data.py")
+        raise argparse.ArgumentTypeError(f"{name} is not a dataset; make the demo's with: python prepare_data.py")
     return folder.parent
 
 
@@ -47,13 +47,13 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Nothing of a launcher's but `extra`, and the CPU where ACCELERATE_USE_CPU asks for it."""
+    """The environment without a launcher's variables, except ACCELERATE_USE_CPU, plus `extra`."""
     kept = {name for name in os.environ if not name.startswith("ACCELERATE_") or name == "ACCELERATE_USE_CPU"}
     return {name: os.environ[name] for name in kept} | extra
 
 
 def run(*command: str | Path, **extra: str) -> str:
-    """What a command prints; its failure ends the benchmark."""
+    """Run a command and return its output; if it fails, the benchmark ends."""
     arguments = [str(part) for part in command]
     child = subprocess.run(arguments, capture_output=True, text=True, env=environment(**extra))
     if child.returncode:
@@ -66,7 +66,7 @@ def read_metrics(output: Path) -> list[dict[str, float]]:
 
 
 def median_speed(output: Path) -> float:
-    """Tokens per second of a run, the median of all steps but the first two."""
+    """Tokens per second of a run: the median over all steps except the first two."""
     return statistics.median(
         [item["perf/tokens_per_second"] for item in read_metrics(output) if "train/loss" in item][2:]
     )

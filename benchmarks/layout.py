@@ -1,9 +1,10 @@
-"""Time and memory to lay out many documents, each layout in a process of its own (Linux).
+"""Measure time and memory to lay out many documents, each layout in its own process (Linux).
 
-    python benchmarks/layout.py            # 100 million documents, some 3 GB of memory
+    python benchmarks/layout.py            # 100 million documents, about 3 GB of memory
 
-The lengths are log-normal with a mean of 250 tokens. A time runs from the lengths to rows that can be asked for; a peak
-is the process's largest resident size (VmHWM): the lengths themselves and the libraries' some 150 MB are in it.
+The lengths are log-normal with a mean of 250 tokens. The time is that from the lengths to a layout that can return
+rows. The peak is the process's largest resident size (VmHWM), including the lengths and about 150 MB for the
+libraries.
 """
 
 import argparse
@@ -21,7 +22,7 @@ CHUNK = 2**20
 
 
 def generate_lengths(count: int) -> np.ndarray:
-    """Lengths of `count` documents in tokens, (count,) uint16, at least 1; a chunk at a time, to stay small."""
+    """Lengths of `count` documents in tokens, (count,) uint16, at least 1; made in chunks to save memory."""
     random = np.random.default_rng(0)
     lengths = np.empty(count, np.uint16)
     for start in range(0, count, CHUNK):
@@ -49,7 +50,7 @@ def measure(layout: str, documents: int, sequence_length: int) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=float, default=1e8, help="how many documents")
+    parser.add_argument("--documents", type=float, default=1e8, help="number of documents")
     parser.add_argument("--sequence_length", type=int, default=512, help="positions per row (T)")
     parser.add_argument("--layout", choices=["packed", "best_fit"], help="only this one, in this process")
     options = parser.parse_args()

@@ -1,11 +1,11 @@
-"""Whether the fast way trains as the plain one does: the loss of each step, on real text.
+"""Compare the loss of each step on the fast path and on the plain path, on real text.
 
-    python benchmarks/loss_curves.py       # needs data/demo: python prepare_data.py; some 15 minutes
+    python benchmarks/loss_curves.py       # needs data/demo: python prepare_data.py; about 15 minutes
     python benchmarks/loss_curves.py --fp32
 
-The same GPT-2, order of data and seed, on the plain path (full logits, eager attention, transformers' own activation) and on
-the default one, in fp32 and in bf16. How far bf16 itself leads away is seen on the plain path. Further options are train.py's. Writes runs/loss_curves.png and ends with
-one JSON object.
+It trains the same GPT-2 with the same data order and seed on the plain path (full logits, eager attention,
+transformers' own activation) and on the default path, in fp32 and in bf16. The plain path in bf16 shows the effect of
+bf16 itself. Other options go to train.py. Writes runs/loss_curves.png and ends with one JSON object.
 """
 
 import json
@@ -54,7 +54,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
-        "--fp32", action="store_true", help="only: a CPU without such instructions emulates bf16, slowly"
+        "--fp32", action="store_true", help="fp32 only, because a CPU without bf16 instructions emulates them slowly"
     )
     parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "loss_curves.png")
     arguments, further = parser.parse_known_args()

@@ -1,13 +1,12 @@
-"""The memory that is estimated before a training against what its steps take (Linux, CPU).
+"""Compare the memory that `--dry_run` estimates with what training steps take (Linux, CPU).
 
-    python benchmarks/memory.py            # some minutes, at most 6 GB
+    python benchmarks/memory.py            # about 20 minutes, at most 6 GB
     python benchmarks/memory.py --only bert t5
 
-train.py makes three steps of each configuration in a process of its own, on the demo's dataset (python prepare_data.py).
-Measured is the largest
-resident size (VmHWM) up to the first evaluation, less that before the model was built. A second process does so with
-MALLOC_MMAP_THRESHOLD_=1048576, which takes blocks of 1 MiB and more straight from the system: it has no heap full of
-holes, so it shows the tensors alone, at a cost in time.
+For each configuration, train.py makes three steps in its own process, on the demo's dataset (python prepare_data.py).
+The figure is the largest resident size (VmHWM) up to the first evaluation, minus the size before the model was built.
+A second process does the same with MALLOC_MMAP_THRESHOLD_=1048576, which takes blocks of 1 MiB and more directly from
+the system. It has no fragmented heap, so it shows only the tensors, but is slower.
 """
 
 import contextlib
@@ -52,11 +51,11 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Measured(Exception):
-    """The training has made its steps."""
+    """Raised when training has made its steps."""
 
 
 def train(name: str, dataset: Path, folder: Path, **changes: Any) -> None:
-    """Run train.py's main in this process with a configuration."""
+    """Run train.py's main in this process with the configuration `name`."""
     import train as script
     from utils.cli import parse_config
     from utils.config import TrainConfig
@@ -72,7 +71,7 @@ def train(name: str, dataset: Path, folder: Path, **changes: Any) -> None:
 
 
 def estimate(name: str, dataset: Path, folder: Path) -> dict[str, int]:
-    """Bytes by part, from what train.py hands to its dry run."""
+    """Bytes by part, from what train.py passes to its dry run."""
     import train as script
     from training.dry_run import resized
     from training.estimates import estimate_memory
@@ -92,13 +91,13 @@ def estimate(name: str, dataset: Path, folder: Path) -> dict[str, int]:
 
 
 def status(field: str) -> int:
-    """A line of /proc/self/status in bytes."""
+    """A field of /proc/self/status in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
 
 def measure(name: str, dataset: Path, folder: Path) -> dict[str, float]:
-    """Train in this process up to the first evaluation; bytes at the peak, and seconds of all steps."""
+    """Train in this process up to the first evaluation; returns peak bytes and the seconds of all steps."""
     import train as script
 
     before: list[float] = []
@@ -120,7 +119,7 @@ def measure(name: str, dataset: Path, folder: Path) -> dict[str, float]:
 
 
 def run(name: str, what: str, dataset: Path, folder: Path, **environment: str) -> dict[str, Any]:
-    """`estimate` or `measure` in a process of its own."""
+    """Run `estimate` or `measure` in its own process."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     printed = common.run(
         *ONE_PROCESS, __file__, "--only", name, "--child", what, "--dataset", dataset, "--folder", folder,
@@ -147,7 +146,7 @@ def main() -> None:
 
 
 def compare(names: list[str], dataset: Path, folder: Path) -> dict[str, dict[str, Any]]:
-    """A line of the table for each name; all figures."""
+    """Print a line of the table for each name; returns all figures."""
     print(f"{'MB':<20} {'no heap':>8} {'measured':>9} {'ratio':>6}   {'estimate':>8} {'measured':>9} {'ratio':>6}")
     results = {}
     for name in names:

@@ -1,10 +1,10 @@
-"""Optimizers at equal steps: one recipe, the same data order and initial weights for all of them, several seeds.
+"""Compare optimizers at equal steps: one recipe, the same data order and initial weights, several seeds.
 
     python benchmarks/optimizers.py                  # needs data/demo: python prepare_data.py
 
-Each optimizer first runs one seed with each of three learning rates; its best one then runs all seeds. Further options are
-train.py's. Prints a table of evaluation losses over the steps, writes the curves to runs/optimizers.png, and ends with one
-JSON object.
+Each optimizer first runs one seed with each of three learning rates, then all seeds with the best rate. Other options
+go to train.py. Prints a table of evaluation losses over the steps, writes the curves to runs/optimizers.png, and ends
+with one JSON object.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def main(options: argparse.Namespace, further: list[str]) -> None:
 def train(
     options: argparse.Namespace, further: list[str], folder: Path, name: str, rate: float, seed: int
 ) -> tuple[Curve, float]:
-    """The evaluation losses of one run, and its seconds of training."""
+    """Train once; returns the evaluation losses and the seconds of training."""
     output = folder / f"{name}-{rate:g}-{seed}"
     settings = {
         "config": options.recipe, "data.dataset": DEMO, "output": output, "optimizer.name": name,

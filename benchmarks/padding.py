@@ -1,11 +1,11 @@
-"""Packed rows against padded ones on short texts: tokens that are trained on, per second.
+"""Compare packed with padded rows on short texts, in target tokens per second.
 
     python benchmarks/padding.py
-    python benchmarks/padding.py --entries all      # the Jargon File's longer ones too
+    python benchmarks/padding.py --entries all      # includes the Jargon File's longer entries
 
-The entries of The Devil's Dictionary in the sample, rows of up to --length positions, one model and one batch of positions for
-all: padded to the maximal length, padded to the longest of the batch, and packed; in processes that take turns. Further
-options are train.py's. Prints a table and one JSON object.
+The text is the entries of The Devil's Dictionary in the sample, in rows of up to --length positions. Model and batch
+are the same for all layouts: padded to the maximal length, padded to the longest row of the batch, packed, and
+best-fit. The processes take turns. Other options go to train.py. Prints a table and one JSON object.
 """
 
 import json
@@ -28,7 +28,7 @@ KINDS = {
 
 
 def prepare(beginning: str, folder: Path) -> tuple[Path, float]:
-    """The dataset of the sample's entries whose id begins so, and their mean length in tokens."""
+    """Make a dataset of the entries whose id has this prefix; returns it and their mean length in tokens."""
     lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "entries.jsonl").write_text(
         "\n".join(line for line in lines if json.loads(line)["id"].startswith(beginning))
@@ -41,7 +41,7 @@ def prepare(beginning: str, folder: Path) -> tuple[Path, float]:
 
 
 def tokens_per_second(kind: str, steps: int, length: int, dataset: Path, further: list[str], folder: Path) -> float:
-    """Targets per second of train.py, the median of its steps but for the first two."""
+    """Target tokens per second of train.py: the median over its steps except the first two."""
     output = folder / f"{kind}-{time.monotonic_ns()}"
     lengths = {"data.sequence_length": length, "model.max_position_embeddings": length}
     options = OPTIONS | KINDS[kind] | lengths | {"data.dataset": dataset, "output": output, "schedule.max_steps": steps}
@@ -52,7 +52,7 @@ def tokens_per_second(kind: str, steps: int, length: int, dataset: Path, further
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--entries", choices=["short", "all"], default="short")
-    parser.add_argument("--length", type=int, default=512, help="positions of a row")
+    parser.add_argument("--length", type=int, default=512, help="positions per row")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     arguments, further = parser.parse_known_args()

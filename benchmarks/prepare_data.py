@@ -1,13 +1,13 @@
-"""Encoding text and loading tokens, against the two maps of transformers' run_clm example.
+"""Compare encoding text and loading tokens with the two maps of transformers' run_clm example.
 
-    python benchmarks/prepare_data.py --input corpus/ notes.jsonl     # any sources that prepare_data.py reads
-    python benchmarks/prepare_data.py --quick                         # the sample, in two minutes
+    python benchmarks/prepare_data.py --input corpus/ notes.jsonl     # any source of prepare_data.py
+    python benchmarks/prepare_data.py --quick                         # the sample, in under a minute
 
-The peer tokenizes with one `datasets.map`, and with a second one joins the tokens of each batch and cuts them into blocks
-of 1,024, dropping the rest: what run_clm describes. Both sides start from the same table of cleaned documents on disk, use
-the same tokenizer, one process and all cores, and end with tokens on disk; text under 20 MB is repeated. Each measurement is
-its own process; the sides take turns, and the medians count. A whole run of prepare_data.py is measured beside, for time and
-memory: cleaning and deduplication have no counterpart in the peer. Prints a table and one JSON object.
+Like run_clm, the peer tokenizes with one `datasets.map`. A second one joins the tokens of each batch, cuts them into
+blocks of 1,024 and drops the rest. Both sides start from the same table of cleaned documents on disk, use the same
+tokenizer, one process and all cores, and end with tokens on disk. Text under 20 MB is repeated. Each measurement is
+its own process; the sides take turns, and the medians count. Time and memory of a whole run of prepare_data.py are
+measured separately, because the peer has no cleaning and no deduplication. Prints a table and one JSON object.
 """
 
 import argparse
@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("--input", nargs="+", default=[str(SAMPLE)], help="files or folders (default: the sample)")
     parser.add_argument("--vocab_size", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=3)
-    # What a run costs once would hide what a token costs.
-    parser.add_argument("--megabytes", type=float, default=20, help="less text is repeated")
-    parser.add_argument("--loader_seconds", type=float, default=5, help="how long each loader is read")
-    parser.add_argument("--quick", action="store_true", help="one round, a small vocabulary")
+    # With little text, the fixed cost of a run would hide the cost per token.
+    parser.add_argument("--megabytes", type=float, default=20, help="repeat smaller texts up to this size")
+    parser.add_argument("--loader_seconds", type=float, default=5, help="seconds to read from each loader")
+    parser.add_argument("--quick", action="store_true", help="one round and a small vocabulary")
     parser.add_argument("--side", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run_watched(command: list[str]) -> int:
-    """Run a command to its end; its largest anonymous memory in bytes (mapped files are the system's to drop)."""
+    """Run a command; returns its peak anonymous memory in bytes (the system can drop mapped files)."""
     peak = 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -114,11 +114,11 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def cleaned_documents(arguments: argparse.Namespace) -> Any:
-    """The documents of both splits as prepare_data.py cleaned them, in one table on disk; few of them several times."""
+    """The documents of both splits as prepare_data.py cleaned them, in one table on disk; a small set is repeated."""
     import datasets
     import numpy as np
 
-    from preparation.selection.selection import Selection
+    from preparation.selection.splits import Selection
     from preparation.stages import load_slices
 
     stages = arguments.folder / ".dataset.stages"
@@ -131,7 +131,7 @@ def cleaned_documents(arguments: argparse.Namespace) -> Any:
 
 
 def measure_peer(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Two maps, as in run_clm; the result stays on disk for `measure_peer_loader`."""
+    """Encode with two maps, as in run_clm; the result stays on disk for `measure_peer_loader`."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -167,12 +167,12 @@ def measure_peer(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_encoding(arguments: argparse.Namespace, *, fast: bool) -> dict[str, Any]:
-    """Plainloop's encoding of the same documents."""
+    """Encode the same documents with Plainloop."""
     import datasets
 
     from preparation.stages import text_bytes
+    from preparation.tokenizer.build import load_tokenizer
     from preparation.tokenizer.encoding import build_encoder
-    from preparation.tokenizer.tokenization import load_tokenizer
     from prepare_data import THIS_MACHINE, encode_split
 
     datasets.disable_progress_bars()
@@ -214,7 +214,7 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def time_blocks(loader: Any, seconds: float) -> dict[str, Any]:
-    """Blocks per second of a loader, in which each batch is looked at; starts again when it comes to its end."""
+    """Blocks per second of a loader; touches each batch, and starts again at the end."""
     for batch in loader:
         batch["input_ids"].sum()
         break
@@ -252,7 +252,7 @@ def report(results: dict[str, Any]) -> None:
         print(f"{side:<26}{'':>10}{speed:>14,.0f}{speed / loaders['peer loader']:>8.1f}  blocks of {BLOCK} per second")
     splits = manifest["splits"].values()
     tokens, documents = (sum(split[name] for split in splits) for name in ("tokens", "documents"))
-    # The peer counts what the tokenizer gives for each document; ours has an end-of-text token more for each.
+    # The peer counts the tokenizer's output; ours has one more end-of-text token per document.
     repeated = int(median("peer", "documents")) // documents
     lost = int(median("peer", "tokens")) + repeated * (documents - tokens)
     print(f"{'whole run':<26}{results['seconds']:>10.2f}{tokens / results['seconds']:>14,.0f}")

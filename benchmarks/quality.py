@@ -1,13 +1,13 @@
-"""Time to quality: seconds of training until the sample's held-out text costs 2.4 bits per byte.
+"""Measure time to quality: seconds of training until the sample's held-out text costs 2.4 bits per byte.
 
-    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; some 10 minutes
+    python benchmarks/quality.py           # needs data/demo: python prepare_data.py; about 10 minutes
 
-One tokenizer and one size of model, the demo's. train.py runs Muon with a short warm-up, transformers' Trainer AdamW with its
-own defaults, and a loop like nanoGPT's AdamW with betas 0.9 and 0.95 on random rows of one long stream; so what is compared is
-the optimizer too. Each has the best of the learning rates and numbers of steps that were tried (TUNED); try others with
---contestants NAME --learning_rates ... --steps N. All are scored by one function on the same rows. Seconds are those of the
-steps; `with start` counts all that is neither a step nor an evaluation too: imports, building, saves. Writes
-runs/quality.png and ends with one JSON object.
+All contestants use the demo's tokenizer and model size. train.py runs Muon with a short warm-up. transformers'
+Trainer runs AdamW with its defaults. A loop like nanoGPT's runs AdamW with betas 0.9 and 0.95 on random rows of one
+long stream. The comparison therefore includes the optimizer. Each contestant has the best of the learning rates and
+numbers of steps that were tried (TUNED); try others with --contestants NAME --learning_rates ... --steps N. One
+function scores all of them on the same rows. Seconds are those of the steps; `with start` adds everything that is
+neither a step nor an evaluation: imports, building, saves. Writes runs/quality.png and ends with one JSON object.
 """
 
 import argparse
@@ -28,16 +28,16 @@ from benchmarks import common
 from benchmarks.common import ONE_PROCESS, ROOT, add_dataset, build_parser, flags, read_metrics, save_plot
 
 LENGTH = 256
-# The learning rate and the steps that the schedule is laid out for; what else was tried is in README.md.
+# Learning rate and steps of the schedule; README.md lists what else was tried.
 TUNED = {"plainloop": (1e-2, 150), "trainer": (1e-3, 600), "nanogpt": (1e-3, 600)}
 PLAINLOOP: dict[str, Any] = {
     "data.sequence_length": LENGTH, "batch.global_batch_size": 8, "optimizer.name": "muon", "schedule.warmup_steps": 10,
     "evaluation.every_steps": 10, "checkpoint.every_steps": 100_000, "tracking.log_every_steps": 10,
     "tracking.sample_every_steps": 0, "tracking.trackers": "[]",
 }  # fmt: skip
-EVERY = 20  # the peers' steps between evaluations; their last step is followed by one too
+EVERY = 20  # the peers' steps between evaluations; they also evaluate after the last step
 Curve = list[tuple[float, float]]  # (seconds, bits per byte)
-evaluating: list[float] = []  # seconds of each evaluation of this process
+evaluating: list[float] = []  # seconds of each evaluation in this process
 
 
 def plainloop(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
@@ -69,7 +69,7 @@ def plainloop(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
 
 
 class Scorer:
-    """Bits per byte of the validation text by evaluate() of train.py, and the seconds that were spent elsewhere."""
+    """Scores bits per byte of the validation text with train.py's evaluate(), and keeps the seconds outside of it."""
 
     def __init__(self, dataset: Path, steps: int) -> None:
         from accelerate import Accelerator
@@ -105,7 +105,7 @@ class Scorer:
 
 
 def build(scorer: Scorer) -> Any:
-    """transformers' Llama at the demo's sizes, as it initialises itself."""
+    """transformers' Llama with the demo's sizes and its own initialization."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -124,7 +124,7 @@ def stream(dataset: Path) -> Any:
 
 
 def trainer(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
-    """Trainer on blocks of the stream, as run_clm makes them; linear decay and no warm-up are its defaults."""
+    """Trainer on blocks of the stream, as run_clm makes them, with its defaults: linear decay, no warm-up."""
     import datasets
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -149,7 +149,7 @@ def trainer(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
 
 
 def nanogpt(rate: float, steps: int, dataset: Path, folder: Path) -> Curve:
-    """Random rows; warm-up of 100 steps or a tenth of all, cosine to a tenth; decay 0.1 on matrices, gradients clipped at 1."""
+    """Random rows; warm-up of 100 steps or a tenth, cosine to a tenth; decay 0.1 on matrices, clipping at 1."""
     import torch
 
     scorer = Scorer(dataset, steps)
@@ -183,7 +183,7 @@ CONTESTANTS: dict[str, Callable[[float, int, Path, Path], Curve]] = {
 
 
 def reached(curve: Curve, bits: float) -> float | None:
-    """Seconds until `bits` per byte, interpolated between evaluations; None: never."""
+    """Seconds until `bits` per byte, interpolated between evaluations; None if never reached."""
     before: tuple[float, float] | None = None
     for seconds, value in curve:
         if value <= bits:
@@ -195,7 +195,7 @@ def reached(curve: Curve, bits: float) -> float | None:
 
 
 def run(name: str, rate: float, steps: int, dataset: Path) -> tuple[Curve, float]:
-    """The curve, and the seconds beside steps and evaluations, from a process of its own."""
+    """Run a contestant in its own process; returns the curve, and the seconds outside steps and evaluations."""
     options = {"child": name, "learning_rates": rate, "steps": steps, "dataset": dataset}
     started = time.perf_counter()
     printed = common.run(*ONE_PROCESS, __file__, *flags(options))
@@ -216,8 +216,8 @@ def plot(curves: dict[str, Curve], bits: float, path: Path) -> None:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
-    parser.add_argument("--learning_rates", type=float, nargs="+", help="each is tried; default: the best known")
-    parser.add_argument("--steps", type=int, help="of each contestant; default: the best known")
+    parser.add_argument("--learning_rates", type=float, nargs="+", help="try each of these (default: the best known)")
+    parser.add_argument("--steps", type=int, help="steps of each contestant (default: the best known)")
     parser.add_argument("--bits", type=float, default=2.4)
     add_dataset(parser)
     parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "quality.png")

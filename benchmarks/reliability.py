@@ -1,11 +1,11 @@
-"""What guards and checkpoints cost, on a Llama of 10 million parameters that trains on the sample.
+"""Measure the cost of guards and checkpoints, with a Llama of 10 million parameters that trains on the sample.
 
     python benchmarks/reliability.py       # needs data/demo: python prepare_data.py
 
-A copy of train.py leaves out the vote, the heartbeats and the look at the numbers in every other ten steps, so that both
-kinds of steps meet the same machine; their medians are compared. It saves every 50 steps beside the training: what a save
-costs is its pause, and by how much the steps that follow it are slower than those around them. Then train.py itself saves
-with and without waiting for the disk. Further options are train.py's. Prints a table and one JSON object.
+A copy of train.py leaves out the vote, the heartbeats and the check of the update in every other ten steps, so that
+both kinds of steps run under the same conditions; their medians are compared. It saves every 50 steps in the
+background. The cost of a save is its pause, plus the slowdown of the steps after it. Then train.py itself saves with
+and without waiting for the disk. Other options go to train.py. Prints a table and one JSON object.
 """
 
 import json
@@ -24,39 +24,39 @@ MODEL: dict[str, Any] = STEPS_ONLY | {
     "batch.global_batch_size": 4, "data.sequence_length": 256, "evaluation.per_device_batch_size": 8,
 }  # fmt: skip
 GUARDED = "step // 10 % 2 == 0"
-VOTE = "loss, grad_norm = stops.agree(loss_sum / num_targets, whole(norm) / plan.num_processes)\n"
+VOTE = "loss, grad_norm = run.vote(loss_sum / num_targets, norm)\n"
 BARE = "loss, grad_norm = float(loss_sum / num_targets), float(norm)\n"
 CHANGES = (
-    ("from utils.cli import", f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils.cli import"),
+    ("from training.options import", f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nfrom training.options import"),
     (f"        {VOTE}", f"        if {GUARDED}:\n            {VOTE}        else:\n            {BARE}"),
-    ("        fault = find_fault(", f"        fault = None if not {GUARDED} else find_fault("),
+    ("        fault = check_update(", f"        fault = None if not {GUARDED} else check_update("),
     (
-        '        watchdog.beat(step + 1, "fetching")\n',
-        f'        if {GUARDED}:\n            watchdog.beat(step + 1, "f")\n',
+        '        run.beat("fetching")\n',
+        f'        if {GUARDED}:\n            run.beat("fetching" )\n',
     ),
     (
-        '        watchdog.beat(step + 1, "training")\n',
-        f'        if {GUARDED}:\n            watchdog.beat(step + 1, "t")\n',
+        '        run.beat("training")\n',
+        f'        if {GUARDED}:\n            run.beat("training" )\n',
     ),
 )
 
 
 def train(script: Path, output: Path, further: list[str], **options: object) -> list[dict[str, float]]:
-    """Run to the end; metrics.jsonl."""
+    """Run to the end; returns the records of metrics.jsonl."""
     settings = MODEL | {"output": output} | {name.replace("__", "."): value for name, value in options.items()}
     run(*ONE_PROCESS, script, *flags(settings), *further, **ON_CPU)
     return read_metrics(output)
 
 
 def pauses(records: list[dict[str, float]]) -> list[float]:
-    """Seconds of each save, but for the first, which makes the copy's memory, and the last, which is waited for."""
+    """Seconds of each save, except the first, which allocates the copy, and the last, which blocks."""
     return [record["perf/save_pause_seconds"] for record in records if "perf/save_pause_seconds" in record][1:-1]
 
 
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument(
-        "--steps", type=int, default=400, help=f"of the run that is measured; more than {SAVE_EVERY + AFTER_SAVE}"
+        "--steps", type=int, default=400, help=f"steps of the measured run; more than {SAVE_EVERY + AFTER_SAVE}"
     )
     arguments, further = parser.parse_known_args()
     steps = arguments.steps
@@ -94,9 +94,9 @@ def main() -> None:
     guards = medians["guarded"] / medians["bare"] - 1
     checkpoints = save_cost / (SAVE_EVERY * medians["bare"])
     for label, value, unit in (
-        ("a step without guards", medians["bare"], "s"), ("a step with them", medians["guarded"], "s"),
-        ("a save: its pause", saves["asynchronous"], "s"), ("a save: slower steps after it", statistics.median(excesses), "s"),
-        ("a save that is waited for", saves["synchronous"], "s"), ("guards", 100 * guards, "%"),
+        ("a step without guards", medians["bare"], "s"), ("a step with guards", medians["guarded"], "s"),
+        ("a save: pause", saves["asynchronous"], "s"), ("a save: slowdown of later steps", statistics.median(excesses), "s"),
+        ("a blocking save", saves["synchronous"], "s"), ("guards", 100 * guards, "%"),
         (f"checkpoints every {SAVE_EVERY} steps", 100 * checkpoints, "%"),
     ):  # fmt: skip
         print(f"{label:34}{value:10.4f} {unit}")

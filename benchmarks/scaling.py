@@ -1,10 +1,11 @@
-"""Weak scaling: one process of one thread against two, each with the same share of the work, and what the exchange costs.
+"""Measure weak scaling: one process of one thread against two, each with the same work, and the cost of the exchange.
 
-    python benchmarks/scaling.py           # needs data/demo: python prepare_data.py; two cores, some 5 minutes
+    python benchmarks/scaling.py           # needs data/demo: python prepare_data.py; two cores, about 5 minutes
 
-train.py on the demo's model: one process; two that know nothing of each other, at the same time; two that train one model
-(DDP over gloo, the global batch twice as large). What two lose against one without any exchange is the machine's (memory,
-caches); what they lose beyond that is the exchange. Takes turns. Further options are train.py's. Prints a table and one JSON object.
+train.py trains the demo's model in three ways, which take turns: one process; two independent processes at the same
+time; two processes that train one model (DDP over gloo, with twice the global batch). What two independent processes
+lose against one is contention for memory and caches; any further loss is the exchange. Other options go to train.py.
+Prints a table and one JSON object.
 """
 
 import json
@@ -39,7 +40,7 @@ def start(command: list[str], output: Path, rows: int, steps: int, further: list
 
 
 def speed(process: subprocess.Popen[str], output: Path) -> float:
-    """Tokens per second, once it has ended."""
+    """Wait for a process to end; returns its tokens per second."""
     errors = process.communicate()[1]
     if process.returncode:
         raise SystemExit(errors[-3000:])
@@ -50,7 +51,7 @@ def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=8, help="of 256 positions, for each process")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 256 positions per process")
     arguments, further = parser.parse_known_args()
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:

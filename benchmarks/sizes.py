@@ -1,11 +1,11 @@
-"""Time per token and memory as the model grows, on one process, and what two processes make of two cores.
+"""Measure time per token and memory as the model grows, and compare two processes with two threads on two cores.
 
     python benchmarks/sizes.py             # needs data/demo: python prepare_data.py
 
-train.py makes a few steps of Llamas of 1 to 125 million parameters, 2 rows of 512. Memory is the process's largest
-resident size less that of one that has only imported what it needs, beside the peak that --dry_run predicts. Then one
-process with two threads takes turns with two of one thread each (gloo), on the demo's model. Further options are train.py's.
-Prints two tables and one JSON object.
+train.py makes a few steps of Llamas of 1 to 125 million parameters, with 2 rows of 512. Memory is the process's
+largest resident size, minus that of a process that only imports what train.py needs; the table also shows the peak
+that --dry_run predicts. Then one process with two threads takes turns with two processes of one thread each (gloo),
+on the demo's model. Other options go to train.py. Prints two tables and one JSON object.
 """
 
 import json
@@ -30,8 +30,8 @@ from benchmarks.common import (
     run,
 )
 
-# Name → width, layers, heads, width of the MLP. With 8,192 entries these have 1.0, 4.2, 11.5, 29.9, 59.8 and 119.5 million
-# parameters.
+# Name → width, layers, heads, width of the MLP. With 8,192 vocabulary entries these have 1.0, 4.2, 11.5, 29.9, 59.8 and
+# 119.5 million parameters.
 SIZES = {
     "1M": (96, 2, 2, 256), "5M": (192, 6, 3, 512), "10M": (256, 9, 4, 1024), "30M": (512, 8, 8, 1408),
     "60M": (640, 11, 10, 1728), "125M": (768, 16, 12, 2048),
@@ -40,7 +40,7 @@ COMMON = STEPS_ONLY | {"evaluation.per_device_batch_size": 2}
 
 
 def train(options: dict[str, Any], further: list[str]) -> tuple[str, float]:
-    """What train.py prints, and the peak of its resident size in bytes."""
+    """Run train.py; returns its output and its peak resident size in bytes."""
     code = (
         "import resource, runpy, sys\n"
         "sys.argv = sys.argv[1:]\n"
@@ -52,7 +52,7 @@ def train(options: dict[str, Any], further: list[str]) -> tuple[str, float]:
 
 
 def imported_bytes() -> float:
-    """Resident size of a process that has imported what train.py imports."""
+    """Resident size in bytes of a process that only imports what train.py imports."""
     return 1024 * float(run_python("import train, resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"))
 
 
@@ -83,7 +83,7 @@ def main() -> None:
         folder = Path(temporary)
         base = imported_bytes()
         print(
-            f"{'size':<8}{'parameters':>13}{'tokens/s':>10}{'ns a token and parameter':>26}{'peak MB':>9}{'predicted':>11}"
+            f"{'size':<8}{'parameters':>13}{'tokens/s':>10}{'ns/(token·parameter)':>26}{'peak MB':>9}{'predicted':>11}"
         )
         for name in arguments.sizes:
             options = size_options(name) | {"output": folder / name, "schedule.max_steps": arguments.steps}

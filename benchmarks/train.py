@@ -1,14 +1,15 @@
-"""The training step: train.py as users run it against three common loops, and against the machine's matrix products.
+"""Compare a training step of train.py with three common loops, and with the machine's matrix products alone.
 
     python benchmarks/train.py                                      # needs data/demo: python prepare_data.py
     python benchmarks/train.py --shape lesson --precision bf16 --compile
-    python benchmarks/train.py --quick                              # a first look: about a minute
+    python benchmarks/train.py --quick                              # a first look, in about a minute
 
-A GPT-2 of one shape, on the same rows of the sample's tokens. Every contestant is a process of its own that makes steps
-when it is its turn, and sleeps otherwise; each round asks all of them in another order. The peers run as their examples
-do, in fp32 (in bf16 too, where that is asked for). `plainloop` trains on rows of one long text, as the peers do;
-`documents` on rows of many, which it keeps apart. `step` is its step without train.py around it. `limit` makes only the
-matrix products of a step, of a causal attention the half that is not masked. Prints a table and one JSON object.
+All contestants train a GPT-2 of one shape on the same rows of the sample's tokens. Each is its own process, which
+makes steps on its turn and sleeps otherwise; each round has another order. The peers run as their examples do, in
+fp32, and also in bf16 with --precision bf16. `plainloop` is train.py as users run it, on rows of one long text, like
+the peers. `documents` trains on rows of many documents, which it keeps apart. `step` is the step without train.py
+around it. `limit` computes only the matrix products of a step, and of causal attention only the unmasked half. Prints
+a table and one JSON object.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from benchmarks.common import ONE_PROCESS, add_dataset, build_parser, environmen
 
 @dataclass
 class Shape:
-    """Sizes of the model, and of a batch (B, T)."""
+    """Sizes of the model and of a batch (B, T)."""
 
     width: int
     layers: int
@@ -49,11 +50,11 @@ PEERS = ("no_trainer", "trainer", "bare")
 
 
 class Pace:
-    """In a contestant: after each turn says how long it took, and waits for the next one."""
+    """In a contestant: reports the time of each turn, and waits for the next one."""
 
     def __init__(self) -> None:
         self.reports = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)  # whatever a contestant prints
+        os.dup2(2, 1)  # redirect what a contestant prints
         self.left = 1
         self.begin()
 
@@ -79,7 +80,7 @@ class Pace:
 
 
 class Profile:
-    """In the place of `Pace`: after three steps profiles two, says where the time went, and ends."""
+    """Replaces `Pace`: after three steps, profiles two, prints where the time went, and ends."""
 
     def __init__(self, vocabulary: int) -> None:
         from torch.profiler import ProfilerActivity, profile
@@ -115,7 +116,7 @@ class Profile:
         sys.exit()
 
 
-# ---- The contestants. Each trains for ever, and calls `step_done` after every optimizer step.
+# ---- The contestants. Each trains endlessly and calls `step_done` after every optimizer step.
 
 
 def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -150,11 +151,11 @@ def plainloop(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
 
 
 def step(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
-    """Plainloop's model, loss and optimizer in a bare loop."""
+    """Train Plainloop's model, loss and optimizer in a bare loop."""
     import torch
 
     from training.hardware import resolve_matmul_precision
-    from training.optimization.optimizer import build_optimizer
+    from training.optimization.optimizers import build_optimizer
     from utils.cli import parse_config
     from utils.config import TrainConfig
     from utils.model.build import build_model
@@ -202,7 +203,7 @@ def rows_of(arguments: argparse.Namespace) -> Any:
 
 
 def batches_of(arguments: argparse.Namespace, with_targets: bool = False) -> Any:
-    """Endless batches of consecutive rows, as the model or the objective takes them."""
+    """Endless batches of consecutive rows, in the form that the model or the objective takes."""
     import numpy as np
     import torch
 
@@ -215,7 +216,7 @@ def batches_of(arguments: argparse.Namespace, with_targets: bool = False) -> Any
 
 
 def peer_dataset(arguments: argparse.Namespace) -> Any:
-    """As run_clm's `group_texts` leaves it."""
+    """Rows in the form of run_clm's `group_texts`."""
     import datasets
     import numpy as np
 
@@ -224,7 +225,7 @@ def peer_dataset(arguments: argparse.Namespace) -> Any:
 
 
 def no_trainer(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
-    """Accelerate's loop as transformers' run_clm_no_trainer example has it."""
+    """The loop of transformers' run_clm_no_trainer example, with Accelerate."""
     import torch
     from accelerate import Accelerator
     from torch.utils.data import DataLoader
@@ -274,7 +275,7 @@ def trainer(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
 
 
 def bare(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
-    """transformers' model and torch's optimizer, nothing else."""
+    """Only transformers' model and torch's optimizer."""
     import torch
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -290,7 +291,7 @@ def bare(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
 
 
 def limit(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
-    """The matrix products of one step, forward and backward, at the model's shapes."""
+    """Only the matrix products of one step, forward and backward, with the model's shapes."""
     import torch
 
     from training.hardware import resolve_matmul_precision
@@ -304,7 +305,7 @@ def limit(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     def random(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, device=device).to(dtype)
 
-    # Each product with its result, which is there already: the time is that of the products alone.
+    # Each product with a preallocated result, so that only the products are timed.
     products: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def add(left: torch.Tensor, right: torch.Tensor, times: int) -> None:
@@ -341,7 +342,7 @@ CONTESTANTS = {
 
 
 class Contestant:
-    """A process that makes steps when it is asked to."""
+    """A process that makes steps on request."""
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name = name
@@ -371,7 +372,7 @@ class Contestant:
 
     def make(self, steps: int) -> dict[str, float]:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no report either
+        with contextlib.suppress(BrokenPipeError):  # the missing report raises below
             self.process.stdin.write(f"{steps}\n")
             self.process.stdin.flush()
         report = self.receive()
@@ -380,7 +381,7 @@ class Contestant:
 
 
 def write_datasets(source: Path, folder: Path) -> None:
-    """The sample's tokens as they are, and as one long document."""
+    """Write the sample's tokens as they are, and as one long document."""
     import datasets
 
     shutil.copytree(source, folder / "documents")
@@ -447,20 +448,24 @@ def race(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--rows", type=int, help="of a batch, in place of the shape's 8 or 4")
-    parser.add_argument("--precision", choices=["no", "bf16"], default="no", help="of Plainloop; as for accelerate")
-    parser.add_argument("--compile", action="store_true", help="Plainloop's model, by inductor")
+    parser.add_argument("--rows", type=int, help="rows of a batch, instead of the shape's 8 or 4")
+    parser.add_argument(
+        "--precision", choices=["no", "bf16"], default="no", help="Plainloop's precision, as for accelerate"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile Plainloop's model with inductor")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--activation_checkpointing", action="store_true", help="in Plainloop's model")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="use it in Plainloop's model")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each contestant per round")
     parser.add_argument(
         "--quick", action="store_true", help="a quarter of a batch, two rounds of one step, fewer contestants"
     )
     add_dataset(parser)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help="default: all")
     parser.add_argument(
-        "--profile", action="store_true", help="no race: where the time of Plainloop's step goes, on a CPU"
+        "--profile",
+        action="store_true",
+        help="instead of a race, print where the time of Plainloop's step goes, on a CPU",
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -1,10 +1,10 @@
-"""What the loss of a run is worth: simple models of the same targets, on the same held-out rows.
+"""Compare a run's loss with simple models of the same targets, on the same held-out rows.
 
     python examples/baselines.py --run runs/small_bert_mlm
 
-Counts the training rows, as the run's objective makes them, once. unigram: the frequency of the targets. bigram: the
-token under which the target is predicted. both sides (masked): the tokens to the left and to the right, as if
-independent given the target. The smoothing of pairs is chosen on the held-out rows, which favours the baselines.
+The training rows, as the run's objective makes them, are counted once. unigram: the frequency of the targets. bigram:
+the token at the position that predicts the target. both sides (masked): the tokens to the left and right, as if they
+were independent given the target. The smoothing of pairs is chosen on the held-out rows, which favours the baselines.
 """
 
 import json
@@ -22,7 +22,7 @@ class BaselinesConfig:
     """Options of baselines.py."""
 
     run: str = "runs/demo"
-    """Run folder."""
+    """Run folder, written by train.py."""
 
 
 config = parse_config(BaselinesConfig, __doc__) if __name__ == "__main__" else None
@@ -48,14 +48,17 @@ LARGEST_VOCABULARY = 8192  # the table of pairs is dense
 def main(config: BaselinesConfig) -> None:
     path = Path(config.run) / "config.yaml"
     if not path.is_file():
-        raise UserError(f"{config.run} is not a run folder (it has no config.yaml); give --run")
+        raise UserError(f"{config.run} is not a run folder (it has no config.yaml); name one with --run")
     run = parse_sections(ScoringConfig, read_yaml(path), path)
     options = run.objective
     load_manifest(run.data.dataset)
     tokenizer = read_tokenizer(Path(run.data.dataset) / "tokenizer")
     collate = objective_module(options.name).build_collator(options, tokenizer)
     if options.name != "span_corruption" and len(tokenizer) > LARGEST_VOCABULARY:
-        raise UserError(f"a vocabulary of {len(tokenizer)} is too large for a table of pairs ({LARGEST_VOCABULARY})")
+        raise UserError(
+            f"{run.data.dataset}: a vocabulary of {len(tokenizer):,} is too large for a dense table of pairs; "
+            f"use a run with at most {LARGEST_VOCABULARY:,} entries"
+        )
     rows = {
         split: CollatedRows(
             build_layout(
@@ -71,7 +74,7 @@ def main(config: BaselinesConfig) -> None:
     frequencies = np.ones(size)
     pairs = np.zeros(
         (size, size) if options.name != "span_corruption" else (0, 0), np.float32
-    )  # target under input; where they differ, neighbours
+    )  # [input, target]; for masked, [left, right] neighbour
     for batch in iter_batches(rows["train"]):
         targets = batch["targets"][batch["targets"] != IGNORED]
         frequencies += np.bincount(targets, minlength=size)
@@ -102,7 +105,7 @@ def iter_batches(rows: CollatedRows) -> Iterator[Batch]:
 
 
 def inputs_and_targets(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) and (n,): the token at each position that has a target, and the target."""
+    """(n,) and (n,): the input token at each position that has a target, and the target."""
     if batch["input_ids"].shape != batch["targets"].shape:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     chosen = batch["targets"] != IGNORED
@@ -110,26 +113,26 @@ def inputs_and_targets(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
 
 
 def neighbours(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) and (n,): pairs of tokens that follow one another in the uncorrupted text."""
+    """(n,) and (n,): pairs of consecutive tokens of the uncorrupted text."""
     text = np.where(batch["targets"] != IGNORED, batch["targets"], batch["input_ids"])
     chosen = connected(batch)
     return text[:, :-1][chosen], text[:, 1:][chosen]
 
 
 def connected(batch: Batch) -> np.ndarray:
-    """(B, T - 1) bool: whether a position and the next one belong to one document."""
-    if "position_ids" in batch:  # the free end of a row counts as a document: its zeros favour nothing but zeros
+    """(B, T - 1) bool: whether a position and the next one belong to the same document."""
+    if "position_ids" in batch:  # the unused end of a row counts as one document; its zeros predict only zeros
         return batch["position_ids"][:, 1:] != 0
     return batch["attention_mask"][:, 1:] == 1
 
 
 def smooth(pairs: np.ndarray, unigram: np.ndarray, strength: float) -> np.ndarray:
-    """(V, V): the probability of each next token, `strength` pseudo-counts being spread like the unigram (Dirichlet)."""
+    """(V, V): the probability of each next token, with `strength` pseudo-counts spread like the unigram (Dirichlet)."""
     return (pairs + strength * unigram) / (pairs.sum(1, keepdims=True) + strength)
 
 
 def both_sides_loss(held_out: list[Batch], pairs: np.ndarray, unigram: np.ndarray, mask: int, strength: float) -> float:
-    """P(x | left, right) ∝ P(x | left) P(right | x); a neighbour that is hidden too says nothing."""
+    """P(x | left, right) ∝ P(x | left) P(right | x); a neighbour that is masked too is not used."""
     following = smooth(pairs, unigram, strength).astype(np.float32)
     total, count = 0.0, 0
     for batch in held_out:

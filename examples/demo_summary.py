@@ -1,4 +1,4 @@
-"""The last lines of `make demo`: what came out of the four commands, where to look, and what the model writes."""
+"""Print the last lines of `make demo`: the results, where to look, and what the model writes."""
 
 import json
 import textwrap
@@ -17,12 +17,12 @@ What came out
   training speed            {run["tokens_per_second"]:,.0f} tokens per second
   export                    largest logit difference {exported["max_logit_difference"]:.1e}
 Where to look
-  data/demo/README.md       what the data went through
-  runs/demo/loss.png        the curve; runs/demo/samples.md, what the model wrote on the way
+  data/demo/report.html     which documents were kept or dropped, and why
+  runs/demo/loss.png        the curve; runs/demo/samples.md, what the model wrote during training
   exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained
 What it writes after {options["prompt"]!r} (seed {options["seed"]}, temperature {options["temperature"]})
 {textwrap.indent(scored["text"].strip(), "  ")}
 Expect the form of an entry and some grammar, but no sense: {run["parameters"] / 1e6:.1f} million parameters have read
-{run["tokens_seen"] / 1e6:.2f} million tokens. To train on your own text, go on with "The scripts" in README.md.""")
+{run["tokens_seen"] / 1e6:.2f} million tokens. Next: "Train on your own text" in README.md.""")
 if not run["finished"]:
-    print(f"The training was stopped ({run['reason']}); `make demo` goes on with it.")
+    print(f"Training was stopped ({run['reason']}); `make demo` continues it.")

@@ -22,9 +22,9 @@ class MicroBatchConfig:
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
     num_processes: PositiveInt = 1
-    """Processes that will share the global batch. This script runs on one of them."""
+    """Number of processes that will train. This script itself runs on one."""
     repeats: PositiveInt = 3
-    """Timed passes of each size, after one that is not; the median counts."""
+    """Timed passes per size, after one warm-up pass; the median counts."""
 
 
 config = parse_config(MicroBatchConfig, __doc__) if __name__ == "__main__" else None
@@ -36,40 +36,40 @@ import time
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env, release_memory, send_to_device, set_seed
+from accelerate.utils import release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 
+from train import start_accelerator
 from training.batch_plan import plan_batches
-from training.hardware import resolve_matmul_precision
-from training.optimization.optimizer import build_optimizer
-from utils.data.loaders import CollatedRows, build_layout, to_tensors
-from utils.data.token_dataset import load_manifest, open_split
-from utils.model.build import build_model, pad_token_id
-from utils.objectives import build_objective, count_targets, objective_module
+from training.data import TrainingData
+from training.model import build_training_objective
+from training.optimization.optimizers import build_optimizer
+from utils.data.loaders import CollatedRows, to_tensors
+from utils.model.build import build_model
+from utils.objectives import count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
 
 def main(config: MicroBatchConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
-    if load_manifest(recipe.data.dataset).get("stream"):
-        raise UserError(f"{recipe.data.dataset} is a stream; find_micro_batch.py needs a dataset with stored tokens")
-    accelerator = Accelerator(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
-    torch.set_float32_matmul_precision(resolve_matmul_precision(recipe.matmul_precision, accelerator.device))
+    recipe.data.pad_to = "max_length"  # padded rows as in the longest batch
+    recipe.batch.per_device_batch_size = None
+    accelerator, plan = start_accelerator(recipe)
     if accelerator.num_processes > 1:
-        raise UserError("find_micro_batch.py measures one device; launch it with --num_processes 1, and say with its own "
-                        "option --num_processes how many will train")  # fmt: skip
+        raise UserError(
+            "find_micro_batch.py measures one device; launch it with --num_processes 1, and tell its own option "
+            "--num_processes how many will train"
+        )
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
-    kind = objective_module(recipe.objective.name)
-    collate = kind.build_collator(recipe.objective, tokenizer)
-    layout = build_layout(
-        open_split(recipe.data.dataset, "train"), recipe.data.layout, recipe.data.sequence_length,
-        pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
-        fixed_length=True,  # as in the longest batch
-    )  # fmt: skip
-    rows = CollatedRows(layout, collate, recipe.seed)
+    task = objective_module(recipe.objective.name)
+    collate = task.build_collator(recipe.objective, tokenizer)
+    data = TrainingData(recipe, accelerator, plan, tokenizer, collate)
+    if data.train_rows is None:
+        raise UserError(f"{recipe.data.dataset} is a stream; find_micro_batch.py needs a dataset with stored tokens")
+    rows = CollatedRows(data.train_rows, collate, recipe.seed)
     set_seed(recipe.seed)
-    model = build_model(recipe.model, tokenizer, kind.AUTO_MODEL)
-    objective = build_objective(model, recipe.objective, recipe.model.attention, recipe.kernels, accelerator.device)
+    model = build_model(recipe.model, tokenizer, task.AUTO_MODEL)
+    objective = build_training_objective(model, recipe, accelerator, data)
     optimizer = build_optimizer(model, recipe.optimizer, fused=accelerator.scaler is None)
     objective, optimizer = accelerator.prepare(objective, optimizer)
     objective.train()

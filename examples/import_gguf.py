@@ -1,8 +1,8 @@
-"""A model from a GGUF file, as a transformers folder that `--model.pretrained` and `--tokenizer.pretrained` take.
+"""Convert a GGUF file to a transformers folder, for `--model.pretrained` and `--tokenizer.pretrained`.
 
     python examples/import_gguf.py MODEL.gguf models/mine          # needs pip install gguf
 
-Quantised weights become the fp32 numbers that they stand for.
+Quantised weights are converted to fp32.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def main(source: Path, output: Path) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # Into a model that knows nothing of GGUF, which `save_pretrained` refuses to write.
+    # Copy into a model without a quantization entry, because `save_pretrained` refuses to write a GGUF model.
     values = loaded.config.to_dict()
     values.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(values), dtype=torch.float32)
@@ -28,7 +28,7 @@ def main(source: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="GGUF file")
+    parser.add_argument("source", type=Path, help="GGUF file to read")
     parser.add_argument("output", type=Path, help="folder to write")
     options = parser.parse_args()
     if not options.source.is_file():

@@ -13,7 +13,7 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.cli import PositiveFloat, UserError, parse_config, run_script
+from utils.cli import PositiveFloat, UserError, at_exit, parse_config, run_script
 from utils.config import TrainConfig
 
 
@@ -24,13 +24,13 @@ class RangeTestConfig:
     recipe: str = "configs/demo.yaml"
     """YAML file for train.py."""
     min_learning_rate: PositiveFloat = 1e-5
-    """Where it begins."""
+    """First learning rate."""
     max_learning_rate: float = 1.0
-    """Where it ends, at the latest."""
+    """Last learning rate, unless the test ends earlier."""
     num_steps: Annotated[int, ">= 10"] = 100
-    """Optimizer steps, at equal ratios."""
+    """Optimizer steps; the learning rate grows by the same factor at each."""
     stop_ratio: Annotated[float, "> 1"] = 1.5
-    """End when the smoothed loss is this many times its lowest."""
+    """End when the smoothed loss reaches this multiple of its minimum."""
     plot: str = "runs/lr_range.png"
     """Image to write."""
 
@@ -42,22 +42,20 @@ class RangeTestConfig:
 
 config = parse_config(RangeTestConfig, __doc__) if __name__ == "__main__" else None
 
-import gc
 import math
+from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 from matplotlib.figure import Figure
 
-from training.batch_plan import plan_batches
-from training.hardware import resolve_matmul_precision
-from training.launch_check import context_parallel_size
-from training.optimization.optimizer import build_optimizer
-from utils.data.loaders import build_layout, build_train_loader
-from utils.data.token_dataset import load_manifest, open_split
-from utils.model.build import build_model, pad_token_id
-from utils.objectives import build_objective, count_targets, objective_module
+from train import orderly_end, start_accelerator
+from training.data import TrainingData
+from training.model import build_training_objective
+from training.optimization.optimizers import build_optimizer
+from utils.checkpoints import TrainState
+from utils.model.build import build_model
+from utils.objectives import count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
 SMOOTHING = 0.9  # of the exponential moving average of the loss
@@ -66,35 +64,25 @@ SMOOTHING = 0.9  # of the exponential moving average of the loss
 def main(config: RangeTestConfig) -> None:
     recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
     if recipe.optimizer.name == "adafactor":
-        raise UserError("adafactor caps the learning rate at 1 / √step, so that raising it shows nothing; try another")
-    if load_manifest(recipe.data.dataset).get("stream"):
-        raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    if context_parallel_size(PartialState(cpu=use_cpu)) > 1:
-        raise UserError("lr_range_test.py does not share out rows; launch it without parallelism_config_cp_size")
-    plan = plan_batches(
-        recipe.batch.global_batch_size, recipe.batch.per_device_batch_size, PartialState(cpu=use_cpu).num_processes
-    )
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(plan.accumulation, sync_with_dataloader=False),
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-    )
-    torch.set_float32_matmul_precision(resolve_matmul_precision(recipe.matmul_precision, accelerator.device))
+        raise UserError(
+            "optimizer.name adafactor caps the learning rate at 1 / √step, so this test shows nothing; use another"
+        )
+    accelerator, plan = start_accelerator(recipe)
+    at_exit.enter_context(orderly_end(accelerator))
+    if plan.context_parallel_size > 1:
+        raise UserError(
+            "lr_range_test.py does not support context parallelism; launch it without parallelism_config_cp_size"
+        )
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
-    kind = objective_module(recipe.objective.name)
-    collate = kind.build_collator(recipe.objective, tokenizer)
-    rows = build_layout(
-        open_split(recipe.data.dataset, "train"), recipe.data.layout, recipe.data.sequence_length,
-        pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
-    )  # fmt: skip
-    loader = build_train_loader(
-        rows, collate, plan.micro_batch * plan.data_parallel_size, samples_seen=0, seed=recipe.seed, num_workers=0
-    )
+    task = objective_module(recipe.objective.name)
+    data = TrainingData(recipe, accelerator, plan, tokenizer, task.build_collator(recipe.objective, tokenizer))
+    if data.train_rows is None:
+        raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
     set_seed(recipe.seed)
-    model = build_model(recipe.model, tokenizer, kind.AUTO_MODEL)
-    objective = build_objective(model, recipe.objective, recipe.model.attention, recipe.kernels, accelerator.device)
+    model = build_model(recipe.model, tokenizer, task.AUTO_MODEL)
+    objective = build_training_objective(model, recipe, accelerator, data)
     optimizer = build_optimizer(model, recipe.optimizer, fused=accelerator.scaler is None)
+    loader = data.train_loader(TrainState(dataset_key=data.key))
     objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
 
     objective.train()
@@ -110,11 +98,11 @@ def main(config: RangeTestConfig) -> None:
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
         num_targets = accelerator.reduce(sum(count_targets(batch) for batch in micro_batches), "sum").clamp(min=1)
         loss_sum = torch.zeros((), device=accelerator.device)
-        for batch in micro_batches:
-            with accelerator.accumulate(objective):
+        for number, batch in enumerate(micro_batches, 1):
+            with nullcontext() if number == plan.accumulation else accelerator.no_sync(objective):
                 loss = objective(**batch)
-                accelerator.backward(loss * plan.accumulation * plan.num_processes / num_targets)
-                loss_sum += loss.detach()
+                accelerator.backward(loss * plan.num_processes / num_targets)
+            loss_sum += loss.detach()
         accelerator.clip_grad_norm_(objective.parameters(), recipe.optimizer.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -127,11 +115,6 @@ def main(config: RangeTestConfig) -> None:
             break
     if accelerator.is_main_process:
         report(config, rates, losses)
-    accelerator.wait_for_everyone()
-    del batches, model
-    objective, optimizer, loader = accelerator.free_memory(objective, optimizer, loader)
-    gc.collect()
-    accelerator.end_training()
 
 
 def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> None:

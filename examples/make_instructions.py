@@ -1,10 +1,11 @@
-"""A small set of instructions made from the sample text: questions about dictionary entries, the entries as answers.
+"""Make a small instruction set from the sample text: questions about dictionary entries, with the entries as answers.
 
     python examples/make_instructions.py                # writes data/instructions.jsonl
     python prepare_data.py --sources '[data/instructions.jsonl]' --messages_column messages --output data/instructions \\
         --tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'
 
-Every entry that has a headword and a definition is used once. A hash of its id decides how it is asked for, so the same entries give the same file.
+Every entry that has a headword and a definition is used once. A hash of its id chooses the question, so the same
+entries give the same file.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data" / "dictionaries.jsonl"
 BOOKS = {"devil": "The Devil's Dictionary", "jargon": "the Jargon File"}
-ANSWER_CHARACTERS = 600  # of an entry longer than that, only the beginning is the answer
+ANSWER_CHARACTERS = 600  # of a longer entry, only the beginning is the answer
 
 QUESTIONS = [
     "What does {book} say about {word}?", "Define {word}, as {book} does.", "How does {book} define {word}?",
@@ -28,8 +29,8 @@ FURTHER_QUESTIONS = ["And {word}?", "What about {word}?", "Thank you. Now {word}
 REVERSE_QUESTIONS = ["Which entry of {book} is this?\n\n{answer}", "{answer}\n\nWhat does {book} define like that?"]
 
 DEVIL = re.compile(r"(?P<word>[^,\n]+), [^\n]{1,20}?\.  ?(?P<body>.+)", re.DOTALL)  # ABATIS, n.  Rubbish in front of...
-JARGON = re.compile(r"(?P<word>[^\n]+)\n[^\n]*\n\n(?P<body>.+)", re.DOTALL)  # a line with its class is between
-REFERENCE = re.compile(r"\{\s*([^{}]+?)\s*\}")  # {bot}, also across a line end
+JARGON = re.compile(r"(?P<word>[^\n]+)\n[^\n]*\n\n(?P<body>.+)", re.DOTALL)  # between them is a line with its class
+REFERENCE = re.compile(r"\{\s*([^{}]+?)\s*\}")  # such as {bot}, also across a line end
 SENTENCE_END = re.compile(r"(?<=[a-z]{4}[.!?])\s|(?<=[.!?]”)\s")  # not "2. ", not "Esp. "
 
 
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
 
 
 def read_entries(path: Path) -> Iterator[Entry]:
-    """The entries with a headword and a definition, in the order of their hashes."""
+    """The entries that have a headword and a definition, in the order of their hashes."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     for record in sorted(records, key=lambda record: draw(record["id"], "order")):
         origin = record["id"].partition("/")[0]
@@ -50,15 +51,17 @@ def read_entries(path: Path) -> Iterator[Entry]:
 
 
 def draw(id: str, purpose: str) -> int:
-    """A number from 0 to 2^32 - 1 that depends on these alone."""
+    """A number from 0 to 2^32 - 1 that depends only on the arguments."""
     return int.from_bytes(blake2b(f"{purpose} {id}".encode(), digest_size=4).digest(), "big")
 
 
 def trim(body: str) -> str:
-    """Its prose, each paragraph on one line, up to `ANSWER_CHARACTERS` and the end of a sentence."""
+    """The prose of an entry, one line per paragraph, cut at the end of a sentence within `ANSWER_CHARACTERS`."""
     parts = [part.strip("\n") for part in body.split("\n\n")]
     indents = [len(part) - len(part.lstrip(" ")) for part in parts]
-    prose = [part for part, indent in zip(parts, indents, strict=True) if indent <= indents[0] + 1]  # numbers: one more
+    prose = [
+        part for part, indent in zip(parts, indents, strict=True) if indent <= indents[0] + 1
+    ]  # numbered paragraphs are indented by one more
     text = "\n\n".join(" ".join(REFERENCE.sub(r"\1", part).split()) for part in prose)
     if len(text) <= ANSWER_CHARACTERS:
         return text
@@ -67,7 +70,7 @@ def trim(body: str) -> str:
 
 
 def make_conversations(entries: Iterator[Entry]) -> Iterator[list[dict[str, str]]]:
-    """One of ten asks for the headword, two of ten for a second entry in a second turn."""
+    """One conversation of ten asks for the headword; two of ten ask for a second entry in a second turn."""
     for entry in entries:
         kind = draw(entry.id, "kind") % 10
         forms = REVERSE_QUESTIONS if kind == 0 else QUESTIONS

@@ -4,14 +4,14 @@
     ray start --address FIRST_MACHINE:6379     # on each of the others, at any time
     python examples/prepare_data_cluster.py --config my_recipe.yaml     # on the first; without a cluster, on its cores
 
-Runs on Ray (Apache-2.0; a wheel of 79 MB and six small packages, no spacy, no other torch or pyarrow), whose plain tasks
-are done again, three times at most, when their worker or machine is lost, and which gives work to machines that join
-later. datatrove has its own readers, order and format of tokens; Ray Data's blocks would have to be put in order again.
+It runs on Ray (Apache-2.0; a wheel of 79 MB and six small packages, no spacy, no other torch or pyarrow). Ray repeats a
+plain task up to three times if its worker or machine is lost, and gives tasks to machines that join later. datatrove
+has its own readers, order and token format; blocks of Ray Data would have to be sorted again.
 
-All machines need the same Python packages, and these scripts, the sources and the output on a disk that they all see
-under the same paths. Reading, cleaning, sketching, encoding and the search for evaluation text are cut into parts: one
-Ray task and one Arrow file each, numbered in the order of the documents. What needs a view of the whole stays with this
-process, which reads those files where they lie: it hashes the sources, finds duplicates (about 100 bytes of memory per
+All machines need the same Python packages, and must see these scripts, the sources and the output under the same paths
+on a shared disk. Reading, cleaning, sketching, encoding and the search for evaluation text are split into parts: one
+Ray task and one Arrow file each, numbered in the order of the documents. Everything that needs a view of the whole
+stays in this process, which maps those files: it hashes the sources, finds duplicates (about 100 bytes of memory per
 document, and 528 of page cache for its sketch), trains the tokenizer on its sample, and joins the tokens.
 """
 
@@ -30,18 +30,16 @@ from utils.cli import UserError, exit_with, parse_config, run_script
 
 def check_supported(config: PrepareConfig) -> None:
     if config.stream:
-        raise UserError("stream: there is little to prepare for a stream; use prepare_data.py")
+        raise UserError("stream: a stream needs little preparation; use prepare_data.py")
     if config.num_proc != 1:
-        raise UserError("num_proc is for one machine; here every CPU of the cluster takes a task at a time")
+        raise UserError("num_proc is for one machine; here every CPU of the cluster runs one task at a time")
     for source in resolve_sources(config):
         if source.hub is not None:
-            raise UserError(
-                f"sources: hub {source.hub} is not read by a cluster; download its files, and give their path"
-            )
+            raise UserError(f"sources: a cluster cannot read hub {source.hub}; download its files, and give their path")
 
 
 def check_cluster(address: str) -> None:
-    """Ray itself would knock for eight minutes where nobody is, and say so in many lines."""
+    """Without this check, Ray would retry for eight minutes if nothing answers, and print many lines."""
     host, _, port = address.rpartition(":")
     if "://" in address:
         raise UserError(
@@ -52,12 +50,12 @@ def check_cluster(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, ValueError) as error:
             raise UserError(
-                f"RAY_ADDRESS {address}: no Ray there ({error}); `ray start --head` says its address"
+                f"RAY_ADDRESS {address}: no Ray there ({error}); `ray start --head` prints its address"
             ) from None
 
 
 def read_options() -> PrepareConfig:
-    """Exits with one line if an option is not supported or no cluster answers."""
+    """Exit with one line if an option is not supported or no cluster answers."""
     config = parse_config(PrepareConfig, __doc__)
     try:
         check_supported(config)
@@ -84,9 +82,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import prepare_data
-from preparation.sources.documents import MAX_BROKEN_LISTED, read_sources
+from preparation.sources.documents import MAX_BROKEN_LISTED, OTHER_KIND, read_sources
+from preparation.sources.files import count_other_files, reading_units
 from preparation.sources.source_config import SourceConfig
-from preparation.sources.sources import OTHER_KIND, count_other_files, reading_units
 from preparation.stages import iter_slices, load_slices, map_slices
 
 try:
@@ -95,14 +93,14 @@ try:
 except ImportError:
     exit_with("Ray is not installed; pip install -e '.[cluster]'")
 
-PART_BYTES = 256 << 20  # of source files that a task reads, small ones together
-PART_SLICES = 32  # of 8 MB of text, at most, that a task cleans, sketches or encodes
-PARTS_PER_CPU = 4  # at least, where there is so much text: all CPUs then end at about the same time
+PART_BYTES = 256 << 20  # of source files per reading task; small files are grouped
+PART_SLICES = 32  # slices of 8 MB of text, at most, per task that cleans, sketches or encodes
+PARTS_PER_CPU = 4  # at least, if there is enough text, so that all CPUs finish at about the same time
 
 
 def main(config: PrepareConfig) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A task has one CPU. Relative paths stand in the documents' ids, so `run_part` goes to where this process is.
+    # A task has one CPU. Document ids contain relative paths, so `run_part` works in the directory of this process.
     environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1"}
     ray.init(log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": environment})
     machines = sum(node["Alive"] for node in ray.nodes())
@@ -111,7 +109,7 @@ def main(config: PrepareConfig) -> None:
 
 
 def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> None:
-    """What `read_sources` does; a part is one file, or small ones that follow one another."""
+    """`read_sources` on the cluster. A part is one file, or consecutive small ones."""
     parts = [(source, units) for source in sources for units in group_units(reading_units(source))]
     counts: dict[str, Any] = {
         "sources": {source.name: {"documents": 0, "bytes": 0} for source in sources},
@@ -134,7 +132,7 @@ def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> N
 
 
 def group_units(units: list[Path | None]) -> Iterator[list[Path | None]]:
-    """Reading units in their order, PART_BYTES together or one that is larger."""
+    """Consecutive reading units, in groups of PART_BYTES or one larger unit."""
     sizes = [unit.stat().st_size if unit else 0 for unit in units]
     starts = np.cumsum(sizes) - sizes
     for _, group in itertools.groupby(zip(units, starts // PART_BYTES, strict=True), key=lambda pair: pair[1]):
@@ -145,7 +143,7 @@ def map_on_cluster(
     documents: datasets.Dataset, lengths: np.ndarray, function: Callable[[pa.Table], pa.Table], path: Path, *,
     features: datasets.Features, description: str, num_proc: int = 1,
 ) -> None:  # fmt: skip
-    """What `map_slices` does; a part is some of its slices."""
+    """`map_slices` on the cluster. A part is some consecutive slices."""
     slices = list(iter_slices(lengths))
     share = int(len(slices) / (PARTS_PER_CPU * max(1, ray.cluster_resources().get("CPU", 1))))
     size = min(max(1, share), PART_SLICES)
@@ -163,13 +161,13 @@ def map_on_cluster(
         pass
     written = len(load_slices(path))
     if written != len(documents):
-        raise UserError(f"{description}: {written} of {len(documents)} documents can be seen in {path.parent}; "
-                        "call again, and if it stays so, the disk does not show all machines the same")  # fmt: skip
+        raise UserError(f"{description}: only {written} of {len(documents)} documents are visible in {path.parent}; "
+                        "call again; if that does not help, the machines do not share this disk properly")  # fmt: skip
 
 
 def run_parts(work: Callable[..., Any], parts: list[tuple], path: Path, description: str) -> Iterator[Any]:
-    """The results, in order, of `work(*part, folder)` for each part; what it writes as `folder`/NAME becomes
-    `path` with the part's number."""
+    """The results, in order, of `work(*part, folder)` for each part. Its output `folder`/NAME becomes `path` with the
+    part's number."""
     shared = ray.put(work)  # once for all tasks
     tasks = [
         ray.remote(run_part).remote(shared, part, path.with_stem(f"{path.stem}-{number:06}"), path.name, os.getcwd())
@@ -182,18 +180,18 @@ def run_parts(work: Callable[..., Any], parts: list[tuple], path: Path, descript
         if isinstance(error.cause, UserError):
             raise error.cause from None
         if isinstance(error.cause, OSError | ImportError):
-            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same packages, "
+            raise UserError(f"{description}, on machine {error.ip}: {error.cause} (all machines need the same packages "
                             "and the same paths for these scripts, the sources and the output)") from None  # fmt: skip
         raise
     except RayError as error:
-        raise UserError(f"{description}: the cluster has lost a part too often: {error}") from None
-    for left in path.parent.glob(".part-*"):  # of workers that were killed
+        raise UserError(f"{description}: the cluster lost a part too often: {error}") from None
+    for left in path.parent.glob(".part-*"):  # by workers that were killed
         shutil.rmtree(left, ignore_errors=True)
 
 
 def run_part(work: Callable[..., Any], part: tuple, path: Path, name: str, cwd: str) -> Any:
-    """In a worker. The file appears under its number when it is complete, so that a part that is done again after its
-    worker was lost is there once; whoever does it writes the same."""
+    """Run one part, in a worker. Its file gets its number only when complete, so a part repeated after a lost worker
+    appears once; every attempt writes the same bytes."""
     os.chdir(cwd)
     folder = path.with_name(f".part-{uuid.uuid4().hex}")
     folder.mkdir()

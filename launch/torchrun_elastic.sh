@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# torchrun that starts all processes again when one has died; they go on from the run's newest checkpoint.
+# Runs torchrun, which restarts all processes when one dies; they resume from the run's newest checkpoint.
 #   launch/torchrun_elastic.sh CONFIG RUN [OPTIONS]                       all GPUs of this machine
-#   NODES=2:4 HEAD=10.0.0.1 launch/torchrun_elastic.sh CONFIG RUN …       on each of 2 to 4 machines, HEAD being one of them
+#   NODES=2:4 HEAD=10.0.0.1 launch/torchrun_elastic.sh CONFIG RUN …       each of 2 to 4 machines; HEAD is one
 #   ACCELERATE_USE_CPU=true PROCESSES=2 launch/torchrun_elastic.sh …      on CPUs
-# Machines may come and go between restarts: the global batch stays, and must be divisible by the processes there are.
+# Machines may join and leave between restarts. The global batch stays: the number of processes must divide it.
 set -euo pipefail
 
 config=${1:?"CONFIG, a recipe"} run=${2:?"RUN, its run folder"}
 shift 2
 
-# Without it a restarted rank may find the store of the launch before (torch 2.13).
+# Otherwise a restarted rank may find the store of the previous launch (torch 2.13).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-no}
 

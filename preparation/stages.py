@@ -1,7 +1,7 @@
-"""Stages whose results are kept on disk, each under the hash of all that decides it.
+"""Stages whose results are kept on disk, each under the hash of everything that decides it.
 
-A stage's folder exists only when it is complete: it is written beside and renamed. So a killed call loses the stage that
-was under way and no other, and a changed option redoes its own stage and those after it.
+A stage's folder exists only when it is complete, because it is written under another name and renamed. So a killed call
+loses only the stage in progress, and a changed option reruns only its own stage and those after it.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-SLICE_BYTES = 8 << 20  # text that a function of a stage has in memory at a time
+SLICE_BYTES = 8 << 20  # of text, that a function of a stage holds in memory at a time
 SLICE_DOCUMENTS = 10_000
 PR_SET_PDEATHSIG = 1
 
@@ -31,7 +31,7 @@ def hash_json(*parts: Any) -> str:
 
 
 class Stages:
-    """The stage folders of one output, in order; each key holds the keys before it."""
+    """The stage folders of one output, in order. Each stage's key includes the keys before it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -39,7 +39,7 @@ class Stages:
         self._used: list[Path] = []
 
     def run(self, name: str, decided_by: Any, produce: Callable[[Path], None]) -> Path:
-        """The folder with the stage's result, made by `produce(folder)` unless it is there from an earlier call.
+        """The folder with the stage's result, which `produce(folder)` writes unless an earlier call did.
 
         `decided_by` (JSON) is the stage's version and options.
         """
@@ -61,32 +61,34 @@ class Stages:
         return folder
 
     def partial(self, name: str) -> Path:
-        """Where this process writes what is not complete; a worker that outlived a killed call knows another name."""
+        """A folder for unfinished results. The process id in its name keeps out workers of a killed call."""
         for old in self.folder.glob(".*.partial-*"):
             shutil.rmtree(old, ignore_errors=True)
         return self.folder / f".{name}.partial-{os.getpid()}"
 
     def remove_unused(self) -> None:
-        """Drop the results of earlier recipes, and what a killed call left."""
+        """Delete the results of earlier recipes, and the remains of killed calls."""
         for path in self.folder.iterdir():
             if path not in self._used and path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def text_bytes(documents: datasets.Dataset) -> np.ndarray:
-    """(N,) int64: UTF-8 bytes of each document's `text`; reads the offsets only."""
+    """(N,) int64: UTF-8 bytes of each document's `text`. Reads only the offsets."""
     lengths = [pa.compute.binary_length(chunk).to_numpy() for chunk in documents.data.column("text").chunks]
     return np.concatenate([np.empty(0, np.int64), *lengths])
 
 
-def iter_slices(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of consecutive documents with at most SLICE_BYTES of text, or one document that is longer."""
+def iter_slices(
+    lengths: np.ndarray, size: int = SLICE_BYTES, documents: int = SLICE_DOCUMENTS
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of up to `documents` consecutive documents with at most `size` in all, or one longer document."""
     ends = np.cumsum(lengths)
     start = 0
     while start < len(ends):
         before = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, before + SLICE_BYTES, side="right"))
-        stop = min(max(stop, start + 1), start + SLICE_DOCUMENTS)
+        stop = int(np.searchsorted(ends, before + size, side="right"))
+        stop = min(max(stop, start + 1), start + documents)
         yield start, stop
         start = stop
 
@@ -95,25 +97,24 @@ def map_slices(
     documents: datasets.Dataset, lengths: np.ndarray, function: Callable[[pa.Table], pa.Table], path: Path, *,
     features: datasets.Features, num_proc: int = 1, description: str,
 ) -> None:  # fmt: skip
-    """Write `function` of every slice of `documents` to Arrow files at `path`; `load_slices` opens them.
+    """Apply `function` to every slice of `documents` and write the results to Arrow files at `path`, for `load_slices`.
 
-    `datasets.map` does the work; it is given slices of bounded size instead of documents, whose lengths vary a lot.
+    `datasets.map` does the work, over slices of bounded size instead of documents, whose lengths vary a lot.
     """
     slices = np.array(list(iter_slices(lengths)), dtype=np.int64).reshape(-1, 2)
     table = datasets.Dataset.from_dict({"start": slices[:, 0], "stop": slices[:, 1]}).with_format("arrow")
     tables = documents.with_format("arrow")
-
     parent = os.getpid()
 
     def run(batch: pa.Table) -> pa.Table:
         if os.getpid() != parent and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # else workers outlive a killed parent
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # otherwise workers outlive a killed parent
         return function(tables[batch["start"][0].as_py() : batch["stop"][0].as_py()])
 
     table.map(
         run, batched=True, batch_size=1, remove_columns=["start", "stop"], features=features, desc=description,
         num_proc=num_proc if num_proc > 1 and len(slices) > 1 else None, cache_file_name=str(path),
-        new_fingerprint=path.stem,  # else the function is hashed, and all that it holds
+        new_fingerprint=path.stem,  # otherwise `datasets` hashes the function and everything it refers to
     )  # fmt: skip
     written = len(load_slices(path))
     if written != len(documents):
@@ -121,10 +122,10 @@ def map_slices(
 
 
 def load_slices(path: Path) -> datasets.Dataset:
-    """What `map_slices` wrote, mapped from disk, however many processes wrote it."""
+    """The result of `map_slices`, memory-mapped, however many processes wrote it."""
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in slice_files(path)])
 
 
 def slice_files(path: Path) -> list[Path]:
-    """The file at `path`, or the numbered ones that several processes wrote for it."""
+    """The file at `path`, or the numbered files that several processes wrote for it."""
     return sorted(path.parent.glob(f"{path.stem}*{path.suffix}"))

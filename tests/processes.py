@@ -15,7 +15,7 @@ import psutil
 from conftest import PATIENCE, ROOT, SMALL, environment, flags, start
 
 from training.monitoring.watchdog import HEARTBEATS
-from utils.checkpoint_folders import find_problem, list_checkpoints
+from utils.checkpoints import find_problem, list_checkpoints
 
 
 def command(output: Path, dataset: Path, *, name: str = "train.py", **options: object) -> list[str]:

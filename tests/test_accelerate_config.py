@@ -10,7 +10,7 @@ import pytest
 import yaml
 from conftest import SMALL, environment, flags, metrics, run, train_losses
 
-from training.launch_file import check_launch_file
+from training.launch import check_launch_file
 from utils.cli import UserError
 
 pytestmark = pytest.mark.slow

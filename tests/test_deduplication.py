@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import unicodedata
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import pytest
 from conftest import ROOT, run
 from growth import growth
 
-from preparation.selection import contamination, deduplication
+from preparation.selection import contamination, duplicates, shingles
 from preparation.selection.contamination import build_index, find_contaminated
-from preparation.selection.deduplication import digest, find_near_duplicates, first_of_each, sketch_documents
+from preparation.selection.duplicates import digest, find_near_duplicates, first_of_each, sketch_documents
 from preparation.selection.shingles import hash_ngrams, hash_words, normalize, split_words
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]
@@ -29,7 +30,7 @@ VOCABULARY = [word for text in TEXTS for word in text.split()]
 
 
 def edit(words: list[str], share: float, rng: random.Random, vocabulary: list[str] = VOCABULARY) -> list[str]:
-    """Replaces, deletes or inserts a word at `share` of the places, at least at one."""
+    """Replace, delete or insert a word at a `share` of the positions, at least one."""
     words = list(words)
     for place in sorted(rng.sample(range(len(words)), max(1, round(share * len(words)))), reverse=True):
         operation = rng.choice(["replace", "delete", "insert"])
@@ -38,7 +39,7 @@ def edit(words: list[str], share: float, rng: random.Random, vocabulary: list[st
 
 
 def plain_words(text: str) -> list[str]:
-    """The words of European text, by another way than `split_words`."""
+    """The words of European text, computed independently of `split_words`."""
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text.replace("\u00ad", "")).casefold())
 
 
@@ -150,7 +151,7 @@ def test_every_exact_duplicate_is_found_and_nothing_else():
         lambda text: "".join(rng.choice(string.punctuation) if character in string.punctuation else character
                              for character in text),
     ]  # fmt: skip
-    groups: dict[str, int] = {}  # texts of the sample that are equal by the other way of splitting words
+    groups: dict[str, int] = {}  # texts of the sample that are equal according to the independent word splitter
     origin = [groups.setdefault(" ".join(plain_words(text)), number) for number, text in enumerate(TEXTS)]
     planted = rng.sample(range(len(TEXTS)), 1000)
     documents = [*enumerate(TEXTS), *((number, rng.choice(spoil)(TEXTS[number])) for number in planted)]
@@ -177,7 +178,7 @@ def test_first_of_each_is_what_a_set_finds(count):
 
 
 def planted_copies(share: float) -> tuple[list[str], np.ndarray]:
-    """The long texts, then an edited copy of each; and the numbers of the former."""
+    """The long texts followed by an edited copy of each, and the number of long texts."""
     rng = random.Random(int(share * 100))
     copies = [" ".join(edit(text.split(), share, rng)) for text in LONG]
     return [*LONG, *copies], np.arange(len(LONG))
@@ -204,7 +205,7 @@ def test_thirty_percent_of_the_words_edited_are_kept():
 
 
 def test_what_is_less_alike_than_the_threshold_is_kept():
-    """Pairs of similarity 0.45, most of which meet in a band: two standard errors below the threshold of 0.55."""
+    """Pairs of similarity 0.45, two standard errors below the threshold of 0.55, most of which agree in a band."""
     rng = random.Random(4)
     common = [rng.choices(VOCABULARY, k=188) for _ in range(200)]
     texts = [" ".join(words + rng.choices(VOCABULARY, k=112)) for words in common for _ in range(2)]
@@ -245,9 +246,9 @@ def test_clusters_and_estimates_agree_with_exact_sets():
     for left, right in combinations(range(len(texts)), 2):
         exact = jaccard(shingles[left], shingles[right])
         errors.append(np.mean(signatures[left] == signatures[right]) - exact)
-        if exact >= deduplication.THRESHOLD - 0.12:  # three standard errors
+        if exact >= duplicates.THRESHOLD - 0.12:  # three standard errors
             parent[max(find(left), find(right))] = min(find(left), find(right))
-        if exact >= deduplication.THRESHOLD + 0.12:
+        if exact >= duplicates.THRESHOLD + 0.12:
             similar += 1
             missed += cluster[left] != cluster[right]
     within = [error for error in errors if error]
@@ -257,7 +258,7 @@ def test_clusters_and_estimates_agree_with_exact_sets():
 
 
 def test_a_shared_header_neither_drops_nor_hides():
-    """3,000 documents of which half is one header meet in buckets of hundreds; an edited copy is found among them."""
+    """3,000 documents that share a header of half their length form buckets of hundreds; an edited copy is still found."""
     rng = random.Random(1)
     header = " ".join(LONG[0].split()[:40])
     own = [" ".join(rng.choices(VOCABULARY, k=40)) for _ in range(3000)]
@@ -270,13 +271,13 @@ def test_a_shared_header_neither_drops_nor_hides():
 
 
 def test_a_chain_does_not_drop_what_is_unlike_the_document_kept():
-    """Windows that move on over one long text: neighbours are alike, the ends have nothing in common."""
+    """Sliding windows over one long text: neighbours are similar, the ends have nothing in common."""
     words = [word for text in LONG[:60] for word in text.split()]
     texts = [" ".join(words[start : start + 200]) for start in range(0, 3000, 30)]
     cluster = cluster_texts(texts)
     shingles = [plain_shingles(text, 3) for text in texts]
     similarity = [jaccard(shingles[left], shingles[right]) for left, right in enumerate(cluster)]
-    assert min(similarity) >= deduplication.THRESHOLD - deduplication.DRIFT - 0.12
+    assert min(similarity) >= duplicates.THRESHOLD - duplicates.DRIFT - 0.12
     assert (cluster != np.arange(len(texts))).any()
 
 
@@ -350,7 +351,7 @@ def test_the_share_of_the_evaluation_document_decides():
         pages = [" ".join([*filler, *text.split()[: int(share * 300)], *filler]) for text in evaluation]
         rates[share] = np.mean(np.array(find_contaminated(pages, index)) == np.arange(50))
     assert rates == {0.25: 0, 0.8: 1}
-    # An edit breaks 13 of the 13-grams; half of them being enough is what lets a copy with a few edits be found.
+    # An edit breaks 13 of the 13-grams. A copy with a few edits is found because half of them are enough.
     edited = [" ".join([*filler, *edit(text.split(), 0.02, rng)]) for text in evaluation]
     assert np.mean(np.array(find_contaminated(edited, index)) == np.arange(50)) >= 0.95
 
@@ -360,11 +361,11 @@ def test_a_header_that_both_carry_costs_no_document():
     evaluation = [f"{header} {' '.join(text.split()[:80])}" for text in LONG[10:40] if len(text.split()) >= 80]
     training = [f"{header} {text}" for text in LONG[100:300]]
     assert find_contaminated(training, build_index([evaluation])) == [-1] * 200
-    assert find_contaminated(training, build_index([evaluation]), overlap=0.1) != [-1] * 200  # it is seen, and weighed
+    assert find_contaminated(training, build_index([evaluation]), overlap=0.1) != [-1] * 200  # it is found, and counts
 
 
 def test_contamination_is_what_plain_sets_find():
-    """Evaluation documents of up to 76 words are held whole: the answer is the exact one, ties included."""
+    """The index holds all 13-grams of evaluation documents of up to 76 words, so the answer is exact, including ties."""
     rng = random.Random(5)
     evaluation = [text for text in TEXTS if 5 <= len(plain_words(text)) <= 76][:300]
     training = []
@@ -407,7 +408,7 @@ def test_the_index_is_bounded():
     )
 
 
-# ---- The same everywhere, at any size.
+# ---- Reproducible, and at any size.
 
 FINGERPRINT = """
 import hashlib, sys
@@ -441,12 +442,10 @@ def test_results_depend_on_no_hash_seed_batch_size_or_process():
 
 def test_the_cache_of_words_is_bounded_and_changes_nothing(monkeypatch):
     whole = hash_words(TEXTS[:300])[0]
-    monkeypatch.setattr("preparation.selection.shingles.CACHED_WORDS", 100)
-    monkeypatch.setattr(
-        "preparation.selection.shingles.WORD_HASHES", type(deduplication.hash_words.__globals__["WORD_HASHES"])()
-    )
-    assert (hash_words(TEXTS[:300])[0] == whole).all()
-    assert len(deduplication.hash_words.__globals__["WORD_HASHES"]) <= 100
+    assert shingles.hash_word.cache_info().maxsize == 2**17
+    small = lru_cache(maxsize=100)(shingles.hash_word.__wrapped__)
+    monkeypatch.setattr(shingles, "hash_word", small)
+    assert (hash_words(TEXTS[:300])[0] == whole).all() and small.cache_info().currsize == 100
 
 
 def test_a_forked_worker_sketches_after_its_parent_did():
@@ -463,7 +462,7 @@ def test_signatures_mapped_from_arrow_give_what_arrays_give(tmp_path):
     texts, _ = planted_copies(0.05)
     signatures = sketch_all(texts)
     batches = [
-        pa.record_batch({"signature": pa.FixedSizeListArray.from_arrays(part.ravel(), deduplication.NUM_HASHES)})
+        pa.record_batch({"signature": pa.FixedSizeListArray.from_arrays(part.ravel(), duplicates.NUM_HASHES)})
         for part in signatures
     ]
     with pa.OSFile(str(tmp_path / "s.arrow"), "wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
@@ -471,7 +470,7 @@ def test_signatures_mapped_from_arrow_give_what_arrays_give(tmp_path):
             writer.write_batch(batch)
     column = pa.ipc.open_file(pa.memory_map(str(tmp_path / "s.arrow"))).read_all()["signature"]
     mapped = [
-        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, deduplication.NUM_HASHES) for chunk in column.chunks
+        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, duplicates.NUM_HASHES) for chunk in column.chunks
     ]
     lengths, candidates = np.array([len(text) for text in texts]), np.ones(len(texts), bool)
     expected = find_near_duplicates([np.concatenate(signatures)], lengths, candidates)
@@ -484,7 +483,7 @@ def anonymous_bytes() -> int:
 
 
 class PeakMemory:
-    """The most anonymous memory that the block held beyond what it found."""
+    """The peak of anonymous memory within the block, above that at its beginning."""
 
     def __enter__(self) -> "PeakMemory":
         self.start = self.peak = anonymous_bytes()
@@ -510,7 +509,7 @@ class PeakMemory:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_million_equal_documents_of_one_word():
-    """Some 10 s, most of them for the sketches: 6 µs a document only to fetch them from the library."""
+    """Takes some 10 s, mostly for the sketches: fetching them from the library alone takes 6 µs per document."""
     count = 10**6
     texts = ["word"] * count
     digests = digests_of(texts)
@@ -525,9 +524,9 @@ def test_a_million_equal_documents_of_one_word():
 
 
 def test_a_hundred_thousand_equal_or_distinct_signatures():
-    """The clusters are right, and four times the documents cost some four times as much, not sixteen times."""
-    block = np.broadcast_to(sketch_documents(["word"]), (1000, deduplication.NUM_HASHES))
-    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, deduplication.NUM_HASHES), np.uint32)
+    """The clusters are right, and four times the documents take about four times as long, not sixteen."""
+    block = np.broadcast_to(sketch_documents(["word"]), (1000, duplicates.NUM_HASHES))
+    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, duplicates.NUM_HASHES), np.uint32)
 
     def cluster_equal(count: int) -> None:
         assert (find_near_duplicates([block] * (count // 1000), np.full(count, 4), np.ones(count, bool)) == 0).all()

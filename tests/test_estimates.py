@@ -26,7 +26,7 @@ from transformers import (
 
 from training import hardware
 from training.batch_plan import plan_batches
-from training.dry_run import count_parameters_by_part, describe_model, describe_work, dry_run_report, resized
+from training.dry_run import describe_work, dry_run_report, resized
 from training.estimates import (
     count_flops,
     estimate_evaluation_activations,
@@ -42,7 +42,8 @@ from training.hardware import (
     measure_flops_per_second,
     precision_of,
 )
-from training.optimization.optimizer import build_optimizer
+from training.model import count_parameters_by_part, describe_model
+from training.optimization.optimizers import build_optimizer
 from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from utils.model.build import count_parameters, enable_activation_checkpointing
 from utils.model.modules import fake_copy

@@ -15,7 +15,7 @@ import torch
 from conftest import SMALL, call, error_line, flags, train
 from safetensors.torch import load_file, save_file
 
-from utils.checkpoint_folders import list_checkpoints
+from utils.checkpoints import list_checkpoints
 
 Edit = Callable[[Path], object]
 CODE = """open({canary!r}, "w").close()

@@ -1,9 +1,8 @@
-"""The HTML report: figures that agree with a plain count, documents that cannot break out, nothing fetched."""
+"""The HTML report: figures that match a plain count, documents that cannot inject markup, nothing fetched."""
 
 import json
 import re
 from collections import Counter
-from html import escape
 from html.parser import HTMLParser
 
 import datasets
@@ -11,12 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import ROOT
+from markupsafe import escape
 
-from preparation.cleaning.cleaning import CleaningOptions, clean_documents, expand_steps
-from preparation.recipe import DeduplicationConfig
-from preparation.report.html_report import collect_details, html_report
-from preparation.selection.deduplication import digest, sketch_documents
-from preparation.selection.selection import Selection, select_documents
+from preparation.cleaning.steps import clean_documents, expand_steps
+from preparation.recipe import CleaningConfig, DeduplicationConfig
+from preparation.report.page import collect_details, html_report
+from preparation.selection.duplicates import digest, sketch_documents
+from preparation.selection.splits import Selection, select_documents
 from preparation.stages import text_bytes
 
 RECORDS = [json.loads(line) for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()][
@@ -26,7 +26,7 @@ EVIL = "<script>alert('&')</script><img src=http://example.org/x onerror=y>"
 
 
 class Page(HTMLParser):
-    """Every element and attribute of a page, its text, and whether the elements close in order."""
+    """The elements, attributes and text of a page, and whether the elements close in order."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 def prepared(documents: list[dict]) -> tuple[datasets.Dataset, np.ndarray, Selection]:
     """Documents cleaned and selected as prepare_data.py does it."""
     columns = {name: [item[name] for item in documents] for name in ("text", "source", "id")}
-    options = CleaningOptions(steps=("standard", "length"), min_characters=100)
+    options = CleaningConfig(steps=["standard", "length"], min_characters=100)
     cleaned = clean_documents(columns, options)
     for number, item in enumerate(documents):
         cleaned["reason"][number] = item.get("reason", cleaned["reason"][number])
@@ -130,7 +130,7 @@ def report(documents: list[dict], *, stream: bool = False, **tokenizer: object) 
         },
         "tokenizer": {"from": "x", "vocab_size": 500, "dtype": "uint16", "sources": dict.fromkeys(sources, measured)},
         "versions": {"datasets": "5.2.0"},
-        "token_lengths": {split: lengths.tolist() for split, lengths in tokens.items()},  # not of a real manifest
+        "token_lengths": {split: lengths.tolist() for split, lengths in tokens.items()},  # not in a real manifest
     }
     details = collect_details(cleaned, lengths, selection, tokens, rows)
     page = html_report("demo", manifest, details)
@@ -209,8 +209,8 @@ def test_nothing_in_a_document_becomes_markup_and_nothing_is_fetched(documents):
     assert not {"script", "img", "link", "iframe", "a"} & page.tags.keys()
     assert page.attributes <= {"lang", "charset", "name", "content", "http-equiv", "class", "style", "open", "dir"}
     assert "url(" not in text and "@import" not in text
-    with pytest.raises(AssertionError):  # one place that is not escaped would be seen
-        Page(text.replace(escape(EVIL), EVIL, 1))
+    with pytest.raises(AssertionError):  # a single unescaped place would be noticed
+        Page(text.replace(str(escape(EVIL)), EVIL, 1))
 
 
 def test_a_streams_report_speaks_of_its_head(documents):

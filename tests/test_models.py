@@ -11,8 +11,7 @@ from conftest import call, error_line, metrics
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from training.checks import check_documents_stay_apart
-from training.parameters import describe_initialization
+from training.model import check_documents_stay_apart, describe_initialization
 from utils.cli import UserError
 from utils.config import SIZES, LoraConfig, ModelConfig, ObjectiveConfig
 from utils.model.adapters import add_adapters, hash_weights

@@ -25,8 +25,8 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
+from preparation.tokenizer.build import train_tokenizer
 from preparation.tokenizer.encoding import Encoder
-from preparation.tokenizer.tokenization import train_tokenizer
 from utils.cli import UserError
 from utils.config import FillInTheMiddleConfig, MaskedConfig, ObjectiveConfig, SpanCorruptionConfig
 from utils.data.loaders import CollatedRows

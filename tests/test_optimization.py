@@ -18,18 +18,17 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 
 from training.optimization.ema import WeightAverage
 from training.optimization.muon import Muon, orthogonalize
-from training.optimization.optimizer import (
+from training.optimization.optimizers import (
+    OPTIMIZERS,
     build_optimizer,
-    build_scheduler,
+    check_optimizer,
     hidden_matrices,
-    learning_rate_factor,
-    resolve_max_steps,
     split_by_decay,
 )
+from training.optimization.schedule import build_scheduler, learning_rate_factor, resolve_max_steps
 from utils.cli import UserError, find_problems
 from utils.config import OptimizerConfig, ScheduleConfig
 
-OPTIMIZERS = OptimizerConfig.__dataclass_fields__["name"].type.__args__
 SHAPES = ScheduleConfig.__dataclass_fields__["shape"].type.__args__
 # Learning rates at which 20 steps do something.
 PEAK = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 3e-2, "sgd": 1.0, "adamw_8bit": 1e-2}
@@ -414,7 +413,13 @@ def test_without_bitsandbytes_the_message_says_what_to_install(monkeypatch):
     for module in [name for name in sys.modules if name.split(".")[0] == "bitsandbytes"] + ["bitsandbytes.optim"]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=re.escape("pip install -e '.[optim8bit]'")):
-        build_optimizer(tiny_llama(), OptimizerConfig(name="adamw_8bit"))
+        check_optimizer(OptimizerConfig(name="adamw_8bit"))
+
+
+def test_an_unknown_optimizer_is_named_with_those_there_are():
+    with pytest.raises(UserError, match=r"optimizer.name adamv is unknown .*adamw") as refusal:
+        check_optimizer(OptimizerConfig(name="adamv"))
+    assert all(name in str(refusal.value) for name in OPTIMIZERS)
 
 
 # ---- The schedule

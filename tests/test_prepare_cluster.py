@@ -1,4 +1,4 @@
-"""examples/prepare_data_cluster.py against prepare_data.py: on Ray nodes in processes of their own, some of them killed."""
+"""examples/prepare_data_cluster.py against prepare_data.py, on Ray nodes in separate processes, some of which are killed."""
 
 import filecmp
 import importlib.util
@@ -13,7 +13,7 @@ import psutil
 import pytest
 from conftest import call, environment, run, script
 
-if importlib.util.find_spec("ray") is None:  # importing it takes seconds, which most runs of the tests need not pay
+if importlib.util.find_spec("ray") is None:  # importing Ray takes seconds, which most test runs can save
     pytest.skip("the extra [cluster] is not installed", allow_module_level=True)
 
 SCRIPT = "examples/prepare_data_cluster.py"
@@ -38,7 +38,7 @@ def cluster(monkeypatch):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """A folder of three files, in which a slice of 10,000 documents ends where no file does; duplicates lie across them."""
+    """A folder of three files with duplicates across them; no slice of 10,000 documents ends at the end of a file."""
     folder = tmp_path_factory.mktemp("texts") / "texts"
     folder.mkdir()
     rng = random.Random(0)
@@ -111,7 +111,7 @@ def test_parts_of_killed_workers_and_nodes_are_done_again_and_are_there_once(clu
 
 
 def wait_for_part(started: subprocess.Popen, output: Path, stage: str) -> list[Path]:
-    """Until parts of a stage are under way; the folders that they write."""
+    """Wait until parts of a stage are running; return the folders that they write."""
     deadline = time.monotonic() + PATIENCE
     while not (found := list(output.parent.glob(f".data.stages/.{stage}.partial-*/.part-*"))):
         assert started.poll() is None and time.monotonic() < deadline
@@ -120,7 +120,7 @@ def wait_for_part(started: subprocess.Popen, output: Path, stage: str) -> list[P
 
 
 def find_worker(cluster) -> psutil.Process:
-    """A worker process that has a part."""
+    """A worker process that is running a part."""
     for node in cluster.list_all_nodes():
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         for child in raylet.children(recursive=True):
@@ -130,7 +130,7 @@ def find_worker(cluster) -> psutil.Process:
 
 
 def refusal(output: Path, *options: str, **environment: str) -> str:
-    """The one line of a refusal, which comes before Ray is imported."""
+    """The error line of a refused call, printed before Ray is imported."""
     command = [sys.executable, "-X", "importtime", SCRIPT, "--output", output, *options]
     result = run(*command, check=False, **environment)
     lines = result.stderr.splitlines()
@@ -143,9 +143,9 @@ def refusal(output: Path, *options: str, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--stream", "true"], "stream: there is little to prepare"),
+        (["--stream", "true"], "stream: a stream needs little preparation"),
         (["--num_proc", "2"], "num_proc is for one machine"),
-        (["--sources", "[{hub: owner/texts}]"], "sources: hub owner/texts is not read by a cluster"),
+        (["--sources", "[{hub: owner/texts}]"], "sources: a cluster cannot read hub owner/texts"),
     ],
 )
 def test_what_a_cluster_does_not_do_is_refused_in_one_line(options, message, tmp_path):

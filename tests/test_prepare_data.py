@@ -17,8 +17,10 @@ import pytest
 from conftest import ROOT, VALIDATION_FRACTION, call, error_line
 from transformers import AutoTokenizer
 
-from preparation.cleaning.cleaning import clean_standard
-from preparation.selection.deduplication import digest, is_validation
+from preparation.cleaning.steps import clean_documents
+from preparation.recipe import CleaningConfig
+from preparation.selection.duplicates import digest_documents
+from preparation.selection.splits import is_held_out
 from utils.cli import UserError
 from utils.data.token_dataset import load_manifest, open_split
 
@@ -35,6 +37,10 @@ def prepare(folder: Path, *arguments: str | Path) -> str:
     return out
 
 
+def clean(texts: list[str]) -> list[str]:
+    return clean_documents({"text": texts, "source": texts, "id": texts}, CleaningConfig())["text"]
+
+
 def documents(folder: Path, split: str) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     tokens = open_split(folder, split)
@@ -45,7 +51,7 @@ def documents(folder: Path, split: str) -> list[str]:
 def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
     manifest = load_manifest(dataset)
-    cleaned = [clean_standard(text) for text in TEXTS]
+    cleaned = clean(TEXTS)
     found = {split: documents(dataset, split) for split in ("train", "validation")}
     assert len(TEXTS) == sum(map(len, found.values())) + sum(manifest["dropped"].values())
     for split, texts in found.items():
@@ -53,11 +59,11 @@ def test_ids_are_the_tokenizers_own_and_text_comes_back(dataset):
         kept = set(texts)
         assert texts == list(
             dict.fromkeys(text for text in cleaned if text in kept)
-        )  # in the order of the source, none twice
+        )  # in the order of the source, without repetition
         assert len(texts) == manifest["splits"][split]["documents"]
         assert manifest["splits"][split]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert (is_held_out(digest_documents(texts), VALIDATION_FRACTION) == (split == "validation")).all()
         for index, text in enumerate(texts):
-            assert is_validation(digest(text), VALIDATION_FRACTION) == (split == "validation")
             ids = tokens.read(int(tokens.offsets[index]), int(tokens.offsets[index + 1]))
             assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
 
@@ -70,7 +76,7 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
         TEXTS[1].upper() + "  \n\n!",
         "",
         " \u200b\n",
-    ]  # two duplicates (one but for case and punctuation), two empty
+    ]  # two duplicates (one except for case and punctuation), two empty documents
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
     first = prepare(tmp_path / "out", "--sources", f"[{source}]")
     manifest = load_manifest(tmp_path / "out")
@@ -95,7 +101,7 @@ def test_the_report_can_be_opened_and_says_what_was_dropped(dataset):
 
 
 def test_weights_and_mixtures(tmp_path):
-    """Weight 2 stores each training document twice, a half of them 0.5, none of the validation ones twice."""
+    """Weight 2 stores each training document twice, weight 0.5 half of them; weights do not repeat validation documents."""
     for name, texts in {"a": TEXTS[:300], "b": TEXTS[300:900], "c": TEXTS[900:1000]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sources = [
@@ -104,10 +110,7 @@ def test_weights_and_mixtures(tmp_path):
     prepare(tmp_path / "out", "--sources", json.dumps(sources))
     prepare(tmp_path / "one", "--sources", json.dumps([source | {"weight": 1} for source in sources]))
     found, once = (Counter(documents(tmp_path / name, "train")) for name in ("out", "one"))
-    by_source = [
-        {clean_standard(text) for text in TEXTS[start:stop]} & set(once)
-        for start, stop in ((0, 300), (300, 900), (900, 1000))
-    ]
+    by_source = [set(clean(TEXTS[start:stop])) & set(once) for start, stop in ((0, 300), (300, 900), (900, 1000))]
     assert all(found[text] == 2 for text in by_source[0])
     halved = [found[text] for text in by_source[1]]
     assert set(halved) == {0, 1} and 0.4 < sum(halved) / len(halved) < 0.6
@@ -128,7 +131,7 @@ def test_dropped_documents_can_be_kept_for_reading(tmp_path):
 
 
 def test_every_format_and_a_folder_give_the_same_documents(tmp_path):
-    texts = [clean_standard(text) for text in TEXTS[100:140]]
+    texts = clean(TEXTS[100:140])
     folders = {kind: tmp_path / kind for kind in ("txt", "jsonl", "csv", "parquet")}
     for folder in folders.values():
         folder.mkdir()
@@ -148,19 +151,19 @@ def test_every_format_and_a_folder_give_the_same_documents(tmp_path):
 
 
 def test_the_split_is_stable_when_documents_are_added(tmp_path):
-    """A property of the text alone: adding documents, or reordering them, moves none across."""
+    """The split depends on a document's text alone: adding or reordering documents changes it for none."""
     sides = {}
     for name, texts in {"few": TEXTS[200:300], "more": [*TEXTS[400:500], *reversed(TEXTS[200:300])]}.items():
         source = tmp_path / f"{name}.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         prepare(tmp_path / name, "--sources", f"[{source}]")
         sides[name] = set(documents(tmp_path / name, "validation"))
-    assert sides["few"] == sides["more"] & {clean_standard(text) for text in TEXTS[200:300]}
+    assert sides["few"] == sides["more"] & set(clean(TEXTS[200:300]))
     assert 1 <= len(sides["few"]) <= 25
 
 
 def test_a_given_tokenizers_truncation_and_padding_are_not_applied(tmp_path, dataset):
-    """Its saved limits are those of another use: here they would cut documents without a word."""
+    """Its saved limits are meant for another use: here they would silently cut documents."""
     limited = AutoTokenizer.from_pretrained(dataset / "tokenizer")
     limited.backend_tokenizer.enable_truncation(16)
     limited.backend_tokenizer.enable_padding(length=16)
@@ -180,7 +183,7 @@ def test_a_given_tokenizer_is_taken(tmp_path, dataset):
         assert (ours.read(0, ours.num_tokens) == theirs.read(0, theirs.num_tokens)).all()
 
 
-BAD_SOURCES = {  # source, what the error line must say
+BAD_SOURCES = {  # source, expected part of the error line
     "missing": ("no/such/file.txt", "no such file"),
     "empty_folder": ("empty_folder", "no .txt"),
     "empty": ("empty.jsonl", "the file is empty; 1 of 1 records are broken"),
@@ -188,7 +191,7 @@ BAD_SOURCES = {  # source, what the error line must say
     "mixed": ("mixed.jsonl", "line 2: column 'text' holds int, not text"),
     "binary": ("binary.txt", "binary file"),
     "latin1": ("latin1.txt", "line 2: not UTF-8"),
-    "broken": ("broken.jsonl", "line 3: not a JSON record"),
+    "broken": ("broken.jsonl", "line 3: not JSON"),
     "numbers": ("numbers.jsonl", "line 1: column 'text' holds int, not text"),
     "other": ("other.csv", "line 2: no column 'text'; it has title, body"),
     "fake": ("fake.parquet", "cannot be read as parquet"),
@@ -222,7 +225,7 @@ def test_bad_sources_get_one_line_and_leave_nothing(case, tmp_path):
     line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", f"[{tmp_path / name}]")
     assert expected in line and ("split is empty" in expected or Path(name).name in line)
     left = [path.name for path in tmp_path.iterdir() if "out" in path.name]
-    assert left in ([], [".out.stages"])  # the stages that did come to an end
+    assert left in ([], [".out.stages"])  # the completed stages
     assert not left or not list((tmp_path / ".out.stages").glob(".*partial*"))
 
 
@@ -234,7 +237,7 @@ def test_an_existing_folder_is_not_overwritten(tmp_path):
 
 
 def test_the_recipe_in_the_docs_runs(tmp_path, monkeypatch):
-    """Word for word, with files of the names that it uses; but for the Hub, which is not reached from here."""
+    """Unchanged, with files of the names that it uses, except for the Hub, which tests cannot reach."""
     recipe = re.search(r"```yaml\n(sources:.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.S)[1]
     recipe = "".join(line for line in recipe.splitlines(keepends=True) if "{hub:" not in line)
     long = [text for text in TEXTS if len(text) > 200]

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand in a copy of the repository whose demo is cut to a few steps."""
+"""Run the README's commands unchanged, in a copy of the repository whose demo is cut to a few steps."""
 
 import json
 import os
@@ -16,19 +16,19 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 
 
 TESTED_ELSEWHERE = (
-    "make test",  # this very test is part of it; what it would run is tested below
+    "make test",  # it includes this test; what it would run is tested below
     "python benchmarks/train.py --quick",  # test_benchmarks.py runs it, on less text
 )
 
 
 def make_copy(folder: Path, max_steps: int | None) -> Path:
-    """The tracked files, and somebody's texts beside them. With `max_steps`, the demo and train.py's defaults make so many
-    steps on a sixth of the sample."""
+    """Copy the tracked files, and add a folder of texts. With `max_steps`, the demo and train.py's defaults make that many
+    steps, on a sixth of the sample."""
     for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    for name in ("utils/optimizer_config.py", "configs/demo.yaml") if max_steps is not None else ():
+    for name in ("utils/config.py", "configs/demo.yaml") if max_steps is not None else ():
         text, changes = re.subn(r"(max_steps: (int \| None = )?)\d+", rf"\g<1>{max_steps}", (folder / name).read_text())
         assert changes == 1
         (folder / name).write_text(text)
@@ -43,18 +43,20 @@ def make_copy(folder: Path, max_steps: int | None) -> Path:
 
 
 def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
-    """command → its stdout. A shell runs `make`, which launches by a file, and the first launch without one; all else is
-    forked."""
+    """command → its stdout. A shell runs `make`, the first launch with a file and the first without; all else is forked."""
     outputs: dict[str, str] = {}
-    # `make` takes the environment that this test runs in: it is active, and holds a torch that must be kept.
+    # Make the test's environment active for `make`, which then keeps its torch.
     prefix = Path(sys.prefix)
     extra = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     stamps = [prefix / ".plainloop-installed", prefix / ".plainloop-installed-test"]
     new_stamps = [stamp for stamp in stamps if not stamp.exists()]
     try:
         for stamp in stamps:
-            stamp.touch()  # installing is `make`'s own first step; it has happened, or this test could not run
-        by_shell = {words[0]: command for command in reversed(commands) if (words := command.split())[0] != "python"}
+            stamp.touch()  # skip `make`'s first step: everything is installed, or this test could not run
+        by_shell = {
+            (words[0], "--config_file" in words): command
+            for command in reversed(commands) if (words := command.split())[0] != "python"
+        }  # fmt: skip
         for command in commands:
             words = shlex.split(command)
             launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]

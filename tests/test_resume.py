@@ -6,8 +6,8 @@ import pytest
 from conftest import SMALL, error_line, flags, metrics, script, train
 from processes import weights
 
-from training.optimization.optimizer import learning_rate_factor
-from utils.checkpoint_folders import resolve_checkpoint
+from training.optimization.schedule import learning_rate_factor
+from utils.checkpoints import resolve_checkpoint
 from utils.config import ScheduleConfig
 
 
@@ -15,7 +15,7 @@ def test_another_run_is_refused_and_untouched(finished_run, dataset):
     before = {path: path.read_bytes() for path in finished_run.rglob("*") if path.is_file()}
     base = flags(SMALL | {"output": finished_run, "data.dataset": dataset})
     for extra, expected in {
-        (): "already holds a run; go on with it by --checkpoint.resume auto",
+        (): "already holds a run; continue it with --checkpoint.resume auto",
         ("--checkpoint.resume", "auto", "--optimizer.learning_rate", "1.0"): "optimizer.learning_rate 0.003 → 1.0",
         ("--checkpoint.resume", "auto", "--model.hidden_size", "64"): "model.hidden_size 32 → 64",
     }.items():

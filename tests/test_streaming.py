@@ -1,4 +1,4 @@
-"""Streams: the same documents, rows and batches as a plain reading of the sources gives, in however many parts."""
+"""Streams: the same documents, rows and batches as a plain reading of the sources, for any number of parts."""
 
 import gzip
 import itertools
@@ -17,11 +17,11 @@ from conftest import SMALL, call, error_line, flags, metrics, script, train, tra
 from processes import kill_at, weights
 from transformers import AutoTokenizer
 
-import preparation.lane_reader
 import preparation.stream
-from preparation.cleaning.cleaning import CleaningOptions, clean_documents
-from preparation.recipe import PrepareConfig
-from preparation.selection.deduplication import digest, is_validation
+from preparation.cleaning.steps import clean_documents
+from preparation.recipe import CleaningConfig, PrepareConfig
+from preparation.selection.duplicates import digest_documents
+from preparation.selection.splits import is_held_out
 from preparation.stream import TextStream
 from training.batch_plan import BatchPlan, plan_batches
 from training.stream_loader import StreamLoader, check_stream_options, describe_stream, iter_rows
@@ -36,7 +36,7 @@ SAMPLE = Path(__file__).parent.parent / "sample_data" / "dictionaries.jsonl"
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Entries of the sample, among them one so long that it fills rows, and two that cleaning changes."""
+    """Entries of the sample, one of which fills several rows and two of which cleaning changes."""
     entries = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     longest = max(entries, key=len)
     return [*entries[:60], longest, "  a trailing space   \r\nand a line end", "cafe\u0301", *entries[1000:1037]]
@@ -46,13 +46,13 @@ def texts() -> list[str]:
 def small_blocks(request, monkeypatch):
     """Blocks of 7 documents, so that a short corpus has several.
 
-    Not where scripts are run: those in processes of their own would read the same lanes in other blocks.
+    Not for tests that run scripts: their own processes would read the same lanes in other blocks.
     """
     if "streamed" in request.fixturenames:
         return
-    monkeypatch.setattr(preparation.lane_reader, "BLOCK_DOCUMENTS", 7)
-    monkeypatch.setattr(preparation.lane_reader, "READ_RECORDS", 5)
-    monkeypatch.setattr(preparation.lane_reader, "OPEN_SOURCES", 3)
+    monkeypatch.setattr(preparation.stream, "BLOCK_DOCUMENTS", 7)
+    monkeypatch.setattr(preparation.stream, "READ_RECORDS", 5)
+    monkeypatch.setattr(preparation.stream, "OPEN_SOURCES", 3)
     monkeypatch.setattr(preparation.stream, "ENCODED_DOCUMENTS", 3)
 
 
@@ -100,10 +100,11 @@ def make_stream(dataset: Path, sources: list, lanes: int = LANES, seed: int = 5,
 
 
 def encode_plainly(dataset: Path, texts: list[str]) -> list[tuple[int, ...]]:
-    """The training documents as the tokenizer itself encodes them, each with its end."""
+    """The training documents as the tokenizer itself encodes them, each followed by the eos token."""
     tokenizer = AutoTokenizer.from_pretrained(dataset / "tokenizer")
-    cleaned = clean_documents({"text": texts, "source": [""] * len(texts), "id": texts}, CleaningOptions())["text"]
-    kept = [text for text in cleaned if not is_validation(digest(text), 0.1)]
+    cleaned = clean_documents({"text": texts, "source": [""] * len(texts), "id": texts}, CleaningConfig())["text"]
+    held_out = is_held_out(digest_documents(cleaned), 0.1)
+    kept = [text for text, held in zip(cleaned, held_out, strict=True) if not held]
     return [(*tokenizer(text)["input_ids"], tokenizer.eos_token_id) for text in kept]
 
 
@@ -133,7 +134,7 @@ def test_every_epoch_has_each_training_document_once(make_sources, texts, datase
 
 
 def test_lanes_are_of_about_the_same_length(texts, dataset, tmp_path):
-    """Else the documents of short lanes would be seen more often than others."""
+    """Otherwise the documents of short lanes would be seen more often than others."""
     unequal = [write_lines(tmp_path / "files" / f"{size}.jsonl", texts[:size]) for size in (1, 3, 8, 9, 30, 31, 60)]
     stream = make_stream(dataset, [str(Path(unequal[0]).parent)])
     documents = [len(read_epochs(stream, lane, 1)[0]) for lane in range(LANES)]
@@ -167,7 +168,7 @@ def make_loader(
 
 
 def iter_steps(loader: StreamLoader, ranks: int = 1) -> Iterator[tuple[dict[str, np.ndarray], dict]]:
-    """The rows of each step, and the state after it as a checkpoint has it."""
+    """The rows of each step, and the state after it as a checkpoint stores it."""
     batches = iter(loader)
     while True:
         parts = [next(batches) for _ in range(ROWS // ranks // 2)]
@@ -241,7 +242,7 @@ def test_sources_are_mixed_and_weighted(texts, dataset, tmp_path):
     assert {counts[ids] for ids in half} == {0, 1} and 0.3 < sum(counts[ids] for ids in half) / len(half) < 0.7
     assert set(counts) <= twice | half
     repeated = [[place for place, other in enumerate(epoch) if other == ids] for ids in twice]
-    assert np.mean([second - first for first, second in repeated]) > len(epoch) / 4  # not side by side
+    assert np.mean([second - first for first, second in repeated]) > len(epoch) / 4  # not next to each other
     for third in (epoch[: len(epoch) // 3], epoch[-len(epoch) // 3 :]):
         assert twice & set(third) and half & set(third)
 
@@ -258,7 +259,7 @@ def test_broken_records_are_passed_over_and_counted(texts, dataset, tmp_path):
     resumed = make_loader(stream, state=loader.state())
     take(resumed, 1)
     line = describe_stream(resumed.state())
-    assert "broken records passed over: 1, " in line and f"{path.name}, line 11: not a JSON record" in line
+    assert "broken records skipped: 1, " in line and f"{path.name}, line 11: not JSON" in line
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +272,7 @@ def streamed(tmp_path_factory) -> Path:
 
 
 def with_other_source(streamed: Path, folder: Path, source: str) -> Path:
-    """As if the text had changed since it was prepared."""
+    """As if the text had changed since preparation."""
     shutil.copytree(streamed, folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["options"]["sources"] = [source]
@@ -292,7 +293,7 @@ def command(output: Path, dataset: Path, **more: object) -> list[str]:
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def whole_run(request, streamed, tmp_path_factory) -> tuple[int, Path]:
-    """Never stopped; without loader workers, which the resumed run has."""
+    """A run that never stops, without loader workers; the resumed run has some."""
     output = tmp_path_factory.mktemp("whole") / "run"
     script(*command(output, streamed), processes=request.param)
     return request.param, output
@@ -312,7 +313,7 @@ def test_kill_9_and_resume_is_bit_equal(whole_run, streamed, tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_goes_on_with_other_processes_and_workers(streamed, tmp_path):
-    """The losses are those of the unchanged run, to rounding."""
+    """The losses equal those of the unchanged run up to rounding."""
     options = {"data__dataset": streamed, "schedule__shape": "constant"}
     whole = train(tmp_path / "whole", schedule__max_steps=18, **options)
     for processes, workers, steps in ((1, 2, 6), (2, 2, 12), (1, 0, 18)):
@@ -376,10 +377,10 @@ def test_changed_sources_are_not_resumed(texts, dataset, tmp_path):
 
 @pytest.mark.parametrize("name", ["READ_RECORDS", "OPEN_SOURCES", "BLOCK_DOCUMENTS", "BLOCK_CHARACTERS", "TABLE_PARTS"])
 def test_a_position_in_another_order_is_not_resumed(name, texts, dataset, tmp_path, monkeypatch):
-    """Else the lane would go on with another document, or with a token that it does not have."""
+    """Otherwise the lane would continue with another document, or with a token that it does not have."""
     sources = several_sources(tmp_path, texts)
     loader = make_loader(make_stream(dataset, sources))
     take(loader, 5)
-    monkeypatch.setattr(preparation.lane_reader, name, getattr(preparation.lane_reader, name) + 1)
+    monkeypatch.setattr(preparation.stream, name, getattr(preparation.stream, name) + 1)
     with pytest.raises(UserError, match="or this code reads them in another order"):
         make_loader(make_stream(dataset, sources), state=loader.state())

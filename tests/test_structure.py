@@ -27,6 +27,20 @@ def test_functions_stay_short():
                 assert length <= 80 or (path.parent == ROOT and node.name == "main"), (path, node.name, length)
 
 
+def test_prose_lines_of_markdown_stay_within_120_characters():
+    """Code blocks, tables and the targets of links may be longer. Pages written by older versions do not count."""
+    older = list((ROOT / "tests" / "fixtures").glob("*/"))
+    pages = [path for path in TRACKED if path.suffix == ".md" and not any(map(path.is_relative_to, older))]
+    assert len(pages) > 10
+    for page in pages:
+        in_code = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.lstrip().startswith("```"):
+                in_code = not in_code
+            prose = "" if in_code or line.lstrip().startswith("|") else re.sub(r"\]\([^)]*\)", "]", line)
+            assert len(prose) <= 120, (page.relative_to(ROOT), number)
+
+
 def test_the_sample_text_is_what_its_readme_says():
     readme = (ROOT / "sample_data" / "README.md").read_text(encoding="utf-8")
     records = [json.loads(line) for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]

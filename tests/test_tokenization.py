@@ -1,4 +1,4 @@
-"""Training, describing and applying tokenizers, against the tokenizer's own call and plain computations."""
+"""Training, describing and applying tokenizers, compared with the tokenizer's own call and plain computations."""
 
 import hashlib
 import json
@@ -15,7 +15,15 @@ from conftest import ROOT, environment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from preparation.recipe import TokenizerConfig
 from preparation.tokenizer import encoding
+from preparation.tokenizer.build import (
+    describe_tokenizer,
+    iter_sample,
+    load_tokenizer,
+    token_dtype,
+    train_tokenizer,
+)
 from preparation.tokenizer.encoding import (
     Encoder,
     build_encoder,
@@ -23,13 +31,6 @@ from preparation.tokenizer.encoding import (
     has_new_characters,
     iter_pieces,
     splits_at_spaces,
-)
-from preparation.tokenizer.tokenization import (
-    describe_tokenizer,
-    iter_sample,
-    load_tokenizer,
-    token_dtype,
-    train_tokenizer,
 )
 from utils.cli import UserError
 
@@ -95,7 +96,7 @@ def all_texts(tokenizer) -> list[str]:
 
 
 def expected_ids(tokenizer, text: str) -> list[int]:
-    """What a dataset holds: the tokenizer's own ids, and the eos token unless it stands there."""
+    """The ids in a dataset: the tokenizer's own, and the eos token unless they end with it."""
     ids = tokenizer(text)["input_ids"]
     return ids if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
@@ -197,18 +198,31 @@ def test_special_tokens_and_chat_template_survive_saving(tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 257}, "needs at least 258"),
-        ({"vocab_size": 258, "algorithm": "unigram"}, "needs at least 259"),
-        ({"vocab_size": 258, "special_tokens": ["<|x|>"]}, "needs at least 259"),
-        ({"vocab_size": 300, "special_tokens": ["<|pad|>"]}, "'<|pad|>' is there already"),
-        ({"vocab_size": 300, "special_tokens": ["<|x|>", "<|x|>"]}, "'<|x|>' is there already"),
-        ({"vocab_size": 300, "special_tokens": [" "]}, "' ' is empty"),
-        ({"vocab_size": 300, "chat_template": "{% for x in messages %}\n{{ x }"}, "chat_template: line 2"),
+        ({"vocab_size": 257}, "at least 258"),
+        ({"vocab_size": 258, "algorithm": "unigram"}, "at least 259"),
+        ({"vocab_size": 8, "algorithm": "wordpiece"}, "at least 9"),
+        ({"vocab_size": 258, "special_tokens": ["<|x|>"]}, "at least 259"),
+        ({"vocab_size": 2**31 + 1}, "at most 2^31"),
+        ({"special_tokens": ["<|pad|>"]}, "'<|pad|>' is listed or built in already"),
+        ({"special_tokens": ["<|x|>", "<|x|>"]}, "'<|x|>' is listed or built in already"),
+        ({"special_tokens": [" "]}, "' ' is empty"),
+        ({"special_tokens": ["<|x|>"], "pretrained": "gpt2"}, "only apply to a tokenizer trained here"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(options, message):
-    with pytest.raises(UserError, match=message.replace("|", r"\|")):
-        train_tokenizer([ENGLISH[:20]], **options)
+    (problem,) = TokenizerConfig(**options).problems()
+    assert problem.startswith("tokenizer.") and message in problem
+
+
+def test_tokens_that_only_the_template_knows_are_refused(tmp_path):
+    (tmp_path / "template").write_text("<|user|>{{ messages }}<|endoftext|><|bot|>")
+    (problem,) = TokenizerConfig(chat_template=str(tmp_path / "template"), special_tokens=["<|bot|>"]).problems()
+    assert "tokenizer.special_tokens lacks <|user|>" in problem
+
+
+def test_a_template_with_a_syntax_error_is_refused_with_its_line():
+    with pytest.raises(UserError, match="chat_template: line 2"):
+        train_tokenizer([ENGLISH[:20]], vocab_size=300, chat_template="{% for x in messages %}\n{{ x }")
 
 
 def test_the_smallest_vocabularies_are_respected():
@@ -224,7 +238,7 @@ def test_a_template_may_refuse_a_conversation():
 def test_training_is_the_same_in_every_process():
     texts = [*ENGLISH[:60], *JAPANESE]
     program = (
-        "import hashlib, json, sys; from preparation.tokenizer.tokenization import train_tokenizer\n"
+        "import hashlib, json, sys; from preparation.tokenizer.build import train_tokenizer\n"
         "for algorithm in ['bpe', 'unigram', 'wordpiece']:\n"
         "    tokenizer = train_tokenizer([json.loads(sys.argv[1])], algorithm=algorithm, vocab_size=700)\n"
         "    print(hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest())"
@@ -285,7 +299,7 @@ def test_tokenizers_that_gigatoken_cannot_take_fall_back_and_say_so(folders):
         encoder = build_encoder(tokenizer, ENGLISH[:20])
         assert encoder.note.startswith("encoded by tokenizers (gigatoken: ") and reason in encoder.note
         check_ids(encoder, tokenizer, ENGLISH[300:320])
-    lacking = Tokenizer(models.BPE())  # like the published vocabularies that lack a byte which text never holds
+    lacking = Tokenizer(models.BPE())  # like published vocabularies that lack a byte that text never contains
     lacking.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     lacking.train_from_iterator(
@@ -298,7 +312,7 @@ def test_tokenizers_that_gigatoken_cannot_take_fall_back_and_say_so(folders):
 
 
 def test_characters_that_are_new_to_unicode_go_to_tokenizers(bpe):
-    """U+A7D4 is a letter to gigatoken 0.10 and none to tokenizers 0.23, so words end elsewhere."""
+    """U+A7D4 is a letter in gigatoken 0.10 but not in tokenizers 0.23, so words end differently."""
     pytest.importorskip("gigatoken")
     texts = ["plain", "a \ua7d4뵸 b", "", "日本語", "\U000323bcs", "it\ua7d4s", "👩‍👩‍👧"]
     encoder = build_encoder(bpe, ENGLISH[:5])
@@ -322,7 +336,7 @@ def test_other_ids_of_gigatoken_are_found_and_not_used(bpe, monkeypatch):
 
 
 class FailsLater:
-    """gigatoken, until it meets a certain text."""
+    """gigatoken that fails on a certain text."""
 
     def __init__(self, real, failure: BaseException | None):
         self.real, self.failure = real, failure
@@ -336,7 +350,7 @@ class FailsLater:
 
 
 class Panic(BaseException):
-    """What a panic in Rust is in Python: not an Exception."""
+    """Like a panic in Rust, which in Python is not an Exception."""
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no such merge\nat line 3"), Panic("index out of range"), None])
@@ -365,13 +379,13 @@ def test_long_documents_are_cut_where_no_token_changes(folders, algorithm, monke
     tokenizer = load_tokenizer(str(folders[algorithm]))
     assert splits_at_spaces(tokenizer.backend_tokenizer)
     monkeypatch.setattr(encoding, "PIECE_CHARACTERS", 40)
-    monkeypatch.setattr(encoding, "SLICE_CHARACTERS", 200)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 200)
     texts = all_texts(tokenizer)
     long = "".join(texts)
     pieces = list(iter_pieces(long))
     assert len(pieces) > len(long) / 200 and "".join(pieces) == long
     check_ids(Encoder(tokenizer), tokenizer, [long, "", *texts, long])
-    # Cuts at other places do change tokens.
+    # Cuts elsewhere do change tokens.
     monkeypatch.setattr(encoding, "iter_pieces", lambda text: iter([text[:45], text[45:]]))
     with pytest.raises(AssertionError):
         check_ids(Encoder(tokenizer), tokenizer, texts)
@@ -425,7 +439,7 @@ def test_a_sample_lies_evenly_over_the_dataset_at_any_time():
         assert gaps.max() <= 3 * len(texts) / count, "a stretch of the dataset is left out"
     assert taken == [text for batch in iter_sample(dataset, 9_999 * 8) for text in batch]
     assert taken != [text for batch in iter_sample(dataset, 9_999 * 8, seed=1) for text in batch]
-    head = texts[:1000]  # what is to be avoided would not pass
+    head = texts[:1000]  # a sample from the head would fail
     assert np.diff([*[int(text[:6]) for text in head], len(texts)]).max() > 3 * len(texts) / len(head)
 
 
@@ -453,7 +467,8 @@ def test_the_description_is_that_of_a_plain_computation(tokenizer):
         "odd": ["☃ ☃"],
         "none": [],
     }
-    report = json.loads(json.dumps(describe_tokenizer(tokenizer, samples)))
+    report = {name: describe_tokenizer(tokenizer, texts) for name, texts in samples.items()}
+    assert report == json.loads(json.dumps(report))
     assert [name for name, figures in report.items() if not figures["spaced"]] == ["japanese", "chinese"]
     for name, texts in samples.items():
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

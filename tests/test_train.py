@@ -154,7 +154,7 @@ def test_the_resolved_configuration_runs_again_with_the_same_losses(finished_run
 
 def test_a_copy_with_one_line_changed_trains(finished_run, dataset, tmp_path):
     """What a user does: copy the script, change a line, launch it; here on two ranks."""
-    line = "                loss_sum += micro_loss.detach()\n"
+    line = "            loss_sum += micro_loss.detach()\n"
     with changed_copy((line, line.replace("+=", "+= 2 *")), name="copy") as name:
         settings = SMALL | {"output": tmp_path / "copy", "data.dataset": dataset}
         script(name, *flags(settings), processes=2)
@@ -232,7 +232,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_update(dataset, 
     }  # fmt: skip
     result = script("train.py", *flags(settings), check=False)
     assert result.returncode == 2
-    assert len(result.stderr.strip().splitlines()) == 1 and "the update was not made" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "skipped" in result.stderr
     saved = list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert saved
     for path in saved:
@@ -352,8 +352,8 @@ def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(datase
 
 
 SAME_ROWS = (
-    '        watchdog.beat(step + 1, "training")\n',
-    '        watchdog.beat(step + 1, "training")\n'
+    '        run.beat("training")\n',
+    '        run.beat("training")\n'
     "        from accelerate.utils import broadcast\n"
     "        micro_batches = broadcast(micro_batches)\n",
 )

@@ -1,11 +1,13 @@
-"""What is said of a training before it starts: its parameters, memory, data, work and time."""
+"""What a training will need, before it starts: parameters, memory, data, work and time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from accelerate import Accelerator
 
 from training.batch_plan import BatchPlan
+from training.data import TrainingData
 from training.estimates import (
     BatchShapes,
     count_flops,
@@ -16,85 +18,51 @@ from training.estimates import (
 from training.hardware import (
     HARDWARE,
     UTILISATION,
+    describe_kernels,
     duration,
     estimate_time,
     measure_flops_per_second,
     precision_of,
     resolve_matmul_precision,
 )
-from training.parameters import is_norm
+from training.launch import describe_launch
+from training.model import check_length, describe_initialization, describe_model
+from training.parallel.sharding import ranks_per_copy
 from utils.config import TrainConfig
 from utils.files import readable
-from utils.model.adapters import without_adapters
-from utils.objectives import Objective
-
-PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")
+from utils.model.build import build_model
+from utils.objectives import Objective, build_objective, objective_module
 
 
-def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Part (of `PARTS`) → trainable and frozen parameters, a shared one once, where it comes first.
-
-    attention: what stands in a module of that name, within a block. MLP: the rest of the blocks, routers and experts
-    included. norms: all of them, wherever they stand. head: what stands outside the base model. A block is an entry of
-    a module list.
-    """
-    bare = without_adapters(model)
-    backbone = getattr(bare, bare.base_model_prefix, None)
-    head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
-    counts = {part: [0, 0] for part in PARTS}
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, where: str) -> None:
-        if isinstance(module, nn.ModuleList) and where == "other":
-            where = "MLP"
-        elif where == "MLP" and "Attention" in type(module).__name__:
-            where = "attention"
-        elif module in head and module is not bare:
-            where = "head"
-        part = where
-        if is_norm(module):
-            part = "norms"
-        elif where == "other" and isinstance(module, nn.Embedding):
-            part = "embeddings"
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
-        for child in module.children():
-            visit(child, where)
-
-    visit(bare, "other")
-    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
-
-
-def describe_model(model: nn.Module) -> list[str]:
-    """Lines: the class and its parameters, then those of each part."""
-    counts = count_parameters_by_part(model)
-    trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
-    trained = "all trainable" if not frozen else f"{trainable:,} trainable ({trainable / (trainable + frozen):.2%})"
-    lines = [f"model: {type(without_adapters(model)).__name__}, {trainable + frozen:,} parameters, {trained}"]
-    for part, (part_trainable, part_frozen) in counts.items():
-        number = part_trainable + part_frozen
-        if number:
-            of_them = f", {part_trainable:,} trainable" if frozen else ""
-            lines.append(f"  {part:<10} {number:>15,} {number / (trainable + frozen):6.1%}{of_them}")
-    return lines
+def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
+    """Print what this launch would train and need; the model is built without weights (main process prints)."""
+    with torch.device("meta"):
+        model = build_model(config.model, tokenizer, objective_module(config.objective.name).AUTO_MODEL, weights=False)
+    check_length(model, config.data.sequence_length)
+    objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
+    if accelerator.is_main_process:
+        print(*describe_launch(accelerator, data.plan), sep="\n")
+        print(*dry_run_report(
+            objective, data.example, config, data.plan, max_steps=data.max_steps, device=accelerator.device,
+            num_rows=data.num_rows, mixed_precision=accelerator.mixed_precision,
+            ranks_per_copy=ranks_per_copy(accelerator),
+        ), sep="\n")  # fmt: skip
 
 
 def dry_run_report(
     objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan, *, max_steps: int,
     num_rows: int | None, mixed_precision: str, device: torch.device, ranks_per_copy: int = 1, measure: bool = True,
 ) -> list[str]:  # fmt: skip
-    """Lines on a training that is about to start, of seconds' work and little memory, with its model on any device.
+    """Lines on parameters, data, memory, work and time. Takes seconds and little memory.
 
     Args:
-        objective: not yet prepared by accelerate.
+        objective: not yet prepared by accelerate, on any device.
         example: a batch of any number of rows, as the collator makes it, or its shapes.
         num_rows: training rows; None for a stream.
         mixed_precision: accelerate's: no, bf16 or fp16.
-        device: what a process trains on.
-        ranks_per_copy: over how many ranks the parameters are shared out.
-        measure: estimate the time on this machine too, which takes half a second of matrix products.
+        device: the device of each process.
+        ranks_per_copy: the number of ranks that share each parameter.
+        measure: also estimate the time on this machine, by half a second of matrix products.
     """
     longest = config.data.sequence_length if config.data.layout == "padded" else None
     rows = plan.global_batch_size * max_steps
@@ -121,7 +89,7 @@ def dry_run_report(
             mixed_precision=mixed_precision, device=device.type,
         )  # fmt: skip
         flops = count_flops(objective, micro_batch) * plan.accumulation * plan.data_parallel_size
-    except RuntimeError as error:  # an operation of this model does not work on tensors without values
+    except RuntimeError as error:  # an operation of this model needs values, which fake tensors lack
         return [*lines, f"memory and time: no estimate for this model: {' '.join(str(error).split())[:150]}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
     step = sum(memory.values())
@@ -134,9 +102,7 @@ def dry_run_report(
     ]
     for name, figures in HARDWARE.items():
         fits = (
-            ""
-            if max(step, evaluation) < figures["memory"] * 1e9
-            else f"; its {figures['memory']:.0f} GB are too little"
+            "" if max(step, evaluation) < figures["memory"] * 1e9 else f"; its {figures['memory']:.0f} GB are too few"
         )
         seconds = estimate_time(flops * max_steps, figures[precision], processes)
         lines.append(f"  {name:<15} {duration(seconds):>10}{fits}")
@@ -148,7 +114,7 @@ def dry_run_report(
 
 
 def describe_work(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> str:
-    """A line with the floating-point operations of one step on all devices; nothing is computed."""
+    """A line with the floating-point operations of one step on all devices, counted without computing anything."""
     longest = config.data.sequence_length if config.data.layout == "padded" else None
     try:
         flops = count_flops(objective, resized(example, plan.micro_batch, longest))
@@ -160,13 +126,21 @@ def describe_work(objective: Objective, example: BatchShapes, config: TrainConfi
 def resized(
     batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1
 ) -> dict[str, tuple[int, ...]]:  # fmt: skip
-    """The shapes of `batch` with `rows` rows; with `longest`, its length in positions, all lengths in proportion.
+    """The shapes of `batch` with `rows` rows; with `longest`, scaled to that many positions.
 
-    `share`: over how many devices the positions are shared out, of which one is meant. (The keys and values that it
-    gathers of the others are not counted.)
+    `share` devices share the positions, and the shapes are those of one of them. The keys and values that it gathers from
+    the others do not count.
     """
     shapes: dict[str, Sequence[int]] = {
         name: value.shape if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
     length = max(shape[1] for shape in shapes.values())
     return {name: (rows, -(-shape[1] * (longest or length) // (length * share))) for name, shape in shapes.items()}
+
+
+def describe_objective(objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool) -> list[str]:
+    """Lines on the model and its kernels. Call it before FSDP shards the parameters, on the main process only."""
+    lines = [*describe_model(objective.model), describe_work(objective, data.example, config, data.plan)]
+    if new:
+        lines.append(describe_initialization(objective.model))
+    return [*lines, describe_kernels(objective)]

@@ -1,8 +1,8 @@
-"""What a training step will need, before it is made: floating-point operations and memory.
+"""Floating-point operations and memory of a training step, estimated without running it.
 
-The loop's own step runs on fake tensors, which have a shape, a type and a device but no memory: its operations are
-counted and its tensors followed through forward pass, backward pass and update, and nothing is computed. Seconds for
-a model of seven billion parameters on the meta device. What the model and the optimizer do, the estimate does too, but for models that compute by values.
+The loop's step runs on fake tensors, which have shape, type and device but no memory. Its operations are counted, and its
+tensors followed through forward pass, backward pass and update. This takes seconds for a model of seven billion parameters.
+Models whose operations depend on values cannot be estimated.
 """
 
 import weakref
@@ -17,20 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from training.optimization.optimizer import build_optimizer
+from training.optimization.optimizers import OPTIMIZERS, build_optimizer
 from utils.config import OptimizerConfig
 from utils.model.adapters import without_adapters
 from utils.model.modules import fake_copy
 from utils.objectives import Objective
 
-# A batch by name: tensors, or only their shapes (int64).
+# A batch: name → a tensor, or only its shape (int64).
 BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
-# glibc takes blocks of up to 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c) from a heap that it does not give back
-# and that comes to be full of holes; larger blocks cost what they hold, while they do. How much more than its blocks
-# the heap takes was measured by benchmarks/memory.py: 6 to 76 %, and as good as nothing without such a heap.
+# glibc takes blocks of up to 32 MiB (DEFAULT_MMAP_THRESHOLD_MAX in its malloc.c) from a heap that fragments and is not
+# given back; larger blocks are. benchmarks/memory.py measured a heap 6 to 76 % larger than its blocks.
 HEAP_BLOCK_BYTES = 32 * 2**20
 HEAP_HOLES = 0.3
-LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries, their threads and scratch, measured likewise
+LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries with their threads and scratch, measured by the same benchmark
 
 
 def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
@@ -41,9 +40,9 @@ def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
 def count_flops(objective: Objective, batch: BatchShapes) -> int:
     """Floating-point operations of the matrix products in one forward and backward pass of a micro-batch.
 
-    A multiplication and an addition are two. Attention counts in full, T² per row, as is usual (Chowdhery et al., 2022,
-    arXiv 2204.02311, appendix B), though kernels may skip what a causal mask hides; its backward pass includes the
-    scores that it computes again, and activation checkpointing a second forward pass. Agrees with 6 × parameters ×
+    A multiplication and an addition count as two. Attention counts in full, T² per row, as is usual (Chowdhery et al.,
+    2022, arXiv 2204.02311, appendix B), although kernels may skip what a causal mask hides. Its backward pass includes
+    the recomputed scores; activation checkpointing adds a second forward pass. The result agrees with 6 × parameters ×
     tokens + attention.
 
     Args:
@@ -67,12 +66,12 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that are alive, by kind, and what they were at their peak."""
+    """Bytes of the live tensors, by kind, now and at their peak."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self.heap, self.mapped = 0, 0  # of all of them, in blocks that a CPU takes from the heap, and in larger ones
+        self.heap, self.mapped = 0, 0  # of all kinds, in small blocks (from the heap) and in larger ones
         self.answer_items = False
         self._storages: dict[int, tuple[str, int, weakref.ref]] = {}
         self.restart()
@@ -83,7 +82,7 @@ class LiveTensors(TorchDispatchMode):
         self.heap_peak, self.mapped_peak = self.heap, self.mapped
 
     def mark(self, tensor: torch.Tensor, kind: str) -> None:
-        """Follow `tensor` as one of `kind`, whatever it was before."""
+        """Count `tensor` as one of `kind`, whatever it counted as before."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages:
@@ -106,7 +105,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.answer_items and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0  # an optimizer that looks at a number: whatever it is, the memory is the same
+            return 1.0  # an optimizer reads a number; the memory does not depend on it
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._storages:
@@ -122,18 +121,17 @@ def estimate_memory(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on one device at the peak of a training step, by what they hold; their sum is the peak.
 
-    The peak is that of steps after the first, when the optimizer's state is there. Not in it: what the process has
-    before a model is built (on a CPU some 0.6 GB of libraries, on a GPU its context).
+    The peak is that of steps after the first one, when the optimizer has its state. It excludes what a process holds
+    before it builds a model: on a CPU some 0.6 GB of libraries, on a GPU its context.
 
     Args:
         batch: a micro-batch of one device, as in `count_flops`.
         mixed_precision: accelerate's: no, bf16 or fp16.
-        device: a type of device, which decides what kernels keep. Measured against real steps on the CPU only.
+        device: a type of device, which decides what kernels keep. Compared with real steps on a CPU only.
 
     Returns:
-        weights (buffers too), gradients, activations (all that the passes keep for each other or for a moment, logits
-        and autocast's casts of the weights among them), optimizer state, moving average, communication (DDP's
-        buckets), and of a CPU libraries and heap (what they take beside the tensors).
+        weights (with buffers), gradients, activations (with logits, autocast's casts and temporary tensors), optimizer
+        state, moving average, communication (DDP's buckets), and for a CPU libraries and heap (fragmentation).
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, inputs = fake_copy(objective, device).train(), fake_batch(batch, device)
@@ -146,7 +144,7 @@ def estimate_memory(
         update = _prepare_update(fake, live, optimizer_config, mixed_precision)
         live.restart()
         with live:
-            for _ in range(min(accumulation, 2)):  # the second one finds gradients, as all further ones do
+            for _ in range(min(accumulation, 2)):  # the second finds gradients, and so do all later ones
                 with autocast(device, mixed_precision):
                     loss = fake(**inputs)
                 loss.backward()
@@ -154,7 +152,7 @@ def estimate_memory(
     copies = 4 * sum(parameter.numel() for parameter in trainable)
     parts = {name: live.peak[name] for name in ("weights", "gradients", "activations", "optimizer state")}
     parts["moving average"] = copies if optimizer_config.ema_decay else 0
-    # The gradients of a step's only micro-batch lie in DDP's buffers; several micro-batches gather theirs beside these.
+    # The gradients of a step's only micro-batch lie in DDP's buffers; several micro-batches add theirs outside of them.
     inside = 0 if accumulation > 1 else parts["gradients"]
     parts["communication"] = copies - inside if num_processes > 1 else 0
     parts["libraries"] = LIBRARY_BYTES if device == "cpu" else 0
@@ -164,10 +162,10 @@ def estimate_memory(
 
 
 def share_out(parts: dict[str, int], model: torch.nn.Module, ranks: int, itemsize: int) -> dict[str, int]:
-    """`estimate_memory`'s parts for parameters that are shared out over `ranks` (FSDP2), on one of them.
+    """`estimate_memory`'s parts on one of `ranks` that shard the parameters (FSDP2).
 
-    What is gathered at a time: two layers (one is fetched ahead) and all that is in no layer, in `itemsize` bytes a number;
-    and a layer's gradients before they are summed. Not measured on a GPU.
+    A rank gathers two layers at a time (one is prefetched) and everything outside of layers, in `itemsize` bytes per
+    number, and holds a layer's gradients before they are reduced. Not measured on a GPU.
     """
     kept = ("weights", "gradients", "optimizer state", "moving average")
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -182,9 +180,11 @@ def share_out(parts: dict[str, int], model: torch.nn.Module, ranks: int, itemsiz
 def _prepare_update(
     fake: Objective, live: LiveTensors, config: OptimizerConfig, mixed_precision: str
 ) -> Callable[[], Any]:
-    """The optimizer's state, as the first update leaves it; returns what makes another, to be called under `live`."""
+    """Make the optimizer's state by a first update; returns a function that makes another, to be called under `live`."""
     trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
-    if config.name == "adamw_8bit":  # its kernels take no fake tensors. A byte a number, and a scale for each 256
+    if OPTIMIZERS[
+        config.name
+    ].library:  # bitsandbytes' kernels take no fake tensors: a byte per number, a scale per 256
         sizes = [parameter.numel() for parameter in trainable]
         blocks = [size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes]
         state = [torch.empty(size, dtype=torch.uint8) for size in blocks for _ in range(2)]
@@ -213,7 +213,7 @@ def _prepare_update(
 def estimate_evaluation_activations(
     objective: Objective, batch: BatchShapes, *, mixed_precision: str = "no", device: str = "cpu"
 ) -> int:
-    """Bytes at the peak of an evaluation's forward pass beside all that stays between steps (no gradients then)."""
+    """Bytes at the peak of an evaluation's forward pass, without weights and optimizer state."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         fake, inputs = fake_copy(objective, device).eval(), fake_batch(batch, device)
         live = LiveTensors()
@@ -225,6 +225,6 @@ def estimate_evaluation_activations(
 
 
 def autocast(device: str, mixed_precision: str) -> torch.autocast:
-    """As accelerate does it around the forward pass."""
+    """The context that accelerate puts around the forward pass."""
     dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
     return torch.autocast(device, dtype, enabled=mixed_precision != "no")

@@ -1,15 +1,17 @@
-"""Batches of documents that are not stored: the next global batch from a state, as for stored data.
+"""Batches of documents that are not stored: a state determines the next global batch, as it does for stored data.
 
-A stream is a fixed number of lanes, each an endless sequence of documents of its own. Every global batch takes the same
-number of rows from each lane, so which rows it holds depends neither on the number of processes (each packs the lanes
-with number % processes == rank) nor on that of the loader's workers (who share the lanes of their process alike). A
-lane's cursor is where its next row begins; a checkpoint holds the cursors of all lanes.
+A stream has a fixed number of lanes, each an endless sequence of documents. Every global batch takes the same number of
+rows from each lane. So its rows depend neither on the number of processes (each packs the lanes with number % processes
+== rank) nor on the number of loader workers (which split the lanes of their process in the same way). A lane's cursor is
+where its next row begins; a checkpoint holds the cursors of all lanes.
 """
+
+from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec.asyn
 import numpy as np
@@ -23,48 +25,29 @@ from utils.config import TrainConfig
 from utils.data.loaders import Collator, RowGenerators, ignore_signals
 from utils.data.packing import IGNORED, Row
 
-# JSON. `epoch`, `broken` and `last_broken` are what `describe_stream` tells; the rest is the stream's own business.
-Position = dict[str, Any]
-# A document's position and `token`: how many of its tokens are in earlier rows.
+if TYPE_CHECKING:
+    from preparation.stream import EncodedDocument, TextStream
+
+# A document's position, and `token`, the number of its tokens in earlier rows.
 Cursor = dict[str, Any]
 
 
-class EncodedDocument(NamedTuple):
-    input_ids: np.ndarray
-    """(n,) with n ≥ 1."""
-    here: Position
-    """The position from which `documents` begins with this one."""
-    after: Position
-    """The position from which it begins with the next."""
-
-
-class DocumentStream(Protocol):
-    """What a lane reads. It is sent to the loader's workers, so it opens nothing before `documents` is called."""
-
-    num_lanes: int
-    identity: str
-    """Changes when the documents or their order do: a position means nothing in another stream."""
-
-    def documents(self, lane: int, position: Position | None) -> Iterator[EncodedDocument]:
-        """The lane's documents without end, from a position; None is the beginning. `UserError` if there is none."""
-
-
 def check_stream_options(config: TrainConfig, plan: BatchPlan) -> None:
-    """`UserError` if the options cannot go with a stream, with numbers of lanes that would fit."""
+    """`UserError` if the options do not work with a stream; it names numbers of lanes that would fit."""
     if config.data.layout != "packed":
         raise UserError(f"data.layout {config.data.layout} needs stored documents; a stream is always packed")
     lanes, ranks, rows = config.data.stream_lanes, plan.data_parallel_size, plan.global_batch_size
     if lanes % ranks or rows % lanes:
         fitting = ", ".join(str(size) for size in range(ranks, rows + 1, ranks) if rows % size == 0)
-        problem = f"cannot be shared by {ranks} processes" if lanes % ranks else (
+        problem = f"cannot be split over {ranks} processes" if lanes % ranks else (
             f"does not divide batch.global_batch_size {rows}")  # fmt: skip
         raise UserError(f"data.stream_lanes {lanes} {problem}; {fitting} would fit")
 
 
 def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token: int) -> Iterator[tuple[Row, Cursor]]:
-    """Documents end to end, cut every T tokens: rows as `PackedLayout`'s, each with the cursor of the one after it.
+    """Documents end to end, cut every T tokens: rows like `PackedLayout`'s, each with the cursor of the next row.
 
-    The first `token` tokens of the first document have been in earlier rows.
+    The first `token` tokens of the first document are in earlier rows.
     """
     document = next(documents)
     while True:
@@ -77,33 +60,33 @@ def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token:
                 document, token = next(documents), 0
             stop = min(token + sequence_length - filled, len(document.input_ids))
             end = filled + stop - token
-            targets = document.input_ids[token + 1 : stop + 1]  # where the row cuts the document, the token behind too
+            targets = document.input_ids[token + 1 : stop + 1]  # if the row cuts the document, also the next token
             ids[filled:end] = document.input_ids[token:stop]
             labels[filled : filled + len(targets)] = targets
             positions[filled:end] = np.arange(end - filled)
             filled, token = end, stop
         if token < len(document.input_ids):
             cursor = {**document.here, "token": token}
-        else:  # without a look at the next document, for which a block of text might have to be read
+        else:  # does not read the next document, which may need another block of text
             cursor = {**document.after, "token": 0}
         row = {"input_ids": ids, "targets": labels, "position_ids": positions, "lengths": np.array(sequence_length)}
         yield row, cursor
 
 
 class LaneRows(NamedTuple):
-    """What one lane gives to one optimizer step."""
+    """The rows of one lane for one optimizer step."""
 
     lane: int
     rows: list[Row]
     cursor: Cursor
-    """Of the row after them."""
+    """Where the next row begins."""
 
 
 class _Lanes(IterableDataset):
-    """Per step, one list with the `LaneRows` of the lanes that this worker has; in place of a step, an error."""
+    """Per step, the `LaneRows` of this worker's lanes; or an error instead of a step."""
 
     def __init__(
-        self, stream: DocumentStream, lanes: Sequence[int], cursors: dict[int, Cursor], rows_per_lane: int,
+        self, stream: TextStream, lanes: Sequence[int], cursors: dict[int, Cursor], rows_per_lane: int,
         sequence_length: int,
     ) -> None:  # fmt: skip
         self.stream, self.lanes, self.cursors = stream, lanes, cursors
@@ -116,7 +99,7 @@ class _Lanes(IterableDataset):
             parts = [self._iter_lane(lane) for lane in lanes]
             while True:
                 yield [next(part) for part in parts]
-        except (UserError, OSError) as error:  # as an item: raised, the loader would wrap it in a traceback's text
+        except (UserError, OSError) as error:  # as an item: if raised, the loader would turn it into a traceback's text
             yield error
 
     def _iter_lane(self, lane: int) -> Iterator[LaneRows]:
@@ -131,24 +114,25 @@ class _Lanes(IterableDataset):
 class StreamLoader:
     """Endless micro-batches of this process's share of each global batch, on `device`.
 
-    Not for `accelerator.prepare`, which would cut the share once more: it has been handed out by lanes.
+    `accelerator.prepare` leaves it as it is: the lanes already split the batch over the processes.
 
     Attributes:
-        cursors: lane → where the step begins that follows the one whose micro-batches were handed out last.
+        cursors: lane → where the next step begins, after the one whose micro-batches were handed out last.
     """
 
     def __init__(
-        self, stream: DocumentStream, collate: Collator, plan: BatchPlan, *, rank: int, sequence_length: int,
+        self, stream: TextStream, collate: Collator, plan: BatchPlan, *, rank: int, sequence_length: int,
         num_workers: int, device: torch.device, state: dict[str, Any] | None, samples_seen: int, seed: int,
     ) -> None:  # fmt: skip
-        """`state` is an earlier `state()`, or None for the beginning; the first step is read at once (all ranks call).
+        """Read the first step (all ranks call); `state` is an earlier `state()`, or None for the beginning.
 
-        Raises `UserError` for a source that cannot be read, a lane without documents, a state of another stream.
+        Raises `UserError` for a source that cannot be read, a lane without documents, or the state of another stream.
         """
         if state is not None and state["identity"] != stream.identity:
-            raise UserError("the stream is not that of the checkpoint: files were added, removed or have another size, "
-                            "or this code reads them in another order; restore them, or start again in another "
-                            "--output")  # fmt: skip
+            raise UserError(
+                "the stream differs from the checkpoint's: files were added, removed or changed in size, or this code "
+                "reads them in another order; restore them, or start again with another --output"
+            )
         self.identity, self.device, self.collate = stream.identity, device, collate
         self.plan, self.samples_seen, self.seed = plan, samples_seen, seed
         self.rows_per_lane = plan.global_batch_size // stream.num_lanes
@@ -158,10 +142,10 @@ class StreamLoader:
         dataset = _Lanes(stream, lanes, self.cursors, self.rows_per_lane, sequence_length)
         loader = DataLoader(
             dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # else it draws from the numbers that dropout uses
+            generator=torch.Generator(),  # else it draws from dropout's random numbers
         )  # fmt: skip
         steps = _iter_steps(iter(loader), num_workers)
-        # What cannot be read should be known before the run claims its folder, and on all ranks, whosever lane it is.
+        # All ranks must know of an unreadable lane before the run claims its folder.
         try:
             self._steps = itertools.chain([next(steps)], steps)
             problem = None
@@ -174,7 +158,7 @@ class StreamLoader:
         for step in self._steps:
             self.cursors = {part.lane: part.cursor for part in step}
             rows = [row for part in step for row in part.rows]
-            # A row's draw is its number among all rows of the run, on whichever process it is.
+            # A row's draw is its number among all rows of the run, on any process.
             draws = [
                 self.samples_seen + part.lane * self.rows_per_lane + number
                 for part in step
@@ -189,16 +173,16 @@ class StreamLoader:
             self.samples_seen += self.plan.global_batch_size
 
     def state(self) -> dict[str, Any]:
-        """JSON: the cursors of all lanes, of this process and the others (all ranks call)."""
+        """JSON: the cursors of the lanes of all processes (all ranks call)."""
         cursors = dict(gather_object(list(self.cursors.items())))
         return {"identity": self.identity, "lanes": [cursors[lane] for lane in sorted(cursors)]}
 
 
 def _iter_steps(items: Iterator[list[LaneRows] | Exception], num_workers: int) -> Iterator[list[LaneRows]]:
-    """The lanes of each step, in order, however many workers there are: they answer in turn, one item per step.
+    """The lanes of each step, in order, for any number of workers, which take turns with one item per step.
 
-    No method of the loader, which would then be part of a cycle: torch stops workers at once when their last reference
-    goes, but takes 5 seconds for each when the garbage collector finds them.
+    It is no method of the loader, which would create a reference cycle: torch stops workers at once when their last
+    reference goes, but takes 5 seconds for each if the garbage collector finds them.
     """
     while True:
         step: list[LaneRows] = []
@@ -212,12 +196,12 @@ def _iter_steps(items: Iterator[list[LaneRows] | Exception], num_workers: int) -
 
 
 def describe_stream(state: dict[str, Any]) -> str:
-    """How far the lanes have come, and what they could not read, on one line."""
+    """A line on how far the lanes are and what they could not read."""
     epochs = sorted({cursor["epoch"] + 1 for cursor in state["lanes"]})
     line = f"stream: the lanes are in epoch {' to '.join(map(str, epochs[:: max(1, len(epochs) - 1)]))}"
     if broken := sum(cursor["broken"] for cursor in state["lanes"]):
         last = next(cursor["last_broken"] for cursor in state["lanes"] if cursor["broken"])
-        line += f"; broken records passed over: {broken:,}, such as {last}"
+        line += f"; broken records skipped: {broken:,}, such as {last}"
     return line
 
 
@@ -228,4 +212,4 @@ def _as_it_is(item: Any) -> Any:
 def _start_worker(worker: int) -> None:
     ignore_signals(worker)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    fsspec.asyn.reset_lock()  # datasets does this for its own workers: a fork with a connection open would hang
+    fsspec.asyn.reset_lock()  # as datasets does for its workers: a fork with an open connection would hang

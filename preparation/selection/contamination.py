@@ -1,12 +1,12 @@
 """Training documents that contain evaluation text.
 
 They share 13-grams of words with it, the length that GPT-3's authors chose (Brown et al. 2020, arXiv 2005.14165,
-appendix C). What counts is the share of an *evaluation* document's 13-grams that one training document contains: a long
-page that quotes a test item whole is contaminated however little of the page the item is, while a licence header or a
-quotation that both documents carry is only a part of the item and costs nobody a document.
+appendix C). The measure is the share of an *evaluation* document's 13-grams that one training document contains: a long
+page that quotes a whole test item is contaminated, however small a part of the page the item is. A licence header or a
+quotation that both documents contain is only a part of the item, and drops no document.
 
-Evaluation documents of fewer than 13 words have no 13-gram and are not checked: such a sentence turns up in unrelated
-texts, and a training document that is equal to it is an exact duplicate.
+Evaluation documents of fewer than 13 words have no 13-gram and are not checked: such a sentence occurs in unrelated
+texts, and a training document equal to it is an exact duplicate.
 """
 
 from collections.abc import Iterable
@@ -23,24 +23,24 @@ OVERLAP = 0.5
 
 @dataclass
 class ContaminationIndex:
-    """13-grams of E evaluation documents, P in all: 12 bytes each, and 2 to 4 in the bitmap: at most 1 KB per
-    document, and thrice that while it is built."""
+    """The 13-grams of E evaluation documents, P in all. Each takes 12 bytes, and 2 to 4 in the bitmap: at most 1 KB per
+    document, and three times that while the index is built."""
 
     hashes: np.ndarray
-    """(P,) uint64, sorted; one that several documents have stands there several times."""
+    """(P,) uint64, sorted; a 13-gram of several documents occurs several times."""
     owners: np.ndarray
-    """(P,) uint32: the number of the evaluation document, from 0 in the order they came."""
+    """(P,) uint32: the number of the evaluation document, counted from 0."""
     sizes: np.ndarray
-    """(E,) number of 13-grams of each document; 0 for one that is too short to be checked."""
+    """(E,) number of 13-grams of each document; 0 for one that is too short to check."""
     bitmap: np.ndarray
-    """(2^b,) uint8: 16 to 32 bits per 13-gram, one of them set. Nearly every 13-gram of clean text finds its bit unset
-    and is done, where a search in `hashes` would wait for memory some twenty times."""
+    """(2^b,) uint8: 16 to 32 bits per 13-gram, one of them set. For nearly every 13-gram of clean text the bit is
+    unset, which saves a search in `hashes` with about twenty cache misses."""
 
 
 def build_index(batches: Iterable[list[str]]) -> ContaminationIndex:
-    """Of each evaluation document the 64 13-grams with the smallest hashes: a random sample (bottom-k sketch, Cohen and
-    Kaplan 2007), which estimates the share that another document contains with a standard error of at most 0.06. All
-    of them up to 76 words."""
+    """Index the 64 13-grams with the smallest hashes of each evaluation document: a random sample (bottom-k sketch,
+    Cohen and Kaplan 2007) that estimates the share another document contains with a standard error of at most 0.06.
+    Documents of up to 76 words have no more 13-grams than that."""
     hashes, owners, sizes = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)], [np.empty(0, np.int64)]
     documents = 0
     for texts in batches:
@@ -59,7 +59,7 @@ def build_index(batches: Iterable[list[str]]) -> ContaminationIndex:
         sizes.append(np.minimum(found, SKETCH_SIZE))
         documents += len(texts)
     flat = np.concatenate(hashes)
-    hashes.clear()  # of evaluation text there may be much
+    hashes.clear()  # there may be a lot of evaluation text
     order = np.argsort(flat, kind="stable")
     owner_of = np.concatenate(owners)[order]
     flat = flat[order]
@@ -70,8 +70,8 @@ def build_index(batches: Iterable[list[str]]) -> ContaminationIndex:
 
 
 def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: float = OVERLAP) -> list[int]:
-    """For each training document, the number of the evaluation document of which it contains the largest share of
-    13-grams, if that is at least `overlap`; else -1."""
+    """For each training document, the number of the evaluation document whose 13-grams it contains the largest share
+    of, if that share is at least `overlap`; else -1."""
     grams, counts = hash_ngrams(*hash_words(texts), NGRAM)
     found = [-1] * len(texts)
     place, bit = _place_and_bit(grams, index.bitmap)
@@ -80,7 +80,7 @@ def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: floa
     starts = np.searchsorted(index.hashes, grams, side="left")
     stops = np.searchsorted(index.hashes, grams, side="right")
     documents = np.searchsorted(np.cumsum(counts), positions, side="right")
-    # By document, each 13-gram once, however often the document repeats it.
+    # Sorted by document, each 13-gram once, however often the document repeats it.
     hits = np.unique(np.stack([documents, starts, stops])[:, starts < stops], axis=1)
     for rows in np.split(hits, np.flatnonzero(np.diff(hits[0], prepend=-1)), axis=1)[1:]:
         owning = [index.owners[start:stop] for _, start, stop in rows.T.tolist()]
@@ -93,6 +93,6 @@ def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: floa
 
 
 def _place_and_bit(hashes: np.ndarray, bitmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in the bitmap the bit of each hash stands: byte by its highest bits, bit by its lowest three."""
+    """The place of each hash in the bitmap: the byte from its highest bits, the bit from its lowest three."""
     place = hashes >> np.uint64(65 - len(bitmap).bit_length())
     return place, np.uint8(1) << (hashes & np.uint64(7)).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Conversations: lists of messages, each of which passes through the stages as one text.
+"""Conversations: lists of messages, each list stored as one text.
 
-That text is, for each message, U+001E (ASCII's record separator), the role, a newline and the content. So all that works on
-text works on conversations, nothing is escaped, and the words are those that were said.
+For each message the text holds U+001E (ASCII's record separator), the role, a newline and the content. So every stage
+that works on text also works on conversations, and nothing needs escaping.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ SEPARATOR = "\x1e"
 
 
 def find_fault(messages: Any) -> str | None:
-    """Why a record's value is no conversation to learn from; None if it is one."""
+    """Why a record's value is not a conversation to train on; None if it is one."""
     if not isinstance(messages, list):
         return f"holds {type(messages).__name__}, not a list of messages"
     for number, message in enumerate(messages, start=1):
@@ -21,46 +21,48 @@ def find_fault(messages: Any) -> str | None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             return f"message {number} has the role {role!r}; known are {', '.join(ROLES)}"
-        if message.get("tool_calls"):  # it is what the assistant says there
+        if message.get("tool_calls"):  # these are part of what the assistant says
             return f"message {number} has tool_calls, which are not supported"
         if not isinstance(content, str):
             return f"message {number} has a content of type {type(content).__name__}, not text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "has no message of the assistant" if messages else "is an empty list"
-    return None
+    if not messages:
+        return "is an empty list"
+    return None if any(item["role"] == "assistant" for item in messages) else "has no message of the assistant"
 
 
 def join_messages(messages: list[dict[str, str]]) -> str:
-    """The text of a conversation; of each message role and content count. A separator in a content becomes a space."""
+    """The text of a conversation, from the role and content of each message. A separator in it becomes a space."""
     return "".join(f"{SEPARATOR}{item['role']}\n{item['content'].replace(SEPARATOR, ' ')}" for item in messages)
 
 
 def split_messages(text: str) -> list[dict[str, str]]:
-    """What `join_messages` joined: role and content of each message."""
+    """The inverse of `join_messages`: role and content of each message."""
     parts = (part.partition("\n") for part in text.split(SEPARATOR)[1:])
     return [{"role": role, "content": content} for role, _, content in parts]
 
 
 def map_contents(text: str, function: Callable[[str], str]) -> str:
-    """The conversation with `function` of each content."""
+    """The conversation with `function` applied to each content."""
     return join_messages([item | {"content": function(item["content"])} for item in split_messages(text)])
 
 
 def assistant_text(text: str) -> str:
-    """What the assistant says in all of its turns, with blank lines between."""
+    """All of the assistant's messages, separated by blank lines."""
     return "\n\n".join(item["content"] for item in split_messages(text) if item["role"] == "assistant")
 
 
 def lacks_content(text: str) -> bool:
-    """Whether a message of the user or the assistant is empty: it would teach to answer nothing, or with nothing."""
+    """Whether a message of the user or the assistant is empty: it would teach the model to answer nothing."""
     return any(
         message["role"] in ("user", "assistant") and not message["content"].strip() for message in split_messages(text)
     )
 
 
 def without_system(text: str) -> str:
-    """The conversation without the system message at its beginning, which a whole corpus may share: compared with it,
-    all short conversations would be near duplicates, and hold evaluation text. Other text is given back as it is."""
+    """The conversation without the system message at its beginning; other text is returned unchanged.
+
+    A whole corpus may share that message, and would make all short conversations near duplicates or contaminated.
+    """
     if not text.startswith(f"{SEPARATOR}system\n"):
         return text
     return SEPARATOR + text[1:].partition(SEPARATOR)[2]

@@ -1,10 +1,11 @@
-"""One entry of a recipe's `sources`. No heavy import, so that mistakes are answered at once."""
+"""One entry of a recipe's `sources`. No slow import here, so that a mistake is reported at once."""
 
-import difflib
 import re
 import string
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
+
+from utils.cli import nearest
 
 Kind = Literal["text", "json", "csv", "parquet", "html", "code"]
 
@@ -23,11 +24,11 @@ class SourceConfig:
     path: str | None = None
     """File, folder, tar archive, folder saved by `datasets`, or - for standard input."""
     hub: str | None = None
-    """Instead of a path: a dataset on the Hub, or a local folder in the Hub's layout, read by `load_dataset`."""
+    """Instead of a path: a dataset on the Hub, or a local folder in the Hub's layout; `load_dataset` reads it."""
     name: str | None = None
-    """What tables call this source. null: the last part of the path, up to its first dot."""
+    """Name of this source in tables. null: the last part of the path, up to its first dot."""
     kind: Kind | None = None
-    """How to read the files. null: by their suffix. code: every file one document, with the filters for code."""
+    """How to read the files. null: by their suffix. code: one document per file, with the filters for code."""
     include: str | None = None
     """Only files whose path within the folder or archive matches this pattern, as in "*.rst.gz"."""
     text_column: str | None = None
@@ -37,13 +38,13 @@ class SourceConfig:
     messages_column: str | None = None
     """Column with a conversation, a list of messages; instead of text_column. null: the recipe's messages_column."""
     new_document: str | None = None
-    """Text files: a regular expression; a line that it matches begins a new document. null: one file, one document."""
+    """Text files: regular expression for the lines that begin a new document. null: one document per file."""
     weight: float = 1.0
-    """How often each training document is used per epoch: 2 is twice, 0.5 a half of them, chosen by a hash."""
+    """How often each training document is used per epoch: 2 is twice; 0.5 is half of them, chosen by a hash."""
     extensions: list[str] | None = None
-    """code: suffixes to take. null: those of common programming languages."""
+    """code: suffixes to read. null: those of common programming languages."""
     max_file_bytes: int = 1_000_000
-    """code: longer files are passed over."""
+    """code: longer files are skipped."""
     config: str | None = None
     """hub: name of the dataset's configuration."""
     split: str = "train"
@@ -51,7 +52,7 @@ class SourceConfig:
     revision: str | None = None
     """hub: commit, tag or branch."""
     streaming: bool = False
-    """hub: read over the network as it goes, without storing the files."""
+    """hub: read over the network on the fly, without storing the files."""
 
     def problems(self, where: str) -> list[str]:
         found = []
@@ -74,7 +75,7 @@ class SourceConfig:
             try:
                 re.compile(self.new_document)
             except re.error as error:
-                found.append(f"{where}: new_document {self.new_document!r} is no regular expression: {error}")
+                found.append(f"{where}: new_document {self.new_document!r} is not a regular expression: {error}")
         if not 0 <= self.weight <= 100:
             found.append(f"{where}: weight is {self.weight}; it must be between 0 and 100")
         if self.max_file_bytes < 1:
@@ -83,19 +84,18 @@ class SourceConfig:
 
 
 def parse_source(entry: Any, where: str) -> tuple[SourceConfig | None, list[str]]:
-    """One entry of `sources` → (source, problems); the types are checked too, as these are plain YAML mappings."""
+    """One entry of `sources` → (source, problems). Entries are plain YAML mappings, so their types are checked too."""
     if isinstance(entry, str):
         entry = {"path": entry}
     if not isinstance(entry, dict):
         return None, [f"{where}: expected a path or a mapping with a path, found {entry!r}"]
-    kinds = {item.name: item for item in fields(SourceConfig)}
+    types = {item.name: item.type for item in fields(SourceConfig)}
     found = []
     for key, value in entry.items():
-        if key not in kinds:
-            close = difflib.get_close_matches(str(key), kinds, n=1, cutoff=0.5)
-            hint = f" (did you mean {close[0]}?)" if close else f"; known are {', '.join(kinds)}"
+        if key not in types:
+            hint = nearest(key, types) or f"; known are {', '.join(types)}"
             found.append(f"{where}: unknown key {key!r}{hint}")
-        elif not _fits(value, kinds[key].name):
+        elif not _fits(value, types[key]):
             found.append(f"{where}: {key} cannot be {value!r}")
     if found:
         return None, found
@@ -103,14 +103,12 @@ def parse_source(entry: Any, where: str) -> tuple[SourceConfig | None, list[str]
     return source, source.problems(where)
 
 
-def _fits(value: Any, name: str) -> bool:
-    if name == "kind":
-        return value is None or value in Kind.__args__  # type: ignore[attr-defined]
-    if name in ("weight", "max_file_bytes"):
-        accepted: tuple[type, ...] = (int, float) if name == "weight" else (int,)
-        return isinstance(value, accepted) and not isinstance(value, bool)
-    if name == "streaming":
-        return isinstance(value, bool)
-    if name == "extensions":
-        return value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
-    return isinstance(value, str) or (value is None and name != "split")
+def _fits(value: Any, expected: Any) -> bool:
+    """Whether a YAML value has the type of a field. An int is a float too; a bool is no int."""
+    if get_origin(expected) is Literal:
+        return value in get_args(expected)
+    if get_origin(expected) is list:
+        return isinstance(value, list) and all(_fits(item, *get_args(expected)) for item in value)
+    if alternatives := get_args(expected):
+        return any(_fits(value, alternative) for alternative in alternatives)
+    return type(value) is expected or (expected is float and type(value) is int)

@@ -10,15 +10,16 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from preparation.tokenizer.tokenization import token_dtype
+from preparation.tokenizer.build import token_dtype
 
-# Characters given to `tokenizers` at a time: a byte of text takes it 30 to 70 bytes of memory in short documents, 110
-# to 180 in a long one.
-SLICE_CHARACTERS = 2_000_000
+# Characters passed to `tokenizers` at a time. A byte of text takes 30 to 70 bytes of memory there in short documents,
+# and 110 to 180 in a long one.
+BATCH_CHARACTERS = 2_000_000
 PIECE_CHARACTERS = 250_000  # a longer document is cut where that changes no token
 CUT = re.compile(r"\S(?=[ \n])")
 
@@ -26,133 +27,113 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 class Encoder:
-    """Encodes documents: to what the tokenizer itself gives for a text, and its eos token unless it ends with it.
+    """Encodes documents to the tokenizer's own ids, followed by its eos token unless they already end with it.
 
-    `tokenizers` (0.23) hands out the ids of a document as a Python list and in no other way: each list is copied into
-    the array and dropped, some 5 % of the time. gigatoken hands out one array for all documents.
+    `tokenizers` (0.23) returns the ids of a document as a Python list only; copying each list into the array takes some
+    5 % of the time. gigatoken returns one array for all documents.
 
-    A document longer than PIECE_CHARACTERS is cut at white space if the tokenizer splits there in any case
-    (`splits_at_spaces`). With any other tokenizer it is encoded whole, in up to 180 times its bytes of memory.
+    A document longer than PIECE_CHARACTERS is cut at white space if the tokenizer always splits there
+    (`splits_at_spaces`). Any other tokenizer encodes it whole, which takes up to 180 times its bytes of memory.
 
     Attributes:
-        columns: of the documents, that `encode_table` reads.
+        columns: columns of the documents that `encode_table` reads.
         features: of the table that it returns.
         dtype: uint16 or uint32, by the size of the vocabulary.
-        note: which library encodes, and why; look at it after the last document, as gigatoken may fail on the way.
+        note: which library encodes, and why. Read it after the last document, as gigatoken may fail on the way.
     """
 
     columns = ("text",)
 
     def __init__(self, tokenizer: Any) -> None:
         self.dtype = token_dtype(len(tokenizer))
+        self.features = datasets.Features(input_ids=datasets.List(datasets.Value(self.dtype.__name__)))
         self.note = "encoded by tokenizers"
-        self._gigatoken: Any = None
+        self._uses_gigatoken = False
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._eos: int = tokenizer.eos_token_id
         self._template = find_template(self._backend)
         self._cut = self._template is not None and splits_at_spaces(self._backend)
 
-    @property
-    def features(self) -> Any:
-        import datasets  # here, as evaluate.py encodes a text without it, and it takes a second of CPU time
+    @functools.cached_property
+    def _gigatoken(self) -> Any:
+        import gigatoken
 
-        return datasets.Features(input_ids=datasets.List(datasets.Value(self.dtype.__name__)))
+        return gigatoken.Tokenizer(self._backend)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which builds gigatoken's tokenizer again because it cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_gigatoken"}
 
     def __call__(self, texts: list[str]) -> Encoded:
         """Ids of all documents (T,), uint16 or uint32, and the offsets (N + 1,), int64, of each document in them.
 
-        If gigatoken fails, these documents and all later ones are encoded by `tokenizers`, and `note` says so.
+        If gigatoken fails, `tokenizers` encodes these documents and all later ones, and `note` says so.
         """
-        if self._gigatoken is not None:
+        if self._uses_gigatoken:
             try:
                 return self._frame(*self._encode_by_gigatoken(texts))
             except BaseException as error:
                 self._drop_gigatoken(error, " from there on")
         return self._frame(*self._encode_by_tokenizers(texts))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For another process, without gigatoken's tokenizer, which cannot be sent; `__setstate__` makes it again."""
-        return vars(self) | {"_gigatoken": self._gigatoken is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _gigatoken=None)
-        if state["_gigatoken"]:
-            try:
-                import gigatoken
-
-                self._gigatoken = gigatoken.Tokenizer(self._backend)
-            except BaseException as error:
-                self._drop_gigatoken(error, " from there on")
-
     def encode_table(self, batch: pa.Table) -> pa.Table:
         """Column `text` → column `input_ids`, a list of uint16 or uint32 per document."""
         ids, offsets = self(batch["text"].to_pylist())
-        # Arrow's offsets end at 2^31 tokens, which is some 8 GB of text in one batch.
+        # Arrow's 32-bit offsets allow 2^31 tokens, some 8 GB of text in one batch.
         return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))})
 
     def try_gigatoken(self, sample: Sequence[str]) -> None:
-        """Encode by gigatoken from now on, if it gives the ids of `tokenizers` on `sample` and on `iter_probes`."""
+        """Encode with gigatoken from now on, if it gives the ids of `tokenizers` on `sample` and on `iter_probes`."""
         if self._template is None:
             self.note = "encoded by tokenizers (gigatoken: the tokenizer adds more than a fixed prefix and suffix)"
             return
         try:
-            import gigatoken
-
-            self._gigatoken = gigatoken.Tokenizer(self._backend)
             self._compare("sample document", list(sample))
             self._compare("probe", list(iter_probes(self._backend)))
+            self._uses_gigatoken = True
             self.note = (
                 f"encoded by gigatoken {version('gigatoken')} (same ids as tokenizers on {len(sample)} documents)"
             )
-        except ImportError:
-            self.note = "encoded by tokenizers (gigatoken is not installed)"
         except BaseException as error:
             self._drop_gigatoken(error, "")
 
     def _compare(self, what: str, texts: list[str]) -> None:
-        """Raises `ValueError` at the first text for which gigatoken has other ids than `tokenizers`."""
-        for first in range(0, len(texts), 100):
-            part = texts[first : first + 100]
-            expected, actual = self._encode_by_tokenizers(part), self._encode_by_gigatoken(part)
-            if np.array_equal(expected[0], actual[0]) and np.array_equal(expected[1], actual[1]):
-                continue
-            rows = zip(np.split(expected[0], expected[1][1:-1]), np.split(actual[0], actual[1][1:-1]), strict=True)
-            index = next(index for index, (ours, theirs) in enumerate(rows) if not np.array_equal(ours, theirs))
-            raise ValueError(f"ids differ on {what} {first + index}")
+        """Raises `ValueError` at the first text for which gigatoken and `tokenizers` give different ids."""
+        encoded = self._encode_by_tokenizers(texts), self._encode_by_gigatoken(texts)
+        pairs = zip(*(np.split(ids, offsets[1:-1]) for ids, offsets in encoded), strict=True)
+        for index, (expected, actual) in enumerate(pairs):
+            if not np.array_equal(expected, actual):
+                raise ValueError(f"ids differ on {what} {index}")
 
     def _drop_gigatoken(self, error: BaseException, when: str) -> None:
-        if isinstance(error, KeyboardInterrupt | SystemExit):  # any other, as a panic in Rust is not an Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # not `Exception`: a panic in Rust is none
             raise error
-        self._gigatoken = None
+        self._uses_gigatoken = False
         reason = str(error).strip().partition("\n")[0][:150] or type(error).__name__
         self.note = f"encoded by tokenizers{when} (gigatoken: {reason})"
 
     def _encode_by_gigatoken(self, texts: list[str]) -> Encoded:
-        """Ids and offsets without the template; texts with characters that are new to Unicode go to `tokenizers`."""
-        new = [has_new_characters(text) for text in texts]
-        rare = np.flatnonzero(new)
-        if not len(rare):
-            return self._encode_all_by_gigatoken(texts)
-        ids, offsets = self._encode_all_by_gigatoken(
-            ["" if is_new else text for text, is_new in zip(texts, new, strict=True)]
-        )
-        rare_ids, rare_offsets = self._encode_by_tokenizers([texts[index] for index in rare])
-        counts = np.diff(offsets)
-        counts[rare] = np.diff(rare_offsets)
-        ids = np.insert(ids, offsets[:-1][rare].repeat(counts[rare]), rare_ids)
-        return ids, np.concatenate([[0], counts.cumsum()])
-
-    def _encode_all_by_gigatoken(self, texts: list[str]) -> Encoded:
-        layout = self._gigatoken.encode_batch(texts).layout
+        """Ids and offsets without the template; `tokenizers` encodes texts with characters that are new to Unicode."""
+        new = np.array([has_new_characters(text) for text in texts], bool)
+        known = ["" if is_new else text for text, is_new in zip(texts, new, strict=True)]
+        layout = self._gigatoken.encode_batch(known).layout
         offsets = np.asarray(layout.offsets, dtype=np.int64)
         if len(offsets) != len(texts) + 1:
             raise ValueError(f"{len(offsets) - 1} results for {len(texts)} documents")
-        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self.dtype), offsets - offsets[0]
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]].astype(self.dtype)
+        offsets = offsets - offsets[0]
+        if not new.any():
+            return ids, offsets
+        rare_ids, rare_offsets = self._encode_by_tokenizers([texts[index] for index in np.flatnonzero(new)])
+        counts = np.diff(offsets)
+        counts[new] = np.diff(rare_offsets)
+        ids = np.insert(ids, offsets[:-1][new].repeat(counts[new]), rare_ids)
+        return ids, np.concatenate([[0], counts.cumsum()])
 
     def _encode_by_tokenizers(self, texts: list[str]) -> Encoded:
-        """Ids and offsets, without the template if it is known."""
+        """Ids and offsets, without the template if there is one."""
         arrays, lengths = [np.empty(0, self.dtype)], np.zeros(len(texts), np.int64)
-        for pieces, owners in iter_slices(texts, self._cut):
+        for pieces, owners in iter_batches(texts, self._cut):
             encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=self._template is None)
             counts = np.fromiter(map(len, encodings), np.int64, len(encodings))
             ids = chain.from_iterable(encoding.ids for encoding in encodings)
@@ -169,7 +150,7 @@ class Encoder:
             filled = stops > starts
             last[filled] = ids[stops[filled] - 1]
         lacks_eos = (last != self._eos) | (stops - starts + len(prefix) + len(suffix) <= 1)
-        # A row per document: where its prefix, suffix and eos go in.
+        # One row per document: where its prefix, suffix and eos are inserted.
         positions = np.concatenate([np.tile(starts, (len(prefix), 1)), np.tile(stops, (len(suffix) + 1, 1))]).T
         chosen = np.ones(positions.shape, bool)
         chosen[:, -1] = lacks_eos
@@ -179,11 +160,11 @@ class Encoder:
 
 
 def build_encoder(tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True) -> Encoder:
-    """An encoder for `tokenizer`; by gigatoken if it is installed and its ids on `sample` are those of `tokenizers`.
+    """An encoder for `tokenizer` that uses gigatoken if it is installed and gives the ids of `tokenizers` on `sample`.
 
-    `sample` should be some hundreds of documents like those to come. The encoder falls back to `tokenizers`, and
-    says why in its `note`, if gigatoken is not installed, cannot take this tokenizer (WordPiece, unigram, a byte-level
-    vocabulary that lacks a byte), gives other ids, or fails at a later document.
+    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers`, and its
+    `note` says why, if gigatoken is not installed, does not support this tokenizer (WordPiece, unigram, a byte-level
+    vocabulary that lacks a byte), gives different ids, or fails on a later document.
     """
     encoder = Encoder(tokenizer)
     if use_gigatoken:
@@ -192,10 +173,10 @@ def build_encoder(tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = T
 
 
 def has_new_characters(text: str) -> bool:
-    """Whether a text has characters that this Python's Unicode does not know yet.
+    """Whether a text has characters that this Python's Unicode tables do not know yet.
 
-    Whether such a one is a letter, and so where words end, depends on the Unicode version of each library: gigatoken 0.10
-    and tokenizers 0.23 part on 4,657 characters, which Unicode 17 has added and no Python up to 3.14 knows.
+    Whether such a character is a letter, and so where words end, depends on each library's Unicode version: gigatoken
+    0.10 and tokenizers 0.23 differ on 4,657 characters that Unicode 17 added and no Python up to 3.14 knows.
     """
     if text.isascii():
         return False
@@ -204,7 +185,7 @@ def has_new_characters(text: str) -> bool:
 
 @functools.cache
 def _possibly_new() -> re.Pattern[str]:
-    """Unassigned characters of 16 bits, and all longer ones: `re` is fast as long as the ranges above 16 bits are few."""
+    """Unassigned 16-bit characters, and all characters beyond: `re` is only fast with few ranges above 16 bits."""
     unknown = [unicodedata.category(chr(code)) == "Cn" for code in range(0x10000)]
     edges = np.flatnonzero(np.diff([False, *unknown, False])).tolist()
     ranges = (f"\\u{first:04x}-\\u{last - 1:04x}" for first, last in zip(edges[::2], edges[1::2], strict=True))
@@ -212,7 +193,7 @@ def _possibly_new() -> re.Pattern[str]:
 
 
 def find_template(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
-    """The ids that a tokenizer puts before and after each text; None if that is not all it does."""
+    """The ids that a tokenizer puts before and after each text; None if it does more than that."""
     fixed = backend.encode("").ids
     text = "The end, 42."
     whole, bare = backend.encode(text).ids, backend.encode(text, add_special_tokens=False).ids
@@ -225,10 +206,10 @@ def find_template(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
 def splits_at_spaces(backend: Tokenizer) -> bool:
     """Whether cutting a text between a character and the space or newline after it changes no token.
 
-    True of GPT-2's pre-tokenizer, ByteLevel: no alternative of its pattern goes on from another character to white
-    space, and it looks ahead from white space only, so a token starts at the cut in any case. Nothing else may look
-    across: no normalizer, and no added token that holds or takes white space. Of other pre-tokenizers some do go on
-    (Llama 3's and Qwen's take newlines after punctuation), so here they count as not splitting.
+    True for GPT-2's pre-tokenizer, ByteLevel: no alternative of its pattern continues from another character into white
+    space, and it looks ahead only from white space, so a token always starts at the cut. Nothing else may look across
+    the cut: no normalizer, and no added token that contains or takes white space. Some other pre-tokenizers do continue
+    (Llama 3's and Qwen's take newlines after punctuation), so all others count as not splitting.
     """
     if backend.normalizer is not None or backend.pre_tokenizer is None:
         return False
@@ -240,14 +221,14 @@ def splits_at_spaces(backend: Tokenizer) -> bool:
     )  # fmt: skip
 
 
-def iter_slices(texts: list[str], cut: bool) -> Iterator[tuple[list[str], list[int]]]:
-    """Texts in slices of some SLICE_CHARACTERS, long ones in pieces if `cut`; with the index of each piece's text."""
+def iter_batches(texts: list[str], cut: bool) -> Iterator[tuple[list[str], list[int]]]:
+    """Batches of about BATCH_CHARACTERS, long texts in pieces if `cut`; with the index of each piece's text."""
     pieces: list[str] = []
     owners: list[int] = []
     size = 0
     for index, text in enumerate(texts):
         for piece in iter_pieces(text) if cut else [text]:
-            if size + len(piece) > SLICE_CHARACTERS and pieces:
+            if size + len(piece) > BATCH_CHARACTERS and pieces:
                 yield pieces, owners
                 pieces, owners, size = [], [], 0
             pieces.append(piece)
@@ -258,7 +239,7 @@ def iter_slices(texts: list[str], cut: bool) -> Iterator[tuple[list[str], list[i
 
 
 def iter_pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of PIECE_CHARACTERS or a little more, each but the last ending where white space begins."""
+    """`text` in pieces of PIECE_CHARACTERS or a little more; all but the last end where white space begins."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS and (found := CUT.search(text, start + PIECE_CHARACTERS)):
         yield text[start : found.end()]
@@ -267,10 +248,10 @@ def iter_pieces(text: str) -> Iterator[str]:
 
 
 def iter_probes(backend: Tokenizer) -> Iterator[str]:
-    """Texts at which two implementations of one tokenizer are likely to part."""
+    """Texts on which two implementations of one tokenizer are likely to differ."""
     yield from (
-        "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½", "x" * 999, " " * 999,
-        "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
+        "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½",
+        "x" * 999, " " * 999, "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
         "\0\x7f\x85\xa0\u180e\u2028\u3000\ufeff.",
     )  # fmt: skip
     for token in backend.get_added_tokens_decoder().values():

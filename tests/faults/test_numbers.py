@@ -10,8 +10,8 @@ from conftest import flags, metrics, script, train, train_losses
 from processes import changed_copy, command, state, summary
 from safetensors.torch import load_file
 
-from training.monitoring.guards import find_fault
-from training.optimization.optimizer import learning_rate_factor
+from training.monitoring.guards import check_update
+from training.optimization.schedule import learning_rate_factor
 from utils.checkpoints import TrainState
 from utils.config import GuardConfig, ScheduleConfig
 from utils.data.token_dataset import load_manifest
@@ -67,8 +67,8 @@ def test_17_a_loss_that_is_infinite_with_gradients_that_are_not(dataset, tmp_pat
     """Which the norm of the gradients would not show."""
     output = tmp_path / "run"
     change = (
-        "                loss_sum += micro_loss.detach()\n",
-        "                loss_sum += micro_loss.detach() + (math.inf if state.samples_seen == 40 else 0.0)\n",
+        "            loss_sum += micro_loss.detach()\n",
+        "            loss_sum += micro_loss.detach() + (math.inf if state.samples_seen == 40 else 0.0)\n",
     )
     with changed_copy(change, name="inf") as name:
         result = script(*command(output, dataset, name=name), check=False)
@@ -106,7 +106,7 @@ def test_19_a_spike_is_left_out_and_limited(dataset, tmp_path):
     with changed_copy(multiplied("30.0", "state.samples_seen in (120, 160)"), name="spike") as name:
         output = tmp_path / "run"
         result = script(*command(output, dataset, name=name, **options))
-        assert result.stderr.count("the update is left out: a spike: loss") == 2
+        assert result.stderr.count("the update is skipped: a spike: loss") == 2
         # A run that is killed and resumed has the same window: it leaves out the same.
         again = tmp_path / "again"
         script(
@@ -131,16 +131,16 @@ def test_19_the_rule_is_the_stated_one():
     state = TrainState(dataset_key="")
     values = [2.0, 2.1, 1.9, 2.0]
     for value in values:
-        assert find_fault(state, config, value, 1.0 + value / 10, scaled=False) is None
+        assert check_update(state, config, value, 1.0 + value / 10, scaled=False) is None
     deviation = float(torch.tensor(values, dtype=torch.float64).std())
-    assert find_fault(state, config, 2.0 + 5.9 * deviation, 1.2, scaled=False) is None
+    assert check_update(state, config, 2.0 + 5.9 * deviation, 1.2, scaled=False) is None
     state.recent.pop()
-    assert "a spike: loss" in str(find_fault(state, config, 2.0 + 6.1 * deviation, 1.2, scaled=False))
-    assert "a spike: gradient norm" in str(find_fault(state, config, 2.0, 9.0, scaled=False))
-    assert find_fault(state, config, 0.1, 0.01, scaled=False) is None
+    assert "a spike: loss" in str(check_update(state, config, 2.0 + 6.1 * deviation, 1.2, scaled=False))
+    assert "a spike: gradient norm" in str(check_update(state, config, 2.0, 9.0, scaled=False))
+    assert check_update(state, config, 0.1, 0.01, scaled=False) is None
     assert (state.spikes, len(state.recent)) == (2, 5)
-    assert find_fault(state, GuardConfig(), 1e9, 1e9, scaled=False) is None  # off by default
-    assert find_fault(state, GuardConfig(), 2.0, math.inf, scaled=True) is None  # the scaler's business
+    assert check_update(state, GuardConfig(), 1e9, 1e9, scaled=False) is None  # off by default
+    assert check_update(state, GuardConfig(), 2.0, math.inf, scaled=True) is None  # the scaler's business
 
 
 def test_20_an_uneven_last_evaluation_batch(dataset, tmp_path):

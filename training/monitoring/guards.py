@@ -1,4 +1,4 @@
-"""Updates that are better not made: what is not finite, and spikes of loss or gradient."""
+"""Updates to skip: those that are not finite, and spikes of loss or gradient norm."""
 
 import json
 import math
@@ -16,17 +16,17 @@ from utils.cli import UserError
 from utils.config import GuardConfig
 
 
-def find_fault(state: TrainState, config: GuardConfig, loss: float, grad_norm: float, *, scaled: bool) -> str | None:
-    """Why this update should not be made, or None. The numbers are those of the global batch, so all ranks agree.
+def check_update(state: TrainState, config: GuardConfig, loss: float, grad_norm: float, *, scaled: bool) -> str | None:
+    """Why to skip this update, or None; counts it in `state`. The numbers are global, so all ranks agree.
 
     Args:
         loss: in nats per token.
         grad_norm: before clipping.
-        scaled: fp16's gradients are scaled, and the scaler sees to those that are not finite.
+        scaled: fp16's gradients are scaled, and the scaler handles those that are not finite.
 
-    A spike is more than `spike_deviations` standard deviations above the mean of the updates in the window: the rule of
-    OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), but that a spike which
-    was left out does not enter the window. An update that is no fault does.
+    A spike lies more than `spike_deviations` standard deviations above the mean of the updates in the window. The rule is
+    that of OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), except that a
+    skipped spike does not enter the window.
     """
     if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
         state.nonfinite += 1
@@ -46,14 +46,14 @@ def find_fault(state: TrainState, config: GuardConfig, loss: float, grad_norm: f
 
 
 def check_limits(state: TrainState, config: GuardConfig, fault: str) -> None:
-    """`UserError` if more updates have been left out than the run may leave out."""
+    """`UserError` if the run has skipped more updates than it may."""
     for name, count, limit in (
         ("max_nonfinite", state.nonfinite, config.max_nonfinite), ("max_spikes", state.spikes, config.max_spikes)
     ):  # fmt: skip
         if count > limit:
             raise UserError(
-                f"step {state.optimizer_step + 1} is {fault}; the update was not made, and the run is not to leave out more "
-                f"than {limit} (guards.{name}). Its texts are in bad_batches/. Go on from the last checkpoint with "
+                f"step {state.optimizer_step + 1} is {fault}; its update was skipped, and the run may skip at most {limit} "
+                f"(guards.{name}). bad_batches/ holds its texts. Continue from the last checkpoint with "
                 f"--checkpoint.resume auto and a higher --guards.{name}, or start again with a lower "
                 "optimizer.learning_rate"
             )
@@ -63,9 +63,9 @@ def write_bad_batch(
     accelerator: Accelerator, run: Path, state: TrainState, micro_batches: list[dict[str, torch.Tensor]], tokenizer: Any,
     fault: str, warn: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """The rows of a global batch, as ids and as text, to `bad_batches/` (all ranks call; the main process writes).
+    """Write the rows of a global batch to `bad_batches/`, as ids and as text. All ranks call, the main process writes.
 
-    Under context parallelism a record is what a rank has of a row: two pieces, one after the other.
+    With context parallelism a record holds one rank's two pieces of a row, one after the other.
     """
     rows = gather_object([
         {"rank": accelerator.process_index, "micro_batch": number, "input_ids": ids}

@@ -1,6 +1,6 @@
 """What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, loss.png, summary.json.
 
-All of it happens on the main process only; on the others every method returns at once.
+Only the main process writes; on the other ranks every method returns at once.
 """
 
 import contextlib
@@ -21,21 +21,20 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 
-from training.saving.run_folder import flatten
 from utils.checkpoints import TrainState
-from utils.cli import PEER_GONE, UserError
+from utils.cli import PEER_GONE
 from utils.config import TrainConfig
-from utils.files import read_json, replace_text
+from utils.files import flatten, replace_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SENT_FILE = ".wandb_sent.json"
+WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
 
 
 class RunTracker:
-    """One per run and launch, which begins where `state` stands. What fails here never stops the run."""
+    """One per launch; it begins where `state` stands. A failure here never stops the run."""
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, state: TrainState, max_steps: int) -> None:
         self.accelerator, self.run, self.max_steps = accelerator, Path(config.output), max_steps
@@ -51,15 +50,13 @@ class RunTracker:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.logger.addHandler(handler)
         self.logger.propagate = False
-        step, looked = state.optimizer_step, state.looked_step
-        self.sent = self._read_sent(step) | _cut_metrics(self.run / "metrics.jsonl", step, looked)
-        with contextlib.suppress(OSError):
-            replace_text(self.run / SENT_FILE, json.dumps(sorted(self.sent)))
+        step, looked = state.optimizer_step, state.last_evaluated_step
+        self.sent_step = _cut_metrics(self.run / "metrics.jsonl", step, looked)
         _cut_samples(self.run / "samples.md", looked)
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
         self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
-        # A full disk: training.log misses a line, TensorBoard's thread ends, and no traceback hides the rest.
+        # On a full disk training.log misses a line and TensorBoard's thread ends; no traceback should hide the rest.
         logging.raiseExceptions = False
         self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._start_trackers(config, step)
@@ -76,19 +73,16 @@ class RunTracker:
             self.logger.warning(text)
 
     def _show(self, text: str, stream: TextIO) -> None:
-        """On the console, if there still is one: a pipe's reader or a terminal may have gone, a file's disk be full."""
+        """Print to the console. A pipe's reader or a terminal may be gone, the disk of a file full."""
         try:
             tqdm.write(text, file=stream)
             stream.flush()
         except OSError as error:
-            if error.errno in (
-                errno.EPIPE,
-                errno.EIO,
-            ):  # for good: what is in the buffer must not fail again at the exit
+            if error.errno in (errno.EPIPE, errno.EIO):  # gone for good: the buffer must not fail again at the exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers of a step, to the console, metrics.jsonl and every tracker."""
+        """Write the numbers of a step to the console, metrics.jsonl and every tracker."""
         if not self.is_main:
             return
         parts = [f"{name.partition('/')[2]} {value:{DIGITS.get(name, '.4f')}}" for name, value in metrics.items()]
@@ -96,8 +90,8 @@ class RunTracker:
         self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} | {kind:<5} | " + " | ".join(parts))
         self._write({"step": step, **metrics})
         for tracker in list(self.accelerator.trackers):
-            if tracker.name == "wandb" and (step, next(iter(metrics))) in self.sent:
-                continue  # by an earlier launch, from the same step: W&B cannot take anything back
+            if tracker.name == "wandb" and step <= self.sent_step:
+                continue  # an earlier launch sent it: W&B accepts only increasing steps and cannot take one back
             try:
                 tracker.log(metrics, step=step)
             except Exception as error:  # whatever a tracker raises, the run matters more
@@ -105,7 +99,7 @@ class RunTracker:
                 self._warn_off(tracker.name, error)
 
     def _write(self, record: dict[str, float]) -> None:
-        """A line of metrics.jsonl; on a full disk it is kept for the next time, and no half of it is left."""
+        """Append a line to metrics.jsonl. On a full disk the line waits for the next call, and no half of it stays."""
         self.unwritten += json.dumps(record).encode() + b"\n"
         size = os.fstat(self.metrics_file.fileno()).st_size
         left = self.unwritten
@@ -122,9 +116,9 @@ class RunTracker:
         if self.is_main:
             self.progress.update()
 
-    def sample(self, text: str, step: int) -> None:
-        """Append what the model wrote to samples.md."""
-        if self.is_main:
+    def sample(self, text: str | None, step: int) -> None:
+        """Append what the model wrote to samples.md; nothing if this rank wrote nothing."""
+        if self.is_main and text is not None:
             try:
                 with (self.run / "samples.md").open("a", encoding="utf-8") as file:
                     file.write(f"## Step {step}\n\n```\n{text}\n```\n\n")
@@ -157,12 +151,12 @@ class RunTracker:
         if self.is_main:
             if error is not None:
                 message = " ".join(f"{error}".split()) or type(error).__name__
-                # Another rank was killed, or has said itself what is wrong: the next launch may well go on.
+                # Another rank was killed, or has reported the error itself; the next launch may well continue.
                 peer_gone = (
                     self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(message)
                 )
                 reason = "rank_gone" if peer_gone else "error"
-                with contextlib.suppress(OSError):  # there is one error already
+                with contextlib.suppress(OSError):  # one error is enough
                     self._write_summary({
                         "finished": False, "reason": reason, "error": message,
                         "optimizer_step": self.state.optimizer_step,
@@ -173,13 +167,6 @@ class RunTracker:
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         self.warn(f"a thread has ended: {type(failed.exc_value).__name__}: {failed.exc_value}")
-
-    def _read_sent(self, step: int) -> set[tuple[int, str]]:
-        """What W&B has been sent, by launches before the last one, of steps that come again."""
-        try:
-            return {(int(at), str(name)) for at, name in read_json(self.run / SENT_FILE, list) if at > step}
-        except (UserError, ValueError, TypeError):
-            return set()
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
@@ -192,7 +179,7 @@ class RunTracker:
         }
         started = []
         for name in config.tracking.trackers:
-            self.accelerator.trackers = []  # `init_trackers` starts all that are in this list, each time
+            self.accelerator.trackers = []  # `init_trackers` starts everything in this list, each time
             try:
                 if name == "wandb":
                     options["wandb"] = self._wandb_options()
@@ -204,13 +191,13 @@ class RunTracker:
         self.accelerator.trackers = started
 
     def _wandb_options(self) -> dict[str, Any]:
-        """The same W&B run for every launch of this folder; offline where there is no key to log in with."""
+        """The same W&B run for every launch of this folder; offline if there is no key to log in with."""
         import wandb
 
-        id_file = self.run / "wandb_id.txt"
-        if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-        run_id = id_file.read_text(encoding="utf-8").strip()
+        path = self.run / WANDB_FILE
+        run_id, *sent = path.read_text(encoding="utf-8").split() if path.exists() else [uuid.uuid4().hex[:8]]
+        self.sent_step = max(self.sent_step, *(int(step) for step in sent), 0)
+        path.write_text(f"{run_id}\n{self.sent_step}\n", encoding="utf-8")
         options = {"name": self.run.name, "dir": str(self.run), "id": run_id, "resume": "allow"}
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
             options["mode"] = "offline"
@@ -223,7 +210,7 @@ class RunTracker:
 
 
 def _cut_samples(path: Path, step: int) -> None:
-    """Drop the texts of later steps than `step`: the resumed run writes them again."""
+    """Drop the samples of steps after `step`: the resumed run writes them again."""
     if path.exists():
         sections = re.split(r"(?m)^(?=## Step \d+$)", path.read_text(encoding="utf-8"))
         headings = [re.match(r"## Step (\d+)", text) for text in sections]
@@ -231,26 +218,25 @@ def _cut_samples(path: Path, step: int) -> None:
         replace_text(path, "".join(kept))
 
 
-def _cut_metrics(path: Path, step: int, looked: int) -> set[tuple[int, str]]:
-    """Drop what the resumed run will log again: training after `step`, evaluations after `looked`, half a last line.
+def _cut_metrics(path: Path, step: int, looked: int) -> int:
+    """Drop what the resumed run will log again: training after `step`, evaluations after `looked`, a broken last line.
 
-    Returns (step, first name) of the lines that were dropped: an earlier launch has sent them to the trackers.
+    Returns the last step in the file before the cut, which earlier launches have sent to the trackers.
     """
     if not path.exists():
-        return set()
-    kept, dropped = [], set()
+        return 0
+    kept, last = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
             name = next(name for name in record if name != "step")
             if record["step"] <= (looked if name.startswith("eval/") else step):
                 kept.append(line + "\n")
-            else:
-                dropped.add((record["step"], name))
+            last = max(last, record["step"])
         except (ValueError, TypeError, KeyError, StopIteration):
             continue
     replace_text(path, "".join(kept))
-    return dropped
+    return last
 
 
 def draw_losses(metrics: Path) -> "Figure":

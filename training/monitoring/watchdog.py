@@ -1,4 +1,4 @@
-"""Where each rank stands, also for who looks from outside, and an end for a rank that hangs."""
+"""What each rank is doing, readable from outside, and an end for a rank that hangs."""
 
 import contextlib
 import faulthandler
@@ -16,22 +16,21 @@ BACKSTOP_SECONDS = 60
 
 
 class Watchdog:
-    """Notes what this rank does, in `.heartbeats/rank-N` of the run folder, and ends it if that stays the same too long.
+    """Writes what this rank does to `.heartbeats/rank-N` of the run folder, and ends a rank that makes no progress.
 
-    The file has two lines, of the training, with the time, and of the writing of checkpoints; it outlives a kill. A note
-    costs some microseconds. A rank whose interpreter stands still, so that no thread of it runs, is ended by
-    `faulthandler`, without a word but with its stacks.
+    The file has two lines: the training with the time, and the writing of checkpoints. It survives a kill. A beat costs
+    some microseconds. If no thread of the interpreter runs any more, `faulthandler` ends the rank and leaves its stacks.
     """
 
-    def __init__(self, run: Path, rank: int, num_ranks: int, limit_seconds: float) -> None:
-        self.folder, self.rank, self.num_ranks, self.limit = run / HEARTBEATS, rank, num_ranks, limit_seconds
-        self._deadline, self._step, self._doing = time.monotonic() + self.limit, 0, "starting"
+    def __init__(self, run: Path, rank: int, limit_seconds: float) -> None:
+        self.folder, self.rank, self.limit = run / HEARTBEATS, rank, limit_seconds
+        self._deadline, self._step, self._doing = time.monotonic() + limit_seconds, 0, "starting"
         self._over = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.folder / f"rank-{self.rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._stacks = (self.folder / f"stacks-{self.rank}").open("w")  # now: when it is needed, it may be too late
+        self._stacks = (self.folder / f"stacks-{self.rank}").open("w")  # opened now: later the disk may be full
         self.beat(0, "starting")
         self.note_writing("idle")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -42,22 +41,22 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()  # or it might set the backstop once more
+        self._thread.join()  # else it might arm faulthandler once more
         faulthandler.cancel_dump_traceback_later()
         os.close(self._file)
         self._stacks.close()
 
     def beat(self, step: int, doing: str) -> None:
-        """The training has come to `step`, and begins `doing`: a word."""
+        """The training has reached `step` and begins `doing`, one word."""
         self._deadline, self._step, self._doing = time.monotonic() + self.limit, step, doing
         self._note(f"step {step} {doing} {time.time():.3f}", 0)
 
     def note_writing(self, doing: str) -> None:
-        """What the writing of checkpoints does, beside the training."""
+        """What the thread that writes checkpoints is doing."""
         self._note(f"checkpoint {doing}", LINE_BYTES)
 
     def _note(self, text: str, place: int) -> None:
-        with contextlib.suppress(OSError):  # a full disk: it is for information only
+        with contextlib.suppress(OSError):  # a full disk: the file is for information only
             os.pwrite(self._file, text.ljust(LINE_BYTES - 1).encode() + b"\n", place)
 
     def _watch(self) -> None:
@@ -70,23 +69,11 @@ class Watchdog:
     def _give_up(self) -> None:
         try:
             print(
-                f"{Path(sys.argv[0]).name}: error: rank {self.rank} has come no further than step {self._step}, "
-                f"{self._doing}, for {self.limit / 60:.3g} minutes{self._first_to_stop()}; ending it. Its stacks are in "
-                f"{self._stacks.name}. Go on from the last checkpoint with --checkpoint.resume auto; guards.hang_minutes is "
-                "how long is too long",
+                f"{Path(sys.argv[0]).name}: error: rank {self.rank} has been at step {self._step}, {self._doing}, for "
+                f"{self.limit / 60:.3g} minutes, so it is ended (guards.hang_minutes). {self._stacks.name} holds its "
+                "stacks. Continue from the last checkpoint with --checkpoint.resume auto",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             faulthandler.dump_traceback(self._stacks, all_threads=True)
         finally:
             os._exit(HANG_EXIT_CODE)
-
-    def _first_to_stop(self) -> str:
-        """The rank that has been silent for longest: the others may only be waiting for it."""
-        beats: list[tuple[float, int, str]] = []
-        for rank in range(self.num_ranks):
-            with contextlib.suppress(OSError, ValueError, IndexError):  # not there: on another machine
-                _, step, doing, second = (self.folder / f"rank-{rank}").read_text().split()[:4]
-                beats.append((float(second), rank, f"step {step} {doing}"))
-        if not beats or min(beats)[1] == self.rank:
-            return ""
-        return f" (the first to fall silent was rank {min(beats)[1]}: {min(beats)[2]})"

@@ -11,11 +11,11 @@ from torch.distributed.tensor import DTensor
 class WeightAverage:
     """The average of a model's trainable parameters, in fp32, each shared one once.
 
-    It costs four bytes per parameter and one pass over them per step, and is the same on all ranks, as the weights are.
+    It costs four bytes per parameter and one pass over them per step. Like the weights, it is the same on all ranks.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Begins as a copy of the weights, on their device: make it when the model is where it will be trained."""
+        """Starts as a copy of the weights on their device, so move the model there first."""
         self.decay = decay
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self.names = [name for name, _ in named]
@@ -24,11 +24,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step` (1, 2, …).
+        """Include the weights after optimizer step `step` (1, 2, …).
 
-        The decay is min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten; that of
-        TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. As it follows from the step, there is
-        nothing to store but the average.
+        The decay is min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten, as in
+        TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. It follows from the step and needs no state.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, [parameter.float() for parameter in self.parameters], 1 - decay)
@@ -36,11 +35,11 @@ class WeightAverage:
     @torch.no_grad()
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The model with the average for its weights, to be evaluated or saved, not to be trained.
+        """Within the block, the model's weights are the average, to evaluate or save, not to train.
 
-        The parameters stay the objects that they are, for optimizer and DDP; nothing is copied where they are fp32.
+        The parameters remain the same objects, which optimizer and DDP need. fp32 parameters are not copied.
         """
-        if any(isinstance(parameter, DTensor) for parameter in self.parameters):  # FSDP keeps its own reference to them
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters):  # FSDP keeps its own references
             there = [parameter.detach() for parameter in self.parameters]
             weights = [values.clone() for values in there]
             try:

@@ -13,9 +13,9 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Muon):
-    """torch's, with one group; on a CPU that would emulate bf16 its matrix products are in fp32, which there is faster.
+    """torch's Muon with one group. On a CPU that emulates bf16, its matrix products run in fp32, which is faster there.
 
-    Of torch's options it takes Nesterov's momentum and `match_rms_adamw` alone, see `MuonAdamW`.
+    It implements Nesterov momentum and `match_rms_adamw` only, see `MuonAdamW`.
     """
 
     @torch.no_grad()
@@ -37,13 +37,13 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """(M, N) → (M, N): the same singular vectors, singular values near 1; in the precision that `matrix` has.
+    """(M, N) → (M, N): the same singular vectors, singular values near 1, in the precision of `matrix`.
 
     Newton-Schulz iterations as in Jordan, 2024 (kellerjordan.github.io/posts/muon).
     """
     linear, cubic, quintic = COEFFICIENTS
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    wide = wide / wide.norm().clamp(min=1e-7)  # no singular value over 1
+    wide = wide / wide.norm().clamp(min=1e-7)  # now no singular value exceeds 1
     for _ in range(ITERATIONS):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), wide, beta=linear)
@@ -53,12 +53,12 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan, 2024, kellerjordan.github.io/posts/muon) and AdamW as one optimizer, each for its own parameters.
 
-    Muon's update is scaled by 0.2 √max(rows, columns), which gives it the size of AdamW's, so that both take the same
+    Muon's update is scaled by 0.2 √max(rows, columns), which makes it as large as AdamW's, so that both use the same
     learning rate and weight decay (Liu et al., 2025, arXiv 2502.16982).
 
-    The groups of this optimizer are the dictionaries of the two, and the state is one: a scheduler, a gradient scaler
-    or accelerate that works on this optimizer works on both. Under a gradient scaler AdamW may be fused: it is this
-    optimizer that the scaler asks, which does not unscale by itself.
+    This optimizer shares its parameter groups and its state with the two, so a scheduler, a gradient scaler or accelerate
+    that works on it works on both. AdamW may be fused under a gradient scaler, because the scaler asks this optimizer,
+    which does not unscale by itself.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
@@ -67,7 +67,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """Hand groups and state, which loading replaces, to the two."""
+        """Give groups and state to the two; loading a state dict replaces them."""
         muon, adamw = self.parts
         muon.param_groups, adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         muon.state = adamw.state = self.state

@@ -1,10 +1,10 @@
-"""Context parallelism: the positions of each row are shared out over the ranks of a group, for rows too long for one.
+"""Context parallelism: the ranks of a group share the positions of each row, for rows too long for one device.
 
-A row is cut into two pieces per rank, and rank r of n holds the pieces r and 2n - 1 - r: as a causal query reads what is
-before it, every rank has the same work. In each layer the ranks gather all keys and values of the row; each computes the
-attention of its own queries. As Llama 3 was trained (Grattafiori et al., 2024, arXiv 2407.21783, section 3.3.2): unlike a
-ring, it allows any mask, by which packed documents are kept apart. Every other operation of a decoder is done position by
-position. The loss is a sum over targets, so a rank's part of a row adds to it like a row of its own.
+A row is cut into two pieces per rank, and rank r of n holds the pieces r and 2n - 1 - r. Since a causal query reads only
+what precedes it, this gives every rank the same work. In each layer the ranks gather all keys and values of the row, and
+each computes the attention of its own queries. Llama 3 was trained this way (Grattafiori et al., 2024, arXiv 2407.21783,
+section 3.3.2). Unlike ring attention it allows any mask, which packed documents need. All other operations of a decoder
+work position by position. The loss is a sum over targets, so a rank's part of a row counts like a row of its own.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ from utils.data.packing import Batch
 from utils.kernels.head_loss import product_dtype
 from utils.model.modules import evaluating
 
-# What some models hand to their attention, and this one cannot heed.
-UNKNOWN_TO_IT = ("softcap", "position_bias", "s_aux")
-OTHERWISE = "choose another architecture, or launch without parallelism_config_cp_size"
+# Arguments that some models pass to their attention and this attention ignores.
+UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "s_aux")
+REMEDY = "choose another architecture, or launch without parallelism_config_cp_size"
 
 
 def columns_of(rank: int, size: int, length: int) -> np.ndarray:
@@ -39,10 +39,10 @@ def columns_of(rank: int, size: int, length: int) -> np.ndarray:
 def collate_columns(
     collate: Collator, rank: int, size: int, rows: Batch, generators: Sequence[np.random.Generator]
 ) -> Batch:
-    """What `collate` makes of rows, of which this rank's positions: (B, T / size).
+    """This rank's positions, (B, T / size), of what `collate` makes of rows.
 
-    And `row_position_ids` (B, T), all of the row's, where it holds several documents. Padding needs no mask, as it stands
-    at the end.
+    If a row holds several documents, also `row_position_ids` (B, T) of the whole row. Padding needs no mask, because it
+    stands at the end.
     """
     batch = collate(rows, generators)
     columns = columns_of(rank, size, batch["input_ids"].shape[1])
@@ -64,11 +64,10 @@ class ContextGroup:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
     def masks(self, row_position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """What is added to the scores of each of this rank's pieces, (B, 1, L, E), made once for all layers.
+        """The additive masks of this rank's two pieces, (B, 1, L, E) with E where the piece ends; once for all layers.
 
-        E is where the piece ends. 0 where a query reads the key, else the lowest number, in the precision of autocast: a
-        boolean mask torch would turn into another such tensor in every layer, and keep each. None, in the place of both,
-        where a row is one document.
+        0 where a query reads the key, else the lowest number, in autocast's precision. torch would convert a boolean mask
+        in every layer and keep each copy. Both are None if a row is one document.
 
         Args:
             row_position_ids: (B, T); they restart at 0 with each document.
@@ -76,7 +75,7 @@ class ContextGroup:
         if row_position_ids is None:
             return None, None
         columns = torch.arange(row_position_ids.shape[1], device=row_position_ids.device)
-        documents = columns - row_position_ids  # where each one begins
+        documents = columns - row_position_ids  # where each document begins
         none = torch.zeros((), device=columns.device)
         none = none.to(product_dtype(none))
         first, last = (
@@ -91,7 +90,7 @@ class ContextGroup:
         return first, last
 
     def pieces(self, length: int) -> list[tuple[int, int]]:
-        """Begin and end of the two that this rank holds of a row."""
+        """Begin and end of the two pieces that this rank holds of a row."""
         size = length // (2 * self.size)
         return [(piece * size, (piece + 1) * size) for piece in (self.rank, 2 * self.size - 1 - self.rank)]
 
@@ -103,25 +102,25 @@ class ContextGroup:
         """Attention as transformers asks for it, over the keys of all ranks (which all call).
 
         Args:
-            query, key, value: (B, H, T / size, D), with fewer heads of keys and values perhaps.
-            context_masks: what `masks` gives. Without them the row is this rank's alone: a text that is being written.
+            query, key, value: (B, H, T / size, D); keys and values may have fewer heads.
+            context_masks: from `masks`. Without them this rank has the whole row: a text that is being generated.
 
         Returns:
-            (B, T / size, H, D), and no weights.
+            (B, T / size, H, D), and no attention weights.
         """
         if not context_masks:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
             )
-        if unheeded := [name for name in UNKNOWN_TO_IT if kwargs.get(name) is not None]:
-            raise UserError(f"context parallelism: {type(module).__name__} asks for {unheeded[0]}; {OTHERWISE}")
+        if unheeded := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
+            raise UserError(f"context parallelism: {type(module).__name__} asks for {unheeded[0]}; {REMEDY}")
         dtype = product_dtype(query)
         query, pair = query.to(dtype), torch.cat([key.to(dtype), value.to(dtype)], dim=-1)
         keys, values = _GatherColumns.apply(pair, self.group).split([key.shape[-1], value.shape[-1]], dim=-1)
         groups, outputs = query.shape[1] // key.shape[1], []
         for part, (_, end), mask in zip(query.chunk(2, dim=2), self.pieces(keys.shape[2]), context_masks, strict=True):
             some_keys, some_values = keys[:, :, :end], values[:, :, :end]
-            if mask is not None:  # GPUs' kernels take either a mask or fewer heads of keys and values
+            if mask is not None:  # GPU kernels take either a mask or grouped heads
                 some_keys, some_values = repeat_kv(some_keys, groups), repeat_kv(some_values, groups)
             outputs.append(F.scaled_dot_product_attention(
                 part, some_keys, some_values, dropout_p=dropout, scale=scaling, enable_gqa=mask is None and groups > 1,
@@ -131,7 +130,7 @@ class ContextGroup:
 
 
 class _GatherColumns(torch.autograd.Function):
-    """(B, H, T / size, D) of each rank → (B, H, T, D) in the row's order; the gradients are summed over the ranks in fp32."""
+    """(B, H, T / size, D) of each rank → (B, H, T, D) in the row's order. The backward pass sums over ranks in fp32."""
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[override]
@@ -152,9 +151,9 @@ class _GatherColumns(torch.autograd.Function):
 
 
 def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
-    """Let `objective`, not yet prepared, take batches of `collate_columns` from here on; all ranks call.
+    """Let `objective`, not yet prepared, take batches of `collate_columns` from here on. All ranks call.
 
-    `UserError` if its model's logits would not be those of a whole row.
+    `UserError` if the logits of its model would differ from those of a whole row.
     """
     model = objective.model
     _check_architecture(model.config.get_text_config())
@@ -168,7 +167,7 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
     columns = torch.from_numpy(columns_of(context.rank, context.size, length))
     with evaluating(objective), torch.no_grad():
         wanted = [objective.logits(input_ids=ids, position_ids=positions)[:, columns] for positions, _ in rows]
-        # transformers need make no mask: documents are kept apart in the attention, and a text is written by itself.
+        # transformers makes no mask: the attention keeps documents apart, and a generated text is alone in its row.
         AttentionMaskInterface.register("context_parallel", lambda **_: None)
         AttentionInterface.register("context_parallel", context.attention)
         model.set_attn_implementation("context_parallel")
@@ -179,19 +178,19 @@ def use_context_parallel(objective: Any, group: dist.ProcessGroup) -> None:
             dist.all_reduce(wrong, dist.ReduceOp.MAX, host_group)  # all ranks raise, or none
             if wrong:
                 raise UserError(
-                    f"context parallelism: {type(model).__name__} computes other logits than on whole rows; {OTHERWISE}"
+                    f"context parallelism: {type(model).__name__} computes other logits than on whole rows; {REMEDY}"
                 )
     context.group = group
 
 
 def _check_architecture(config: Any) -> None:
-    """`UserError` for what short rows would not show."""
+    """`UserError` for differences that the short rows of the check would not show."""
     windows = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     kinds = set(getattr(config, "layer_types", None) or [windows])
     if others := sorted(kinds - {"full_attention"}):
-        raise UserError(f"context parallelism: {config.model_type} has layers of {others[0]}; {OTHERWISE}")
+        raise UserError(f"context parallelism: {config.model_type} has layers of {others[0]}; {REMEDY}")
     rotation = getattr(config, "rope_parameters", None) or {}
     for part in [rotation, *rotation.values()]:
         kind = part.get("rope_type", "") if isinstance(part, dict) else ""
         if kind == "longrope" or "dynamic" in kind:  # each rank would choose by its own positions
-            raise UserError(f"context parallelism: {config.model_type} has rotations of the kind {kind}; {OTHERWISE}")
+            raise UserError(f"context parallelism: {config.model_type} has rotations of the kind {kind}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""Writing checkpoints while the training goes on."""
+"""Writing checkpoints while training continues."""
 
 import json
 import tempfile
@@ -16,44 +16,40 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from training.optimization.ema import WeightAverage
 from training.parallel.sharding import is_sharded
-from training.saving.shards import Tensors, check_complete, save_shards, save_weights, shared_checkpoint, take_weights
-from utils.checkpoint_folders import (
-    checkpoint_name,
-    find_problem,
-    link_checkpoint,
-    new_checkpoint,
-    remove_old_checkpoints,
-)
-from utils.checkpoints import TrainState, take_tensors
+from training.saving.folders import link_checkpoint, new_checkpoint, remove_old_checkpoints
+from training.saving.shards import check_complete, save_shards, save_weights, shared_checkpoint, take_weights
+from training.saving.training_state import split_tensors
+from utils.checkpoint_tensors import Tensors
+from utils.checkpoints import TrainState, checkpoint_name, find_problem
 from utils.cli import UserError
 from utils.config import CheckpointConfig
 from utils.model.adapters import has_adapters, save_base
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run: a copy to memory, during which training pauses, then to the disk in a thread.
+    """Writes the checkpoints of a run: training pauses for a copy to memory, a thread writes the copy to the disk.
 
-    Every rank has one; only the main process's writes, but under FSDP, where each writes its own part. The copy stays for
-    the next save: it costs as much memory on the host as the process writes to the disk (FSDP: more for a while, see
-    `save_shards`). A save that fails leaves the earlier checkpoints as they are; it is reported by `warn`, and the next
-    one tries again, unless somebody waits for it.
+    Every rank has one. Only the main process writes, except under FSDP, where each rank writes its shard. The buffers of
+    the copy are kept for the next save; they take as much host memory as the process writes to the disk (under FSDP more
+    for a moment, see `save_shards`). A save that fails leaves the earlier checkpoints untouched. `warn` reports it and the
+    next save tries again; if the caller waits for the save, it raises instead.
 
     Attributes:
-        pause_seconds: what the latest save cost the training.
-        write_seconds: how long the latest took in all, with what it wrote beside the training.
+        pause_seconds: how long training paused for the latest save.
+        write_seconds: how long the latest save took in all.
     """
 
     def __init__(
         self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, tokenizer: Any, *,
         warn: Callable[[str], None], note: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`note` is told what the writing does at each moment: writing, rotating or idle."""
+        """`note` gets what the thread is doing: writing, rotating or idle."""
         self.accelerator, self.folder, self.config, self.warn, self.note = accelerator, folder, config, warn, note
         self.pause_seconds = self.write_seconds = 0.0
         self._thread: threading.Thread | None = None
@@ -61,16 +57,19 @@ class CheckpointWriter:
         self._buffers: Tensors = {}
         self._group: dist.ProcessGroup | None = None
         if is_sharded(accelerator):
-            # Of the threads that write, whose messages must not meet those of the training.
-            # They wait for the merging of the weights, which takes as long as the disk does; a rank that dies ends the launch.
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions  # 1.7 s to import
+
+            # The writing threads need a group of their own, so that their messages do not mix with the training's. They
+            # wait for the merged weights, as long as the disk takes; if a rank dies, the launcher ends all.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
             on_gpu = accelerator.device.type != "cpu"
             self._stager = DefaultStager(StagingOptions(
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
             ))  # fmt: skip
+        transformers_logging.disable_progress_bar()  # of each `save_pretrained`
         self._tokenizer_files: dict[Path, bytes] = {}
         if accelerator.is_main_process:
-            # Read once: a run's tokenizer stays as it is, and may be in use while a checkpoint is written.
+            # Read once: the tokenizer does not change, and may be in use while a checkpoint is written.
             with tempfile.TemporaryDirectory() as temporary:
                 tokenizer.save_pretrained(temporary)
                 files = [path for path in Path(temporary).rglob("*") if path.is_file()]
@@ -88,10 +87,10 @@ class CheckpointWriter:
         self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, wait: bool,
     ) -> None:  # fmt: skip
-        """Save `step-N` of `state` (all ranks call); with `wait`, as `finish` after it.
+        """Save step N of `state` (all ranks call); with `wait`, also call `finish`.
 
-        A checkpoint of that step that is there and intact is kept, and only the links are moved: a run that was stopped
-        before its evaluation makes that first when it goes on.
+        An intact checkpoint of that step is kept, and only the links move: a run that was stopped before its evaluation
+        makes that evaluation first when it resumes.
         """
         started = time.perf_counter()
         wait = wait or not self.config.asynchronous
@@ -104,7 +103,7 @@ class CheckpointWriter:
             broadcast_object_list(needed)
         write: Callable[[], None] | None = None
         if needed[0] and (self._group is not None or self.accelerator.is_main_process):
-            # From a GPU's memory also where it is waited for: the copy's place is there, and safetensors would make one.
+            # Copy from the GPU even for a blocking save: the buffer exists, and safetensors would make another.
             snapshot = not wait or self.accelerator.device.type != "cpu"
             write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
         if write is not None or self.accelerator.is_main_process:
@@ -116,7 +115,7 @@ class CheckpointWriter:
         self.pause_seconds = time.perf_counter() - started
 
     def finish(self) -> None:
-        """Until all is on the disk (all ranks call); `UserError` if the latest save failed."""
+        """Wait until everything is on the disk (all ranks call); `UserError` if the latest save failed."""
         if self._thread is not None:
             self._thread.join()
         failure = [self._error and f"cannot write the last checkpoint in {self.folder}: {self._error}; the earlier ones "
@@ -127,16 +126,16 @@ class CheckpointWriter:
             raise UserError(failure[0])
 
     def _wait(self) -> None:
-        """Until the save under way is done; its failure is a warning."""
+        """Wait for a save in progress; its failure is a warning."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
-            self.warn(f"a checkpoint could not be written: {self._error}; the earlier ones are untouched, and the run "
-                      "goes on to the next")  # fmt: skip
+            self.warn(f"a checkpoint could not be written: {self._error}; the earlier ones are untouched, and the next "
+                      "save tries again")  # fmt: skip
         self._thread = self._error = None
 
     def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
-        """In the thread: the checkpoint, unless it is there; then the links, and what is no longer needed."""
+        """In the thread: write the checkpoint unless it exists, move the links, remove old checkpoints."""
         try:
             if write is not None:
                 self.note("writing")
@@ -148,8 +147,8 @@ class CheckpointWriter:
                 if not link_checkpoint(self.folder, "best", best_step) and best_step is not None:
                     self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
                 remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
-        except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError; all must be told
-            if self.accelerator.is_main_process:  # a failure of another rank is its failure, too
+        except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
+            if self.accelerator.is_main_process:  # it fails too if another rank does
                 self._error = error
         finally:
             self.note("idle")
@@ -158,15 +157,15 @@ class CheckpointWriter:
         self, state: TrainState, model: Any, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, snapshot: bool,
     ) -> Callable[[], None]:  # fmt: skip
-        """What writes the checkpoint, from a copy of everything that training changes, or from the thing itself."""
+        """A function that writes the checkpoint, with `snapshot` from a copy of everything that training changes."""
         weights = model.state_dict(keep_vars=True)
         if hasattr(model, "peft_config"):  # only the adapters are saved
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
             weights = {name: tensor for name, tensor in weights.items() if name in trained}
-        owners: dict[int, str] = {}  # of a tensor with two names, the first
+        owners: dict[int, str] = {}  # the first name of a tensor that has two
         shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
         owned = {name: weights[name].detach() for name in owners.values()}
-        optimizer_record, tensors = take_tensors(optimizer.state_dict())
+        optimizer_record, tensors = split_tensors(optimizer.state_dict())
         averages = average.state_dict() if average else {}
         if (group := self._group) is not None:
             staged: Any = self._stager.stage({"owned": owned, "tensors": tensors, "averages": averages})
@@ -176,7 +175,7 @@ class CheckpointWriter:
             tensors = {name: self._copy(tensor, name) for name, tensor in tensors.items()}
             averages = {name: self._copy(tensor, f"average.{name}") for name, tensor in averages.items()}
             if torch.accelerator.is_available():
-                torch.accelerator.synchronize()  # the copies to pinned memory have been waiting for each other, not for us
+                torch.accelerator.synchronize()  # copies to pinned memory are asynchronous
         record = {"state": asdict(state), "scheduler": scheduler.state_dict(), "optimizer": optimizer_record}
         if self.accelerator.scaler is not None:
             record["scaler"] = self.accelerator.scaler.state_dict()
@@ -207,7 +206,7 @@ class CheckpointWriter:
                 save_shards(tensors, temporary / "optimizer", group)
                 if averages:
                     save_shards(averages, temporary / "average", group)
-                # No rank waits for another from here on: what raises here ends the save of the main process alone.
+                # No rank waits for another from here on, so the main process may raise alone.
                 if self.accelerator.is_main_process:
                     check_complete(temporary / "optimizer", tensors)
                     check_complete(temporary / "average", averages)
@@ -218,7 +217,7 @@ class CheckpointWriter:
         return write_together
 
     def _copy(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
-        """A copy in this process's memory, at the same place each time; from a GPU without waiting for it."""
+        """A copy in this process's memory, in the same buffer each time; from a GPU it is asynchronous."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"

@@ -1,7 +1,7 @@
-"""The run folder: whose it is, whether this call may go on in it, and what makes the run repeatable.
+"""The run folder: which run it holds, whether this launch may continue it, and what makes the run repeatable.
 
 config.yaml        the resolved configuration; runs again as --config
-environment.json   versions, machine, launch, git commit, one entry per launch
+environment.json   one entry per launch: versions, machine, command, git commit
 """
 
 import contextlib
@@ -21,14 +21,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from training.monitoring.stopping import STOP_FILE
-from utils.checkpoint_folders import find_newest_valid, remove_leftovers
-from utils.checkpoints import load_state
+from training.saving.folders import remove_leftovers
+from utils.checkpoints import find_newest_valid, load_state
 from utils.cli import UserError, at_exit, save_config
 from utils.config import TrainConfig
-from utils.files import hold_lock, read_json, read_yaml, replace_text
+from utils.files import flatten, hold_lock, read_json, read_yaml, replace_text
 
-# What may differ when a run goes on: what is seen of it, how the same batch is split, and how far it goes. The last
-# bends a decaying schedule from the resumed step on; every change is printed.
+# Options that a resumed run may change: what is shown, how the same batch is split, how long the run is. The last one
+# bends a decaying schedule from the resumed step on. Every change is printed.
 FREE_TO_CHANGE = (
     "output", "max_minutes", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.",
     "checkpoint.", "guards.", "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens", "schedule.decay_steps", "model.activation_checkpointing",
@@ -37,11 +37,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "sa
 
 
 def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from (None: start afresh) and lines to say, the same on all ranks.
+    """The checkpoint to resume from (None: a new run) and lines to print, the same on all ranks.
 
-    The main process looks, hashes the checkpoint, and keeps a lock on the folder until it ends; the others are told.
-    Raises `UserError` on all ranks if the folder holds another run, is in use, cannot be written, or was not asked to be
-    resumed.
+    The main process verifies the checkpoint and locks the folder until it exits; the others get the result. Raises
+    `UserError` on all ranks if the folder holds another run, is in use, cannot be written, or may not be resumed.
     """
     found: list[Any] = [None, [], None]
     if accelerator.is_main_process:
@@ -67,7 +66,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
     if not os.access(run, os.W_OK):
         raise UserError(f"run folder {run} cannot be written; choose another --output")
     saved_config = run / "config.yaml"
-    # A stop may be asked for while the first launch is still importing.
+    # The user may ask for a stop while the first launch is still importing.
     is_empty = all(path.name.startswith(".") or path.name == STOP_FILE for path in run.iterdir())
     if not is_empty and not saved_config.is_file():
         raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
@@ -82,7 +81,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
     if not is_empty:
         if config.checkpoint.resume == "never":
             raise UserError(
-                f"{run} already holds a run; go on with it by --checkpoint.resume auto, or choose another --output"
+                f"{run} already holds a run; continue it with --checkpoint.resume auto, or choose another --output"
             )
         saved = read_yaml(saved_config)
         changes = _differences(saved, asdict(config))
@@ -93,7 +92,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         checkpoint, problems = find_newest_valid(run / "checkpoints")
         if problems and checkpoint is None:
             raise UserError(
-                f"{run} has no valid checkpoint to go on from: {'; '.join(problems)}; choose another --output"
+                f"{run} has no valid checkpoint to resume from: {'; '.join(problems)}; choose another --output"
             )
         lines += problems
         if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
@@ -103,40 +102,29 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
 
 
 def _leave_no_trace(run: Path) -> None:
-    """Of a run that was refused. Called before the lock is let go: who opens the file meanwhile is refused, too."""
+    """After a refused run, remove its lock file, while still holding the lock."""
     with contextlib.suppress(OSError):
         if [path.name for path in run.iterdir()] == [".lock"]:
             (run / ".lock").unlink()
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str]]:
-    """(option, "option old → new") for each option of two nested mappings that differs.
+    """(option, "option old → new") for each option that differs between two nested mappings.
 
-    An option that is newer than the run counts as left at its default, which is what the run did.
+    For an option that is newer than the run, the old value is its default.
     """
     old, new = flatten(asdict(TrainConfig())) | flatten(saved), flatten(current)
     names = sorted(old.keys() | new.keys())
     return [(name, f"{name} {old.get(name)} → {new.get(name)}") for name in names if old.get(name) != new.get(name)]
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mapping → one level, keys joined by dots."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Write config.yaml, by which the folder is this run's, and append to environment.json (main process)."""
+    """Write config.yaml, which makes the folder this run's, and append to environment.json (main process)."""
     run = Path(config.output)
     save_config(config, run / "config.yaml")
     path = run / "environment.json"
     launches = past_launches(run)
-    (run / "summary.json").unlink(missing_ok=True)  # it spoke of the end of an earlier launch
+    (run / "summary.json").unlink(missing_ok=True)  # it describes an earlier launch
     launches.append({
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -154,7 +142,7 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def past_launches(run: Path) -> list[dict[str, Any]]:
-    """environment.json, or nothing where there is none."""
+    """environment.json, or nothing if there is none."""
     try:
         launches = read_json(run / "environment.json", list)
     except UserError:

@@ -60,3 +60,8 @@ INITIALIZATIONS: dict[str, Callable[[PreTrainedModel], None]] = {
     "normal": initialize_normal,
     "gpt2": initialize_gpt2,
 }
+
+
+def is_norm(module: nn.Module) -> bool:
+    """LayerNorm or one of the RMSNorms, of which each architecture in transformers has its own class."""
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))

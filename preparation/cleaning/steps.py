@@ -1,13 +1,11 @@
-"""Cleaning: a recipe of named steps over batches of documents, each a transformation (text to text) or a filter.
+"""Cleaning: named steps over batches of documents, each a transformation (text to text) or a filter.
 
-Every transformation is idempotent: applied twice, it does what it does once.
+Every transformation is idempotent: applying it twice is the same as applying it once.
 """
 
-import difflib
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable
 from functools import partial
 from itertools import compress
 from typing import Any
@@ -16,34 +14,36 @@ import numpy as np
 
 from preparation.cleaning.filters import FILTERS, Verdict, language, length, licence
 from preparation.cleaning.personal_data import mask_personal_data
+from preparation.recipe import CleaningConfig
 from preparation.sources.conversations import assistant_text, lacks_content, map_contents
+from utils.cli import nearest
 
-# Everything in Unicode's categories Cc (controls) but tab and newline, and the zero-width characters that no script
-# needs: ZERO WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D spell words and emoji: kept.
+# Unicode's category Cc (controls) except tab and newline, and the zero-width characters that no script needs: ZERO
+# WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D are part of words and emoji, so they stay.
 CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
 LINE_ENDS = re.compile("\r\n?|[\u2028\u2029\x85]")
 BLANK_LINES = re.compile(r"\n{3,}")
 NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
 
-# Of what ftfy can do, only the repair of text that was decoded by the wrong encoding, C1 controls from Windows-1252
-# included. The rest is off. Straight quotes, letters for ligatures and half for full width (，！ to ,!) are another
-# spelling, in Chinese and Japanese a wrong one, not a repair; &lt; and escape sequences belong to texts about HTML and
-# terminals; line ends, controls and NFC are steps of their own.
+# ftfy only repairs text that was decoded with the wrong encoding, including C1 controls from Windows-1252. Its other
+# repairs are off: straight quotes, expanded ligatures and half-width punctuation (，！ to ,!) change the spelling, which
+# is wrong in Chinese and Japanese; &lt; and escape sequences belong in texts about HTML and terminals; line ends,
+# controls and NFC have their own steps.
 FTFY_OPTIONS: dict[str, Any] = {
     "unescape_html": False, "remove_terminal_escapes": False, "fix_latin_ligatures": False, "uncurl_quotes": False,
     "fix_character_width": False, "fix_line_breaks": False, "fix_surrogates": False, "remove_control_chars": False,
     "normalization": None,
 }  # fmt: skip
 
-BOILERPLATE_LINE = 120  # characters; what is longer is prose that mentions such things
+BOILERPLATE_LINE = 120  # characters; a longer line is prose that mentions such things
 _SITE = r"(?:twitter|x|facebook|linked ?in|reddit|pinterest|whatsapp|tumblr|telegram|instagram|youtube|e-?mail)"
 _LINK = (
     r"(?:home|next|prev(?:ious)?|back|up|top|index|contents|menu|search|help|faqs?|about(?: us)?|contact(?: us)?"
     r"|site ?map|log ?in|sign ?(?:in|up)|register|privacy(?: policy)?|cookies?(?: policy| settings)?|imprint|disclaimer"
     r"|terms(?: (?:of (?:use|service)|(?:and|&) conditions))?|accessibility|careers|press|blog|advertis(?:e|ing))"
 )
-# Lines that are boilerplate from end to end, in lower case: what such a line holds (looked for first: it costs least)
-# and what it looks like. Prose about cookies or copyright has to survive.
+# Lines that are boilerplate from end to end, in lower case: strings that such a line contains (checked first, because
+# it is cheap) and a pattern for the whole line. Prose about cookies or copyright must survive.
 _BOILERPLATE = [
     (("|", " · ", " • ", " » ", " / "), rf"[^\w|]*{_LINK}(?:[ \t]*[|·•»/][ \t|·•»/]*{_LINK})+[\W_]*"),
     (("skip to", " top"), r"skip to (?:main |the )?content|(?:back|return|go) to (?:the )?top(?: of (?:the )?page)?"),
@@ -71,10 +71,10 @@ C4_NOTICES = re.compile(r"javascript|terms of use|(?:privacy|cookie) policy|uses
 
 
 def fix_unicode(text: str) -> str:
-    """Repair mojibake, UTF-8 that was decoded as another encoding ("schÃ¶n"), by ftfy; line by line, as ftfy does."""
+    """Repair mojibake, UTF-8 that was decoded with another encoding ("schÃ¶n"), line by line with ftfy."""
     if text.isascii():
         return text
-    import ftfy  # here, so that a configuration can be checked (see `check_steps`) without waiting for it
+    import ftfy  # a slow import that checking a configuration does not need
 
     return "\n".join([line if line.isascii() else ftfy.fix_text(line, **FTFY_OPTIONS) for line in text.split("\n")])
 
@@ -84,36 +84,28 @@ def unify_line_ends(text: str) -> str:
 
 
 def remove_controls(text: str) -> str:
-    """No control characters and no zero-width ones but the joiners; a carriage return becomes a newline."""
+    """Remove control characters, and zero-width ones except the joiners; a carriage return becomes a newline."""
     return CONTROL_CHARACTERS.sub("", unify_line_ends(text))
 
 
 def nfc(text: str) -> str:
-    """Unicode normalisation form C."""
+    """Unicode normalization form C."""
     return unicodedata.normalize("NFC", text)
 
 
 def tidy_whitespace(text: str) -> str:
-    """Unified line ends, no trailing space, at most one blank line, none at the ends; indents stay."""
+    """Unify line ends; remove trailing spaces, repeated blank lines and blank lines at the ends. Indents stay."""
     text = "\n".join([line.rstrip(" \t") for line in unify_line_ends(text).split("\n")])
     return BLANK_LINES.sub("\n\n", text).strip("\n")
 
 
-def clean_standard(text: str) -> str:
-    """NFC, unified line ends, no control characters, no trailing space, at most one blank line; indents stay.
-
-    In this order: a removed character may join a letter and its accent, or bare a space at the end of a line.
-    """
-    return tidy_whitespace(nfc(remove_controls(text)))
-
-
-def clean_basic(text: str) -> str:
-    """One line of words and plain punctuation; deletes about an eighth of ordinary prose, every newline included."""
+def basic(text: str) -> str:
+    """One line of words and plain punctuation. Deletes about an eighth of ordinary prose, including every newline."""
     return " ".join(nfc(NOT_BASIC.sub("", nfc(text))).split())
 
 
 def remove_boilerplate(text: str) -> str:
-    """Without the lines that are a web page's furniture from end to end: cookie notices, copyright, navigation."""
+    """Remove lines that are web page boilerplate from end to end: cookie notices, copyright, navigation."""
     lower = text.lower()
     short = [line if len(line) <= BOILERPLATE_LINE else "" for line in lower.split("\n")]
     forms = [(hint, form) for hint, form in BOILERPLATE if hint in lower]
@@ -122,7 +114,7 @@ def remove_boilerplate(text: str) -> str:
 
 
 def c4_lines(text: str) -> str:
-    """C4's rules for lines: they end as a sentence does, have five words and are no notice. Blank lines stay."""
+    """C4's rules for lines: keep those that end like a sentence, have five words and are no notice; and blank lines."""
     lines = text.split("\n")
     keep = [not line.strip() or _is_c4_line(line.strip()) for line in lines]
     return text if all(keep) else _keep_lines(text, keep)
@@ -137,16 +129,10 @@ def _keep_lines(text: str, keep: list[bool]) -> str:
     return BLANK_LINES.sub("\n\n", "\n".join(compress(text.split("\n"), keep))).strip("\n")
 
 
-TRANSFORMATIONS: dict[str, Callable[[str], str]] = {
-    "fix_unicode": fix_unicode,
-    "remove_controls": remove_controls,
-    "nfc": nfc,
-    "tidy_whitespace": tidy_whitespace,
-    "basic": clean_basic,
-    "remove_boilerplate": remove_boilerplate,
-    "c4_lines": c4_lines,
-    "mask_personal_data": mask_personal_data,
-}
+TRANSFORMATIONS: dict[str, Callable[[str], str]] = {step.__name__: step for step in (
+    fix_unicode, remove_controls, nfc, tidy_whitespace, basic, remove_boilerplate, c4_lines, mask_personal_data,
+)}  # fmt: skip
+# In this order: removing a character may join a letter and its accent, or leave a space at the end of a line.
 STANDARD = ["fix_unicode", "remove_controls", "nfc", "tidy_whitespace"]
 PROSE_STEPS = {"remove_boilerplate", "c4_lines", "c4", "gopher_quality", "gopher_repetition", "fineweb", "language"}
 CODE_STEPS = {"generated_code", "code_lines", "licence"}
@@ -154,61 +140,50 @@ EMPTY = "empty after cleaning"
 
 
 def expand_steps(steps: Iterable[str]) -> list[str]:
-    """The steps by their own names: "standard" stands for those in STANDARD."""
+    """The steps by their own names: "standard" is short for those in STANDARD."""
     return [name for step in steps for name in (STANDARD if step == "standard" else [step])]
 
 
 def check_steps(steps: Iterable[str]) -> list[str]:
-    """What is wrong with a recipe, one line each; nothing heavy is imported."""
-    known = [*TRANSFORMATIONS, *FILTERS]
+    """The problems with a list of steps, one line each. Imports nothing slow."""
+    known = ["standard", *TRANSFORMATIONS, *FILTERS]
     problems, expanded = [], expand_steps(steps)
     for name in dict.fromkeys(expanded):
         if name not in known:
-            close = difflib.get_close_matches(name, ["standard", *known], n=1, cutoff=0.5)
-            nearest = f" (did you mean {close[0]}?)" if close else ""
-            problems.append(f"cleaning: unknown step {name!r}{nearest}; known are standard, {', '.join(known)}")
+            problems.append(f"cleaning: unknown step {name!r}{nearest(name, known)}; known are {', '.join(known)}")
         elif expanded.count(name) > 1:
-            problems.append(f"cleaning: {name} stands twice (standard holds {', '.join(STANDARD)})")
+            problems.append(f"cleaning: {name} is given twice (standard includes {', '.join(STANDARD)})")
     return problems
 
 
-@dataclass(frozen=True)
-class CleaningOptions:
-    """A recipe and what its filters ask for; what belongs to a filter that is not in the recipe does nothing."""
+def clean_documents(
+    batch: dict[str, list], config: CleaningConfig, code_sources: Container[str] = (), conversations: bool = False
+) -> dict[str, Any]:
+    """Columns text, source, id → the same columns and reason, changed.
 
-    steps: tuple[str, ...] = ("standard",)  # names of TRANSFORMATIONS and FILTERS, in order, or "standard"
-    languages: tuple[str, ...] = ("en",)  # language: ISO 639-1 codes to keep; empty: any
-    min_language_score: float = 0.65  # language: what FineWeb asks for (arXiv 2406.17557)
-    min_characters: int = 1  # length
-    max_characters: int | None = None  # length; None: any
-    licences: tuple[str, ...] = ()  # licence: SPDX identifiers to keep; "NONE" keeps files that state none
-    code_sources: frozenset[str] = frozenset()  # values of column `source`: code
-    conversations: bool = False  # texts are conversations, as `preparation.sources.conversations` writes them
-
-
-def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[str, Any]:
-    """Columns text, source, id → the same and reason, changed.
-
-    `text` is cleaned, that of a dropped document as far as it got; `reason` says why it is dropped, "" that it is kept;
-    bit i of `changed` (uint32) is set when step i of `expand_steps(options.steps)` changed the text. PROSE_STEPS pass
-    over documents whose source is in `code_sources`, CODE_STEPS over the others. Of a conversation, transformations
-    change the content of each message, and filters judge what the assistant says: that is what is learnt.
+    `text` is cleaned; the cleaning of a dropped document ends where it was dropped. `reason` says why it was dropped,
+    "" if it is kept. Bit i of `changed` (uint32) is set if step i of `expand_steps(config.steps)` changed the text.
+    PROSE_STEPS skip documents whose source is in `code_sources`; CODE_STEPS skip the others. In `conversations`,
+    transformations change the content of each message, and filters judge only what the assistant says, since only that
+    is trained on.
     """
     filters: dict[str, Callable[[str], Verdict]] = FILTERS | {
-        "language": partial(language, languages=options.languages, min_score=options.min_language_score),
-        "length": partial(length, min_characters=options.min_characters, max_characters=options.max_characters),
-        "licence": partial(licence, licences=options.licences),
+        "language": partial(language, languages=config.languages, min_score=config.min_language_score),
+        "length": partial(length, min_characters=config.min_characters, max_characters=config.max_characters),
+        "licence": partial(licence, licences=config.licences),
     }
-    transform: Callable[[str, Callable[[str], str]], str] = map_contents if options.conversations else _transform
-    judged: Callable[[str], str] = assistant_text if options.conversations else str
-    is_empty: Callable[[str], bool] = lacks_content if options.conversations else lambda text: not text.strip()
-    steps = list(enumerate(expand_steps(options.steps)))
+    transform: Callable[[str, Callable[[str], str]], str] = (
+        map_contents if conversations else lambda text, step: step(text)
+    )
+    judged: Callable[[str], str] = assistant_text if conversations else str
+    is_empty: Callable[[str], bool] = lacks_content if conversations else lambda text: not text.strip()
+    steps = list(enumerate(expand_steps(config.steps)))
     texts, reasons, changes = [], [], []
     for raw, source in zip(batch["text"], batch["source"], strict=True):
         text, reason, changed = encodable(raw or ""), "", 0
-        passed_over = PROSE_STEPS if source in options.code_sources else CODE_STEPS
+        skipped = PROSE_STEPS if source in code_sources else CODE_STEPS
         for index, name in steps:
-            if name in passed_over:
+            if name in skipped:
                 continue
             if name in TRANSFORMATIONS:
                 before, text = text, transform(text, TRANSFORMATIONS[name])
@@ -225,12 +200,8 @@ def clean_documents(batch: dict[str, list], options: CleaningOptions) -> dict[st
     }  # fmt: skip
 
 
-def _transform(text: str, step: Callable[[str], str]) -> str:
-    return step(text)
-
-
 def encodable(text: str) -> str:
-    """`text` as UTF-8 can hold it: surrogate pairs become their character, lone surrogates U+FFFD."""
+    """`text` as UTF-8 can express it: surrogate pairs become their character, lone surrogates U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

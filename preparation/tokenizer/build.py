@@ -1,4 +1,4 @@
-"""Training, loading and describing a tokenizer; preparation/tokenizer/encoding.py applies it."""
+"""Training, loading and describing a tokenizer; `encoding` and `conversations` apply it."""
 
 import json
 import math
@@ -12,25 +12,20 @@ import jinja2
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from preparation.recipe import BUILT_IN_TOKENS, END_OF_TEXT, PADDING, TEMPLATE_TOKEN, WORDPIECE_TOKENS
 from utils.cli import UserError
 from utils.pretrained import read_tokenizer
 
-# transformers is imported where it is needed: it brings torch, two seconds that a call with nothing to do need not wait.
+# transformers is imported where it is used: it imports torch, which takes two seconds that an up-to-date call can save.
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerFast
 
 Algorithm = Literal["bpe", "unigram", "wordpiece"]
 
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|pad|>"
-WORDPIECE_TOKENS = {
-    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
-}  # fmt: skip
-TEMPLATE_TOKEN = re.compile(r"<\|[\w-]+\|>")
 LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
 SAMPLE_BATCH_BYTES = 1_000_000
-# Thai to Lao, Burmese, Khmer, kana, Chinese characters: scripts that put no space between words.
+# Scripts that put no space between words: Thai to Lao, Burmese, Khmer, kana, Chinese characters.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -40,38 +35,27 @@ def train_tokenizer(
     texts: Iterable[list[str]], *, algorithm: Algorithm = "bpe", vocab_size: int, special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
 ) -> "PreTrainedTokenizerFast":  # fmt: skip
-    """Train a tokenizer on batches of texts; the same texts give the same one, whatever the number of threads.
+    """Train a tokenizer on batches of texts; the same texts give the same tokenizer, whatever the number of threads.
 
     - "bpe": byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) with GPT-2's bytes and pre-tokenizer.
     - "unigram": a unigram language model (Kudo 2018, arXiv:1804.10959) over the same bytes and pre-tokenizer. Takes
       several times as long as BPE.
     - "wordpiece": as in BERT (Devlin et al. 2019, arXiv:1810.04805), cased. Holds `texts` in memory.
 
-    With the first two any text encodes without an unknown token and decodes to itself (unless it spells out one of the
-    special tokens). WordPiece loses white space and knows only the characters of `texts`.
+    With the first two, any text encodes without an unknown token and decodes to itself (unless it spells out a special
+    token). WordPiece loses white space and knows only the characters of `texts`.
 
     One special token, the eos token, stands before and after each document, so that the first word is predicted too
-    (WordPiece: [CLS] before, [SEP] after). The tokenizer adds the one before; the one after is the work of
-    `preparation.tokenizer.encoding`, as a prompt must not end with it. `special_tokens` are further ones of one id each; all of
-    them count in `vocab_size`. `chat_template` is Jinja text, saved with the tokenizer.
+    (WordPiece: [CLS] before, [SEP] after). The tokenizer adds the one before. `encoding` adds the one after, because a
+    prompt must not end with it. `special_tokens` are more tokens of one id each; all of them count in `vocab_size`.
+    `chat_template` is Jinja text, saved with the tokenizer. `TokenizerConfig.problems` says which options work.
 
-    Raises `UserError` for a vocabulary too small for its algorithm, a special token that is empty or stands twice, a
-    chat template with a syntax error or with a <|token|> that is none.
+    Raises `UserError` for a chat template with a syntax error.
     """
     from transformers import PreTrainedTokenizerFast
 
-    own = list(WORDPIECE_TOKENS.values()) if algorithm == "wordpiece" else [END_OF_TEXT, PADDING]
-    special = [*own, *special_tokens]
-    for token, count in Counter(special).items():
-        if count > 1 or not token.strip():
-            raise UserError(f"tokenizer.special_tokens: {token!r} is {'there already' if token.strip() else 'empty'}")
-    if lacking := sorted(set(TEMPLATE_TOKEN.findall(chat_template or "")) - set(special)):
-        raise UserError(f"tokenizer.special_tokens lacks {', '.join(lacking)}, as tokenizer.chat_template writes")
-    # The unigram trainer overshoots if the bytes leave it no room for one piece of its own.
-    least = len(special) + {"bpe": 256, "unigram": 257, "wordpiece": 4}[algorithm]
-    if vocab_size < least:
-        raise UserError(f"tokenizer.vocab_size is {vocab_size}; {algorithm} with these tokens needs at least {least}")
-    # The trainers take the square of a word's length: minutes for one of a million characters. No piece is that long.
+    special = [*BUILT_IN_TOKENS[algorithm], *special_tokens]
+    # The trainers need time quadratic in a word's length: minutes for a million characters. No piece is that long.
     texts = ([LONG_WORD.sub(r"\1 ", text) for text in batch] for batch in texts)
     if algorithm == "wordpiece":
         backend = _train_wordpiece(texts, vocab_size, special)
@@ -80,10 +64,9 @@ def train_tokenizer(
         backend = _train_byte_level(texts, algorithm, vocab_size, special)
         names = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": PADDING}
     bos, eos = names["bos_token"], names["eos_token"]
+    ids = [(token, backend.token_to_id(token)) for token in sorted({bos, eos})]
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A",
-        pair=f"{bos} $A {eos} $B",
-        special_tokens=[(token, backend.token_to_id(token)) for token in sorted({bos, eos})],
+        single=f"{bos} $A", pair=f"{bos} $A {eos} $B", special_tokens=ids
     )
     options: dict[str, Any] = {"extra_special_tokens": list(special_tokens)} if special_tokens else {}
     tokenizer = PreTrainedTokenizerFast(
@@ -102,11 +85,9 @@ def _train_byte_level(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = (trainers.BpeTrainer if algorithm == "bpe" else trainers.UnigramTrainer)(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
     if algorithm == "unigram":
         tokenizer.model = models.Unigram(_settle_scores(tokenizer, len(special)))
@@ -114,11 +95,11 @@ def _train_byte_level(
 
 
 def _settle_scores(tokenizer: Tokenizer, num_special: int) -> list[tuple[str, float]]:
-    """A trained unigram vocabulary with the run's accidents taken out of scores and order.
+    """A trained unigram vocabulary with scores and order made reproducible.
 
-    The trainer sums in the order of a hash map, which differs from run to run: scores differ by up to 4e-11, and the
-    bytes that the texts lack get the lowest score plus a multiple of 1e-4 in that order. So those bytes get the lowest
-    score, all are rounded to 1e-4 (in logarithms of probabilities), and equal ones are ordered by their piece.
+    The trainer sums in the order of a hash map, which differs from run to run: scores differ by up to 4e-11, and bytes
+    that the texts lack get the lowest score plus a multiple of 1e-4 in that order. So here those bytes get the lowest
+    score, all scores (log probabilities) are rounded to 1e-4, and equal ones are ordered by their piece.
     """
     vocab = [tuple(item) for item in json.loads(tokenizer.to_str())["model"]["vocab"]]
     special, pieces = vocab[:num_special], vocab[num_special:]
@@ -130,15 +111,15 @@ def _settle_scores(tokenizer: Tokenizer, num_special: int) -> list[tuple[str, fl
 
 
 def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[str]) -> Tokenizer:
-    batches = list(texts)  # gone through twice; the trainer's own tables are several times as large
+    batches = list(texts)  # read twice; the trainer's own tables are several times as large
     normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     splitter = pre_tokenizers.BertPreTokenizer()
     counts: Counter[str] = Counter()
     for batch in batches:
         for text in batch:
             counts.update(text)
-    # A character takes up to two entries, alone and after ##: at most half of the vocabulary (BERT: 1,000 characters
-    # of 30,522 entries). A word with one of the others is unknown.
+    # A character takes up to two entries, alone and after ##, so characters take at most half of the vocabulary (BERT:
+    # 1,000 characters of 30,522 entries). A word with any other character is unknown.
     known = sorted((char for char in counts if normalizer.normalize_str(char).strip()), key=lambda c: (-counts[c], c))
     known = known[: (vocab_size - len(special)) // 4]
     inside = [
@@ -148,15 +129,15 @@ def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
-        # The trainer numbers the ## characters in the order of a hash map, and breaks ties between pairs by these
-        # numbers. Those that it is given come first, in the order given.
+        # The trainer numbers ## characters in the order of a hash map, and breaks ties between pairs by these numbers.
+        # Special tokens come first, in the order given, so list the ## characters among them.
         special_tokens=[*special, *inside],
         initial_alphabet=known,
         limit_alphabet=len(known),
         show_progress=False,
     )
     tokenizer.train_from_iterator(batches, trainer)
-    trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # where ## characters are ordinary
+    trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # here ## characters are ordinary
     trained.normalizer, trained.pre_tokenizer = normalizer, splitter
     trained.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     trained.add_special_tokens(special)
@@ -164,18 +145,17 @@ def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[
 
 
 def get_chat_template(tokenizer: Any) -> str:
-    """The template that conversations are written by; `UserError` if the tokenizer has none."""
+    """The template that formats conversations; `UserError` if the tokenizer has none."""
     try:
         return tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
-            "the tokenizer has no chat template to write conversations by; give one as tokenizer.chat_template, such as "
-            "configs/chat_template.jinja"
+            "the tokenizer has no chat template; give one with tokenizer.chat_template configs/chat_template.jinja"
         ) from None
 
 
 def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
-    """`UserError` if the template has a mistake of syntax, or writes special tokens that the tokenizer lacks."""
+    """`UserError` if the template has a syntax error, or writes special tokens that the tokenizer lacks."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     if lacking := sorted(set(TEMPLATE_TOKEN.findall(tokenizer.chat_template)) - added):
         raise UserError(f"tokenizer.chat_template writes {', '.join(lacking)}, which the tokenizer does not have")
@@ -184,16 +164,16 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"tokenizer.chat_template: line {error.lineno}: {error.message}") from None
     except Exception:
-        pass  # a template may well refuse this conversation
+        pass  # a template may refuse this conversation
 
 
 def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -> Iterator[list[str]]:
-    """Batches of the documents of `dataset` (column `text`) until `sample_bytes` of UTF-8 have been given.
+    """Batches of the documents of `dataset` (column `text`), `sample_bytes` of UTF-8 in all.
 
-    The documents given so far lie evenly over the whole dataset at any time: their positions advance by the golden
+    At any time the documents so far are spread evenly over the whole dataset: their positions advance by the golden
     section of its length, which spreads any number of points (the three-distance theorem; Knuth, The Art of Computer
-    Programming 3, section 6.4). The last document is cut. Holds one batch; a dataset smaller than `sample_bytes` is
-    given whole, in that order.
+    Programming 3, section 6.4). The last document is cut. Holds one batch in memory; a dataset smaller than
+    `sample_bytes` is yielded completely, in that order.
     """
     size = len(dataset)
     step = max(1, round(size * (math.sqrt(5) - 1) / 2))
@@ -204,7 +184,7 @@ def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -
     batch, batch_bytes, left = [], 0, sample_bytes
     for start in range(0, size, 1000):
         positions = [(position + step * index) % size for index in range(start, min(start + 1000, size))]
-        for scalar in tables[positions]["text"]:  # slices of the file: a text is read when it is its turn
+        for scalar in tables[positions]["text"]:  # slices of the file: each text is read only here
             text = scalar.as_py()
             num_bytes = len(text.encode())
             if num_bytes > left:
@@ -220,21 +200,17 @@ def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -
         yield batch
 
 
-def describe_tokenizer(tokenizer: Any, samples: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
-    """How a tokenizer does on sample texts of each source; can be written as JSON. By source:
+def describe_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
+    """How well a tokenizer works on sample texts, as values for JSON:
 
-    - bytes_per_token: UTF-8 bytes of text per token, template and eos not counted;
-    - fertility: tokens per word, where a word is what stands between white space (as in Rust et al. 2021,
-      arXiv:2012.15613); says nothing where `spaced` is false;
+    - bytes_per_token: UTF-8 bytes of text per token, without template and eos;
+    - fertility: tokens per word, words being separated by white space (as in Rust et al. 2021, arXiv:2012.15613);
+      meaningless if `spaced` is false;
     - spaced: whether most of the text is in scripts that put spaces between words (not Chinese, Japanese, Thai...);
     - unknown_rate: share of tokens that are the unknown token;
     - round_trip_share: share of texts that decode to themselves; round_trip_failures: up to three that do not, as
       {text, decoded}, each cut to some characters around the first difference.
     """
-    return {source: _describe(tokenizer, texts) for source, texts in samples.items()}
-
-
-def _describe(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     num_bytes = num_words = num_tokens = num_unknown = num_characters = num_unspaced = num_same = 0
     failures: list[dict[str, str]] = []
     for text in texts:
@@ -264,7 +240,7 @@ def _describe(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer from a folder or the Hub; `UserError` if it is not there, not fast, or has no end-of-text token."""
+    """A tokenizer from a folder or the Hub; `UserError` if it is missing or not fast, or has no end-of-text token."""
     tokenizer = read_tokenizer(name)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: only tokenizers with a tokenizer.json (fast ones) are supported")
@@ -272,7 +248,7 @@ def load_tokenizer(name: str) -> Any:
         tokenizer.bos_token, tokenizer.eos_token = tokenizer.cls_token, tokenizer.sep_token
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: the tokenizer has no eos_token, which ends each document")
-    # A saved tokenizer may carry the limits of the model it was made for; here a document is encoded whole.
+    # A saved tokenizer may have the length limits of its model; here a document is encoded whole.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer

@@ -1,11 +1,10 @@
-"""From an open file to documents, one function per kind of file.
+"""From an open file to documents: one reader per format.
 
-A record that cannot be read becomes a `Broken` with its place and the reason, and reading goes on behind it.
+A record that cannot be read becomes a `Broken` with its position and the reason, and reading continues after it.
 """
 
 import csv
 import io
-import itertools
 import json
 import re
 import string
@@ -18,22 +17,21 @@ import pyarrow.parquet
 from preparation.sources.conversations import find_fault, join_messages
 from preparation.sources.source_config import SourceConfig
 
-MAX_RECORD_BYTES = 32 << 20  # a longer line is no document but an accident; it is not even held in memory
-TEXT_PART_BYTES = 4 << 20  # a longer text file is read as several documents, cut between paragraphs or lines
+TEXT_PART_BYTES = 4 << 20  # a longer text file becomes several documents, cut between paragraphs or lines
 SNIFFED_BYTES = 1 << 16
 NOT_UTF8 = "not UTF-8 text"
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can spell and UTF-8 cannot
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can express and UTF-8 cannot
 BINARY = "a binary file, not text (it holds zero bytes)"
 
 
 class Document(NamedTuple):
     text: str
     id: str
-    """Where it stands: the file, and the line or record in it."""
+    """Its file, and the line or record number in it."""
 
 
 class Broken(NamedTuple):
-    """A record that could not be read; `why` begins with its line or number in the file."""
+    """A record that could not be read; `why` begins with its line or record number in the file."""
 
     file: str
     why: str
@@ -50,7 +48,7 @@ Record = Document | Broken | Skipped
 
 
 def read_text(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """One document per file, or per line that `new_document` matches; a very long one in parts."""
+    """One document per file, or one per line that `new_document` matches; a very long document is split into parts."""
     if b"\0" in stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]:  # type: ignore[attr-defined]
         yield Broken(name, BINARY)
         return
@@ -88,7 +86,7 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
         cut = max(rest.rfind(b"\n\n", len(rest) // 2) + 2, 2)
         if cut == 2:
             cut = rest.rfind(b"\n", len(rest) // 2) + 1 or len(rest)
-        if cut == len(rest):  # not through a character: back to where the last one begins
+        if cut == len(rest):  # never inside a character: back to where the last one begins
             while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:
                 cut -= 1
             if cut > 1 and rest[cut - 1] & 0xC0 == 0xC0:
@@ -109,15 +107,13 @@ def _decode(data: bytes, name: str, id: str, first_line: int = 1) -> Record:
 
 
 def read_html(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """The main text of a page, without navigation, by resiliparse."""
-    from resiliparse.extract.html2text import extract_plain_text  # here: the other kinds need not wait for it
+    """The main text of a page, without navigation, extracted by resiliparse."""
+    from resiliparse.extract.html2text import extract_plain_text  # a slow import that only HTML needs
     from resiliparse.parse.encoding import detect_encoding
     from resiliparse.parse.html import HTMLTree
 
-    data = stream.read(MAX_RECORD_BYTES + 1)
-    if len(data) > MAX_RECORD_BYTES:
-        yield Broken(name, f"longer than {MAX_RECORD_BYTES:,} bytes")
-    elif b"\0" in data[:SNIFFED_BYTES]:
+    data = stream.read()
+    if b"\0" in data[:SNIFFED_BYTES]:
         yield Broken(name, BINARY)
     else:
         tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
@@ -125,7 +121,7 @@ def read_html(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
 
 
 def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """A file of source code, as it is."""
+    """A file of source code, unchanged."""
     data = stream.read(source.max_file_bytes + 1)
     if len(data) > source.max_file_bytes:
         yield Skipped(name, "code: file too long")
@@ -136,95 +132,81 @@ def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
 
 
 def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """JSON lines; also a file that is one JSON value: a list of records, or a record."""
-    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip()  # type: ignore[attr-defined]
+    """JSON lines, or a file that is one JSON value: a list of records, or one record."""
+    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]  # type: ignore[attr-defined]
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if not head:
         yield Broken(name, "the file is empty")
     elif head[:1] == b"[" or (head[:1] == b"{" and head[1:].lstrip(b" \t")[:1] in (b"\n", b"\r")):
-        yield from _read_json_value(stream, name, source)
+        try:
+            value = _parse_json(stream.read())
+        except ValueError as error:
+            yield Broken(name, str(error))
+        else:
+            for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
+                yield make_document(record, name, number, "record", source)
     else:
-        for number, line in _iter_lines(stream):
-            if line is None:
-                yield Broken(name, f"line {number}: longer than {MAX_RECORD_BYTES:,} bytes")
-            elif line.strip():
-                yield _parse_json_line(line, name, number, source)
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = _parse_json(line.rstrip())
+            except ValueError as error:
+                yield Broken(name, f"line {number}: {error}")
+            else:
+                yield make_document(record, name, number, "line", source)
 
 
-def _parse_json_line(line: bytes, name: str, number: int, source: SourceConfig) -> Record:
+def _parse_json(data: bytes) -> Any:
+    """`ValueError` with the reason on one line."""
     try:
-        return make_document(json.loads(line.decode("utf-8-sig")), name, number, "line", source)
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return Broken(name, f"line {number}: {NOT_UTF8} ({error.reason} at byte {error.start} of the line)")
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
-        if isinstance(error, json.JSONDecodeError):
-            why = f"{error.msg}, column {error.colno}"
-        return Broken(name, f"line {number}: not a JSON record ({why})")
-
-
-def _read_json_value(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    try:
-        value = json.loads(stream.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        yield Broken(name, f"{NOT_UTF8} ({error.reason} at byte {error.start})")
-    except (ValueError, RecursionError) as error:
-        yield Broken(name, f"not a JSON value ({' '.join(str(error).split())})")
-    else:
-        for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
-            yield make_document(record, name, number, "record", source)
-
-
-def _iter_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """(number, line); None for a line over the limit, which is passed over in pieces."""
-    for number in itertools.count(1):
-        line = stream.readline(MAX_RECORD_BYTES)
-        if not line:
-            return
-        if len(line) < MAX_RECORD_BYTES or line.endswith(b"\n"):
-            yield number, line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = stream.readline(MAX_RECORD_BYTES)
-        yield number, None
+        raise ValueError(f"{NOT_UTF8} ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON ({error.msg}, {line}column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # the first: an integer of thousands of digits
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).partition(":")[0]
+        raise ValueError(f"not JSON ({reason})") from None
 
 
 def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """Comma- or, in .tsv files, tab-separated values with a line of column names."""
-    csv.field_size_limit(MAX_RECORD_BYTES)
+    """Comma-separated values, or tab-separated ones in .tsv files, with column names on the first line."""
+    csv.field_size_limit(2**31 - 1)
     # Bytes that are not UTF-8 pass through as surrogates, so that only their record is lost.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.DictReader(text, delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", name.lower()) else ",", strict=True)
-    start = 2
+    rows = csv.reader(text, delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", name.lower()) else ",", strict=True)
+    columns: list[str] = []
     while True:
+        line = rows.line_num + 1  # a record may span several lines
         try:
             row = next(rows)
         except StopIteration:
             break
         except csv.Error as error:
-            yield Broken(name, f"line {start}: not a CSV record ({error})")
-            start = rows.line_num + 1
+            yield Broken(name, f"line {line}: not a CSV record ({error})")
             continue
-        line, start = start, rows.line_num + 1
-        columns = rows.fieldnames or []
-        if None in row or None in row.values():
-            found = (
-                len([value for value in row.values() if value is not None]) + len(row.get(None) or ()) - (None in row)
-            )
-            yield Broken(name, f"line {line}: {found} fields, the first line names {len(columns)}")
-        elif LONE_SURROGATE.search("".join(row.values())):
+        if not row:  # a blank line
+            continue
+        if not columns:
+            columns = row
+        elif len(row) != len(columns):
+            yield Broken(name, f"line {line}: {len(row)} fields, but the first line names {len(columns)}")
+        elif LONE_SURROGATE.search("".join(row)):
             yield Broken(name, f"line {line}: {NOT_UTF8}")
         else:
-            yield make_document(row, name, line, "line", source)
-    if not rows.fieldnames:
+            yield make_document(dict(zip(columns, row, strict=True)), name, line, "line", source)
+    if not columns:
         yield Broken(name, "the file is empty")
 
 
 def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    try:  # its directory stands at the end: what cannot be sought in is held in memory
+    try:  # the footer is at the end, so a stream that cannot seek is read into memory
         file = pyarrow.parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
         number, columns = 0, needed_columns(source)
         if not set(columns) <= set(file.schema_arrow.names):
-            columns = file.schema_arrow.names  # for the message to name
+            columns = file.schema_arrow.names  # so that the error can list them
         for batch in file.iter_batches(batch_size=256, columns=columns):
             for row in batch.to_pylist():
                 number += 1
@@ -234,16 +216,16 @@ def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[
 
 
 def needed_columns(source: SourceConfig) -> list[str]:
-    """The columns that `make_document` looks at."""
+    """The columns that `make_document` reads."""
     if source.template is None:
         return [str(source.messages_column or source.text_column)]
     return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None))
 
 
 def make_document(record: Any, name: str, number: int, unit: str, source: SourceConfig) -> Document | Broken:
-    """The text of a record, by the source's column or template, or its conversation. A null text is an empty document.
+    """The text of a record, from the source's column or template, or its conversation. Null is an empty document.
 
-    `name` and `number` (of the line or record: `unit`) say where it stands.
+    `name` is the file; `number` counts its lines or records, as `unit` says.
     """
     if not isinstance(record, dict):
         return Broken(name, f"{unit} {number}: expected named fields, found {type(record).__name__}")

@@ -1,8 +1,8 @@
-"""Conversations to token ids, and which of the tokens the assistant says."""
+"""Conversations to token ids, with a mask of the tokens that the assistant says."""
 
 import itertools
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,36 +10,28 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from preparation.sources.conversations import split_messages
-from preparation.tokenizer.encoding import iter_slices
-from preparation.tokenizer.tokenization import get_chat_template, token_dtype
+from preparation.tokenizer.build import get_chat_template, token_dtype
+from preparation.tokenizer.encoding import iter_batches
 from utils.cli import UserError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Messages = list[dict[str, str]]
-Span = tuple[int, int]  # of characters: the first, and the one behind the last
-
-
-class Rendered(NamedTuple):
-    """A conversation as the chat template writes it."""
-
-    text: str
-    turns: list[Span]
-    """What the assistant says."""
+Span = tuple[int, int]  # of characters: the first, and the one after the last
 
 
 class ConversationEncoder:
-    """Encodes conversations to what transformers' `apply_chat_template` gives, and finds the assistant's turns in it.
+    """Encodes conversations as transformers' `apply_chat_template` does, and finds the assistant's turns in them.
 
-    A turn is what the template puts between {% generation %} and {% endgeneration %}. Of a template without, it is what
-    the conversation up to the turn has beyond the conversation before it with the generation prompt; white space behind
-    a special token that ends the turn is left out. A token that holds characters of a turn and others counts as the
-    assistant's, as in transformers' `return_assistant_tokens_mask`.
+    A turn is what the template puts between {% generation %} and {% endgeneration %}. If the template has no such
+    marks, a turn is what the conversation up to and including it adds to the conversation before it plus the generation
+    prompt; white space after a special token that ends the turn is left out. A token that overlaps a turn counts as
+    part of it, as in transformers' `return_assistant_tokens_mask`.
 
-    The eos token follows, said by who spoke last, unless the template itself ends with a special token.
+    The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
 
     Attributes:
-        columns: of the documents, that `encode_table` reads.
+        columns: columns of the documents that `encode_table` reads.
         features: of the table that it returns.
         dtype: uint16 or uint32, by the size of the vocabulary.
         note: how the turns are found.
@@ -56,32 +48,32 @@ class ConversationEncoder:
         )
         self._template = get_chat_template(tokenizer)
         self._marks_turns = GENERATION.search(self._template) is not None
-        how = "as the chat template marks them" if self._marks_turns else "what follows a generation prompt"
+        how = "as the chat template marks them" if self._marks_turns else "the text after a generation prompt"
         self.note = f"encoded by tokenizers; the assistant's turns: {how}"
-        self._variables = tokenizer.special_tokens_map  # of templates, such as {{ bos_token }}
+        self._variables = tokenizer.special_tokens_map  # for templates, such as {{ bos_token }}
         self._special = tuple(item.content for item in tokenizer.added_tokens_decoder.values() if item.special)
         self._eos: str = tokenizer.eos_token
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.post_processor = None  # some take white space from the characters that a token stands for
+        self._backend.post_processor = None  # some of them remove white space from a token's span of characters
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists of one length.
+        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists.
 
-        Raises `UserError` for a conversation that the template refuses, or in which the turns cannot be found.
+        Raises `UserError` for a conversation that the template refuses, or whose turns cannot be found.
         """
         rendered = [
             self.render(text, id) for text, id in zip(batch["text"].to_pylist(), batch["id"].to_pylist(), strict=True)
         ]
         encodings = itertools.chain.from_iterable(
             self._backend.encode_batch(texts, add_special_tokens=False)
-            for texts, _ in iter_slices([item.text for item in rendered], cut=False)
+            for texts, _ in iter_batches([text for text, _ in rendered], cut=False)
         )
         ids, masks = [np.empty(0, self.dtype)], [np.empty(0, np.uint8)]
-        for item, encoding in zip(rendered, encodings, strict=True):
-            first, behind = np.array(encoding.offsets, np.int64).T  # of each token's characters
+        for (_, turns), encoding in zip(rendered, encodings, strict=True):
+            first, after = np.array(encoding.offsets, np.int64).T  # of each token's characters
             mask = np.zeros(len(first), np.uint8)
-            for start, stop in item.turns:
-                mask[(first < stop) & (behind > start)] = 1
+            for start, stop in turns:
+                mask[(first < stop) & (after > start)] = 1
             ids.append(np.array(encoding.ids, self.dtype))
             masks.append(mask)
         offsets = pa.array(np.cumsum([len(mask) for mask in masks], dtype=np.int32))
@@ -90,8 +82,8 @@ class ConversationEncoder:
             name: pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts))) for name, parts in columns.items()
         })  # fmt: skip
 
-    def render(self, stored: str, id: str) -> Rendered:
-        """The text to encode of a stored conversation, and its turns; `id` names it in the `UserError`."""
+    def render(self, stored: str, id: str) -> tuple[str, list[Span]]:
+        """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`."""
         messages = split_messages(stored)
         try:
             text, turns = self._apply_template(messages)
@@ -99,9 +91,9 @@ class ConversationEncoder:
                 turns = self._find_turns(messages, text, id)
         except UserError:
             raise
-        except Exception as error:  # a template is a program, and raises what a program may
-            why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{id}: the chat template refuses this conversation: {why}") from None
+        except Exception as error:  # a template is a program, which can raise anything
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{id}: the chat template refuses this conversation: {reason}") from None
         if not text.rstrip().endswith(self._special):
             end = len(text) + len(self._eos)
             text += self._eos
@@ -109,10 +101,10 @@ class ConversationEncoder:
                 turns = [*turns, (end - len(self._eos), end)]
         if not any(start < stop for start, stop in turns):
             raise UserError(f"{id}: the chat template's {{% generation %}} marks nothing of this conversation")
-        return Rendered(text, turns)
+        return text, turns
 
     def _apply_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """The template's text, and what it marks in it."""
+        """The formatted text, and the spans that the template marks in it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
@@ -131,9 +123,9 @@ class ConversationEncoder:
             whole, _ = self._apply_template(messages[: number + 1])
             if not (whole.startswith(prompt) and text.startswith(whole)):
                 raise UserError(
-                    f"{id}: the chat template writes message {number + 1} in another way when more follows, so that what "
-                    "the assistant says cannot be told; put {% generation %} and {% endgeneration %} around it in the "
-                    "template (tokenizer.chat_template)"
+                    f"{id}: the chat template formats message {number + 1} differently when more messages follow, so "
+                    "the assistant's turn cannot be found; put {% generation %} and {% endgeneration %} around it in "
+                    "the template (tokenizer.chat_template)"
                 )
             said = whole[len(prompt) :]
             if said.rstrip().endswith(self._special):

@@ -1,4 +1,4 @@
-"""What a person reads about a prepared dataset: the table on the console and the data card."""
+"""A prepared dataset described in text: the table on the console and the data card."""
 
 from typing import Any
 
@@ -6,11 +6,11 @@ TRAINED_HERE = "the training documents"
 
 
 def table(manifest: dict[str, Any]) -> str:
-    """Documents, bytes and tokens; what was changed or dropped and why; the tokenizer."""
+    """Documents, bytes and tokens; how many were changed or dropped, and why; the tokenizer."""
     lines = [f"{'':<34}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}"]
     read, splits = manifest["read"], manifest["splits"]
-    what = "read (the head of a stream)" if manifest["stream"] else "read"
-    lines.append(f"{what:<34}{manifest['documents_read']:>12,}{manifest['bytes_read']:>16,}")
+    name = "read (the head of a stream)" if manifest["stream"] else "read"
+    lines.append(f"{name:<34}{manifest['documents_read']:>12,}{manifest['bytes_read']:>16,}")
     lines += [f"{'- ' + reason:<34}{count:>12,}" for reason, count in manifest["dropped"].items()]
     kept = manifest["documents_read"] - sum(manifest["dropped"].values())
     lines.append(f"{'kept':<34}{kept:>12,}")
@@ -26,23 +26,22 @@ def table(manifest: dict[str, Any]) -> str:
             ]
     weighted = [entry for entry in manifest["options"]["sources"] if isinstance(entry, dict) and "weight" in entry]
     if weighted and not manifest["stream"]:
-        lines.append("train counts each document as often as its source's weight says")
+        lines.append("train counts each document as often as the weight of its source says")
     if "train" in splits:
         for name, figures in splits["train"]["sources"].items():
             if not figures["documents"]:
-                lines.append(f"note: no document of {name} is left for training; report.html says why")
+                lines.append(f"note: no document of {name} is left for training; report.html shows why")
     left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
     if left_out:
         lines.append("not read: " + ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()))
     if manifest["stream"]:
-        lines.append("train: not stored; read, cleaned and tokenized while training")
+        lines.append("train: not stored, but read, cleaned and tokenized while training")
     changed = {step: count for step, count in manifest["changed"].items() if count}
-    lines.append(
-        "documents changed by: " + (", ".join(f"{step} {count:,}" for step, count in changed.items()) or "none")
-    )
+    steps = ", ".join(f"{step} {count:,}" for step, count in changed.items())
+    lines.append(f"documents changed by: {steps or 'none'}")
     tokenizer, options = manifest["tokenizer"], manifest["options"]["tokenizer"]
     short = tokenizer["from"] == TRAINED_HERE and tokenizer["vocab_size"] < options["vocab_size"]
-    note = f" ({options['vocab_size']:,} asked for: the text has no more pairs to merge)" if short else ""
+    note = f" ({options['vocab_size']:,} requested, but the text has no more pairs to merge)" if short else ""
     lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
     for record in read["broken_records"][:5]:
         lines.append(f"broken: {record['file']}: {record['why']}")
@@ -57,13 +56,11 @@ def _row(name: str, figures: dict[str, Any]) -> str:
 
 
 def tokenizer_table(manifest: dict[str, Any]) -> str:
-    """How the tokenizer does on a sample of each source."""
+    """How well the tokenizer works on a sample of each source."""
     lines = [f"{'source':<34}{'bytes/token':>12}{'tokens/word':>13}{'unknown':>10}{'round trip':>12}"]
     for name, figures in manifest["tokenizer"]["sources"].items():
-        lines.append(
-            f"{name:<34}{figures['bytes_per_token']:>12.2f}{figures['fertility']:>13.2f}{figures['unknown_rate']:>10.2%}"
-            f"{figures['round_trip_share']:>12.1%}"
-        )
+        ratios = f"{figures['bytes_per_token']:>12.2f}{figures['fertility']:>13.2f}"
+        lines.append(f"{name:<34}{ratios}{figures['unknown_rate']:>10.2%}{figures['round_trip_share']:>12.1%}")
     return "\n".join(lines)
 
 
@@ -76,16 +73,16 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
     more = f"\n- and {len(files) - 20:,} more files, listed in `manifest.json`" if len(files) > 20 else ""
     options = "\n".join(f"- `{key}`: `{value}`" for key, value in manifest["options"].items())
     tokenizer = manifest["tokenizer"]
-    train = "The training text is not stored: it is read as training goes. " if manifest["stream"] else ""
+    train = "The training text is not stored, but read while training. " if manifest["stream"] else ""
     stored = "`validation/` is" if manifest["stream"] else "`train/` and `validation/` are"
     columns = f"the column `input_ids` ({tokenizer['dtype']})"
     if "assistant_tokens" in manifest["splits"]["validation"]:
-        columns += " and, beside it, `loss_mask` (uint8), 1 on what the assistant says"
+        columns += " and `loss_mask` (uint8), which is 1 for the tokens that the assistant says"
     return (
-        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row per "
-        f"document and {columns}; `tokenizer/` opens with `AutoTokenizer` "
-        f"({tokenizer['vocab_size']:,} entries, from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
-        f"## Sources\n\n{listed}{more}\n\nTheir licences are their own: look them up before you share this folder.\n\n"
+        f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row "
+        f"per document and {columns}; `tokenizer/` opens with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, "
+        f"from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
+        f"## Sources\n\n{listed}{more}\n\nEach source has its own licence: check it before you share this folder.\n\n"
         f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Tokenizer\n\n```\n{tokenizer_table(manifest)}\n```\n\n"
         f"## Options\n\n{options}\n"
     )

@@ -1,19 +1,20 @@
-"""Exact duplicates, near duplicates, and the split that follows from the same hash.
+"""Exact duplicates by digest, near duplicates by MinHash (Broder 1997) and locality-sensitive hashing.
 
-Near duplicates are found by MinHash (Broder 1997) and locality-sensitive hashing. The figures, and why these:
+How the numbers were chosen:
 
-- Shingles are 3-grams of words. An edited word breaks n shingles, so of two texts that differ in a share e of their
-  words, J = q / (2 - q) of the shingles are common, q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32 with
-  n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557). A gap that the chance of
-  where the edits fall does not close needs n > 2, and bands that find the upper value cheaply need n < 5.
-- The threshold 0.55 lies in that gap, below the 0.6 that a text of 40 words has with one edit more than its share. It
-  stands for a tenth of the words edited. Two texts that have half of their words in common, such as a licence header,
-  have J = 1/3 and are both kept.
-- 128 hashes in 32 bands of 4 rows: a pair of similarity J meets in a band with probability 1 - (1 - J^4)^32: 0.95 for
-  J = 0.55, 0.99 for 0.6, 0.9998 for 0.7, 0.05 for 0.2. (FineWeb's 14 bands of 8 give 0.11, 0.21 and 0.56.) What met is
-  compared by all 128 hashes: the share of equal ones estimates J with a standard error of at most 0.044.
-- Short texts: with 20 words, one edit leaves J = 0.71; with 12, 0.54, so that half of them are kept; with 3 to 8, any
-  edit in the middle makes another text.
+- Shingles are 3-grams of words. Editing one word changes n shingles, so two texts that differ in a share e of their
+  words have J = q / (2 - q) of the shingles in common, with q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32
+  with n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557). Chance in where the
+  edits fall blurs the gap for n = 2. For n = 5 the upper value is so low that finding it takes many more bands.
+- The threshold 0.55 lies in that gap, below the 0.6 of a 40-word text with one edit more than its share. It corresponds
+  to editing a tenth of the words. Two texts that share half of their words, such as a licence header, have J = 1/3 and
+  are both kept.
+- 128 hashes in 32 bands of 4 rows: two texts of similarity J agree in at least one band with probability
+  1 - (1 - J^4)^32: 0.95 for J = 0.55, 0.99 for 0.6, 0.9998 for 0.7, 0.05 for 0.2. (FineWeb's 14 bands of 8 give 0.11,
+  0.21 and 0.56.) Such pairs are compared by all 128 hashes: the share of equal hashes estimates J with a standard error
+  of at most 0.044.
+- Short texts: with 20 words, one edit gives J = 0.71; with 12 it gives 0.54, so half of such pairs are kept; with 3
+  to 8 words, any edit in the middle makes a different text.
 """
 
 import os
@@ -37,19 +38,18 @@ BLOCK = 2**14  # documents compared at a time, 8 MB of signatures
 
 
 def digest(text: str) -> bytes:
-    """128 bits of BLAKE2b of the normalised text: two documents are the same when these are."""
+    """128 bits of BLAKE2b of the normalized text, which are equal for exact duplicates."""
     return blake2b(normalize(text).encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).digest()
 
 
-def is_validation(value: bytes, validation_fraction: float) -> bool:
-    """Whether the document of this digest is held out: a property of its text alone, so that added documents move
-    none of the others across the split."""
-    return int.from_bytes(value[:8], "big") < validation_fraction * 2**64
+def digest_documents(texts: list[str]) -> np.ndarray:
+    """The digest of each text, (n, 16) uint8."""
+    return np.frombuffer(b"".join(map(digest, texts)), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def first_of_each(digests: np.ndarray) -> np.ndarray:
-    """Digests (N, 16) uint8 → (N,) bool: True for the first of each. Needs 44 bytes per document meanwhile."""
-    order = np.lexsort(np.ascontiguousarray(digests).view(np.uint64).T)  # stable: equal ones stay in their order
+    """Digests (N, 16) uint8 → (N,) bool: True for the first of each. Takes 44 bytes per document while it runs."""
+    order = np.lexsort(np.ascontiguousarray(digests).view(np.uint64).T)  # stable: equal ones keep their order
     ordered = digests[order]
     first = np.empty(len(digests), bool)
     first[order[:1]] = True
@@ -58,7 +58,7 @@ def first_of_each(digests: np.ndarray) -> np.ndarray:
 
 
 def sketch_documents(texts: list[str]) -> np.ndarray:
-    """MinHash signatures (n, NUM_HASHES) uint32. A text of fewer than NGRAM words has one shingle: all of it."""
+    """MinHash signatures (n, NUM_HASHES) uint32. A text of fewer than NGRAM words is one shingle."""
     _keep_rensa_to_one_thread()
     return _sketch(*hash_ngrams(*hash_words(texts, at_least=NGRAM), NGRAM))
 
@@ -66,45 +66,48 @@ def sketch_documents(texts: list[str]) -> np.ndarray:
 def _sketch(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, NUM_HASHES, SEED)
-    return np.array(matrix.to_rows(), np.uint32).reshape(-1, NUM_HASHES)  # the only way out: 6 µs a document
+    return np.array(matrix.to_rows(), np.uint32).reshape(-1, NUM_HASHES)  # rensa has no faster way: 6 µs per document
 
 
 @cache
 def _keep_rensa_to_one_thread() -> None:
-    """A thread pool does not survive a fork: after a first large call here, a forked worker's (`num_proc` of datasets)
-    would wait for it for ever. The pool takes its size from the environment at that call, and one of one thread is
-    not used.
+    """A thread pool does not survive a fork: a worker forked after a first large call here (`num_proc` of datasets)
+    would wait for its threads forever. The pool takes its size from the environment at that call, and rensa does not
+    use a pool of one thread.
     """
     before = os.environ.get("RAYON_NUM_THREADS")
     os.environ["RAYON_NUM_THREADS"] = "1"
     _sketch(np.zeros(2**17, np.uint64), np.full(2**10, 2**7))
-    if before is None:
-        del os.environ["RAYON_NUM_THREADS"]
-    else:
+    del os.environ["RAYON_NUM_THREADS"]
+    if before is not None:
         os.environ["RAYON_NUM_THREADS"] = before
 
 
 def find_near_duplicates(
     signatures: Sequence[np.ndarray], lengths: np.ndarray, candidates: np.ndarray, threshold: float = THRESHOLD
 ) -> np.ndarray:
-    """For each document, the one that stands for its cluster: the longest, and the first of equally long ones.
+    """For each document, the representative of its cluster: the longest document, and the first of equally long ones.
 
-    `signatures`: chunks (n_i, NUM_HASHES) uint32 whose n_i add up to N, mapped from a file, as they are read 32 times,
-    in order; `lengths` (N,); `candidates` (N,) bool. Returns (N,) int64: its own index for each document that is kept,
-    and for each that is no candidate. Needs 40 (no duplicates) to 58 bytes per document meanwhile.
+    `signatures`: chunks (n_i, NUM_HASHES) uint32 whose n_i add up to N, memory-mapped, as they are read 32 times in
+    order; `lengths` (N,); `candidates` (N,) bool. Returns (N,) int64: its own index for each document that is kept and
+    for each that is no candidate. Takes 40 (no duplicates) to 58 bytes per document while it runs.
 
-    The documents of a bucket, those that agree in a band, are compared each with the one before it: linear in N, also
-    where a million of them share a licence header. What such a bucket hides, others show: a band with one hash that is
-    not of the header is enough. Two documents are linked when at least `threshold` of their hashes are equal (below 0.5
-    the bands begin to miss pairs), and a cluster is all that links connect: two edited copies of a text may be unlike,
-    but both are like the text. What a chain has led astray, less than `threshold` - DRIFT like the document that stands
-    for the cluster, is kept.
+    The documents that agree in a band form a bucket. Each is compared only with the one before it in its bucket, which
+    keeps the time linear in N, even where a million documents share a licence header. A pair missed in such a bucket is
+    found in another band, if one of its hashes is not from the header. Two documents are linked if at least `threshold`
+    of their hashes are equal (below 0.5 the bands begin to miss pairs); a cluster is everything that links connect,
+    since two edited copies of a text may differ while both resemble the text. A document at the end of such a chain is
+    kept if its similarity to the representative is below `threshold` - DRIFT.
     """
     table = _SignatureTable(signatures)
     members = np.flatnonzero(candidates).astype(np.uint32)
-    root = np.arange(len(members), dtype=np.uint32)  # of each member, an earlier one of its cluster; see `_join`
+    root = np.arange(len(members), dtype=np.uint32)  # for each member, an earlier one of its cluster; see `_join`
     for band in range(BANDS):
-        order, later = _sort_into_buckets(table.band_keys(candidates, band))
+        keys = table.band_keys(candidates, band)
+        order = np.argsort(keys, kind="stable")  # buckets of equal keys
+        keys = keys[order]
+        later = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+        del keys
         for start in range(0, len(later), BLOCK):
             part = later[start : start + BLOCK]
             left, right = order[part], order[part - 1]
@@ -120,21 +123,21 @@ def find_near_duplicates(
     represented = np.flatnonzero(best != np.arange(len(members)))
     for start in range(0, len(represented), BLOCK):
         part = represented[start : start + BLOCK]
-        left, right = members[part], members[best[part]]
-        alike = table.similarity(left, right) >= threshold - DRIFT
-        cluster[left[alike]] = right[alike]
+        documents, kept = members[part], members[best[part]]
+        alike = table.similarity(documents, kept) >= threshold - DRIFT
+        cluster[documents[alike]] = kept[alike]
     return cluster
 
 
 class _SignatureTable:
-    """Rows of signatures that lie in many arrays, most often mapped from a file."""
+    """Rows of signatures in many arrays, usually memory-mapped."""
 
     def __init__(self, chunks: Sequence[np.ndarray]) -> None:
         self.blocks = [chunk[start : start + BLOCK] for chunk in chunks for start in range(0, len(chunk), BLOCK)]
         self.offsets = np.cumsum([0, *map(len, self.blocks)])
 
     def band_keys(self, candidates: np.ndarray, band: int) -> np.ndarray:
-        """64 bits of hash of the candidates' rows of one band, (candidates,) uint64."""
+        """A 64-bit hash of each candidate's rows of one band, (candidates,) uint64."""
         keys = np.zeros(np.count_nonzero(candidates), np.uint64)
         stop = 0
         for block, offset in zip(self.blocks, self.offsets, strict=False):
@@ -161,17 +164,8 @@ class _SignatureTable:
         return rows
 
 
-def _sort_into_buckets(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that brings equal keys together, and the places in it whose key is that of the place before."""
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    same = np.zeros(len(keys), bool)
-    same[1:] = keys[1:] == keys[:-1]
-    return order, np.flatnonzero(same)
-
-
 def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Union-find over whole arrays: joins the clusters of left[k] and right[k], of which the smaller root stays one."""
+    """Union-find over whole arrays: joins the clusters of left[k] and right[k] under the smaller root."""
     while len(left):
         left, right = _find(root, left), _find(root, right)
         apart = left != right
@@ -180,7 +174,7 @@ def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
 
 
 def _find(root: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """The roots of these documents; halves the ways of all of them on the way, so that chains cost a logarithm."""
+    """The roots of these documents. Halves their paths on the way, so that a chain costs a logarithm."""
     while True:
         parents = root[documents]
         grandparents = root[parents]

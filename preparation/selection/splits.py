@@ -1,4 +1,4 @@
-"""Which documents are kept and for which split: exact and near duplicates, the held-out share, contamination."""
+"""Which documents are kept, and for which split: exact and near duplicates, the held-out share, contamination."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ import pyarrow.compute
 
 from preparation.recipe import DeduplicationConfig
 from preparation.selection.contamination import build_index, find_contaminated
-from preparation.selection.deduplication import find_near_duplicates, first_of_each
+from preparation.selection.duplicates import find_near_duplicates, first_of_each
 from preparation.sources.conversations import without_system
 from preparation.stages import iter_slices
 
@@ -23,20 +23,20 @@ EXACT, NEAR, CONTAMINATED = "exact duplicate", "near duplicate", "holds evaluati
 
 @dataclass
 class Selection:
-    """What became of N documents."""
+    """The decision about each of N documents."""
 
     reasons: list[str]
-    """What `code` means; the first is "", for a document that is kept."""
+    """The meaning of each `code`; the first is "", for a document that is kept."""
     code: np.ndarray
     """(N,) int16: why the document was dropped."""
     validation: np.ndarray
     """(N,) bool: held out; False for dropped documents."""
     cluster: np.ndarray
-    """(N,) int64: the document that stands for this one's near-duplicate cluster; its own number where it has none."""
+    """(N,) int64: the representative of this document's near-duplicate cluster; itself if it has none."""
     source: np.ndarray
     """(N,) int16: number of the document's source."""
     chance: np.ndarray
-    """(N,) float32 in [0, 1): a hash of the text, for weights that are no whole numbers."""
+    """(N,) float32 in [0, 1): a hash of the text, for fractional weights."""
 
     def save(self, folder: Path) -> None:
         np.savez(folder / "selection.npz", **{**vars(self), "reasons": np.array(self.reasons)})
@@ -48,11 +48,11 @@ class Selection:
 
     @property
     def train(self) -> np.ndarray:
-        """(N,) bool: kept, and not held out."""
+        """(N,) bool: kept and not held out."""
         return (self.code == 0) & ~self.validation
 
     def count(self) -> dict[str, int]:
-        """Dropped documents by reason, the most frequent first."""
+        """Number of dropped documents by reason, the most frequent first."""
         counts = np.bincount(self.code, minlength=len(self.reasons))
         order = np.argsort(-counts, kind="stable")
         return {self.reasons[code]: int(counts[code]) for code in order if code and counts[code]}
@@ -63,17 +63,19 @@ def select_documents(
     config: DeduplicationConfig, validation_fraction: float, evaluation_texts: Iterable[list[str]],
     map_texts: Callable[[np.ndarray, Callable[[list[str]], list[int]]], np.ndarray],
 ) -> Selection:  # fmt: skip
-    """Decide about every document; memory is about 100 bytes per document, and the index of evaluation text.
+    """Decide about every document. Takes about 100 bytes of memory per document, plus the index of evaluation text.
 
     Args:
         cleaned: columns text, source and reason.
         sources: names of the sources, in order.
         sketches: columns digest (16 × uint8) and, for near duplicates, signature.
-        lengths: (N,) bytes of each text; of near duplicates the longest stays.
-        evaluation_texts: batches of texts, besides the validation split, that training documents must not hold.
-        map_texts: what a function says of the texts of documents (n,), given by their numbers; (n,) int64.
+        lengths: (N,) bytes of each text; the longest of several near duplicates is kept.
+        evaluation_texts: batches of texts, besides the validation split, that training documents must not contain.
+        map_texts: applies a function to the texts of documents, given by their numbers (n,); returns (n,) int64.
     """
-    reasons, code = _cleaning_reasons(cleaned)
+    found, numbers = _encode_dictionary(cleaned.data.column("reason"))
+    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
+    code = np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
     names, numbers = _encode_dictionary(cleaned.data.column("source"))
     source = np.array([sources.index(name) for name in names], np.int16)[numbers]
     digests = np.concatenate(list(fixed_size_chunks(sketches, "digest")))
@@ -88,8 +90,7 @@ def select_documents(
         code[(code == 0) & (cluster != np.arange(len(code)))] = reasons.index(NEAR)
 
     validation = (code == 0) & is_held_out(digests, validation_fraction)
-    chance = (_as_uint64(digests[:, 8:]) / 2**64).astype(np.float32)
-    selection = Selection(reasons, code, validation, cluster, source, chance)
+    selection = Selection(reasons, code, validation, cluster, source, draw_chance(digests))
     if config.contamination_overlap is not None:
         index = build_index(itertools.chain(iter_texts(cleaned, lengths, validation), evaluation_texts))
         train = np.flatnonzero(selection.train)
@@ -98,16 +99,23 @@ def select_documents(
     return selection
 
 
-def _cleaning_reasons(cleaned: datasets.Dataset) -> tuple[list[str], np.ndarray]:
-    found, numbers = _encode_dictionary(cleaned.data.column("reason"))
-    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
-    return reasons, np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
-
-
 def _encode_dictionary(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
-    """The distinct strings of a column, and for each row the number of its own (N,)."""
+    """The distinct strings of a column, and the number of each row's string (N,)."""
     chunks = pa.compute.dictionary_encode(column).unify_dictionaries().chunks
     return chunks[0].dictionary.to_pylist(), np.concatenate([chunk.indices.to_numpy() for chunk in chunks])
+
+
+def is_held_out(digests: np.ndarray, validation_fraction: float) -> np.ndarray:
+    """Whether the documents with these digests (N, 16) uint8 are held out; (N,) bool.
+
+    This depends on a document's text alone, so adding documents never changes the split of the others.
+    """
+    return _as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)
+
+
+def draw_chance(digests: np.ndarray) -> np.ndarray:
+    """Digests (N, 16) uint8 → (N,) float32 in [0, 1), the same for the same text."""
+    return (_as_uint64(digests[:, 8:]) / 2**64).astype(np.float32)
 
 
 def _as_uint64(halves: np.ndarray) -> np.ndarray:
@@ -115,26 +123,26 @@ def _as_uint64(halves: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(halves).view(">u8")[:, 0]
 
 
-def is_held_out(digests: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """`deduplication.is_validation` of digests (N, 16) uint8; (N,) bool."""
-    return _as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)
+def count_uses(weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """How often each document is used per epoch (n,) int64: a weight's fraction is the share of documents, selected by
+    `chance`, that are used once more."""
+    return (np.floor(weights) + (chance < weights % 1)).astype(np.int64)
 
 
 def repeat_by_weight(rows: np.ndarray, weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """Each of `rows` (n,) as often as its weight (n,) says; a weight's fraction is the share of the documents, chosen
-    by `chance` (n,), that come once more. Repetitions follow as further passes, so that they lie far apart."""
-    times = (np.floor(weights) + (chance < weights % 1)).astype(np.int64)
+    """Each of `rows` (n,) as often as `count_uses` says. Repetitions come in further passes, so they are far apart."""
+    times = count_uses(weights, chance)
     return np.concatenate([np.empty(0, np.int64), *(rows[times > done] for done in range(times.max(initial=0)))])
 
 
 def fixed_size_chunks(table: datasets.Dataset, column: str) -> Iterator[np.ndarray]:
-    """The chunks of a column of fixed-size lists as mapped arrays (n, size)."""
+    """The chunks of a column of fixed-size lists as memory-mapped arrays (n, size)."""
     for chunk in table.data.column(column).chunks:
         yield chunk.flatten().to_numpy(zero_copy_only=True).reshape(len(chunk), -1)
 
 
 def iter_texts(documents: datasets.Dataset, lengths: np.ndarray, mask: np.ndarray) -> Iterator[list[str]]:
-    """Batches, bounded in bytes, of what is compared of the documents in `mask` (N,) bool."""
+    """The texts to compare of the documents in `mask` (N,) bool, in batches of bounded size."""
     tables = documents.select_columns(["text"]).with_format("arrow")
     for start, stop in iter_slices(lengths):
         if mask[start:stop].any():

@@ -1,0 +1,241 @@
+"""report.html: how a text dataset was prepared, on one page without other files, scripts or network access."""
+
+import difflib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from preparation.report import card
+from preparation.selection.splits import Selection
+
+TEMPLATE = Path(__file__).with_name("page.html")
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # per reason; per document
+CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; per cluster; per member
+COMPARED_CHARACTERS, COMPARED_WORDS = 4000, 500  # of near duplicates; the time of difflib is quadratic
+REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # listed at most; the language filter alone has 180 reasons
+NAME, LINE = 60, 200  # characters shown of a source's name and of other text from files, to keep the page small
+# HTML forbids control characters, so symbols for them (␀, ␛) replace them.
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+
+
+@dataclass
+class Details:
+    """What the page shows in addition to the manifest. Documents are mappings: text, source, id, bytes, fate."""
+
+    sources: list[str]
+    counts: dict[str, np.ndarray]
+    """Documents by reason, the most frequent first, (sources,) int64; the reason "" is for those that are kept."""
+    examples: dict[str, list[dict[str, Any]]]
+    """Dropped documents by reason."""
+    kept: dict[str, list[dict[str, Any]]]
+    """Documents for training, by source."""
+    clusters: list[tuple[int, list[dict[str, Any]]]]
+    """Size of a near-duplicate cluster; its representative, and a few of its other documents."""
+    cluster_sizes: np.ndarray
+    """(clusters,) int64: of all clusters."""
+    tokens: dict[str, np.ndarray]
+    """Tokens of each stored document, by split."""
+    ratios: dict[str, np.ndarray]
+    """Bytes per token of each stored document, by split."""
+
+
+def collect_details(
+    cleaned: datasets.Dataset, lengths: np.ndarray, selection: Selection, token_lengths: dict[str, np.ndarray],
+    rows: dict[str, np.ndarray],
+) -> Details:  # fmt: skip
+    """Count over all N documents, and fetch the texts of the few that the page shows (at most 160).
+
+    `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored
+    document; `rows` (n,): its number in `cleaned`.
+    """
+    numbers, first = np.unique(selection.source, return_index=True)
+    shape = len(selection.reasons), int(numbers[-1]) + 1
+    pairs = np.bincount(selection.code.astype(np.int64) * shape[1] + selection.source, minlength=shape[0] * shape[1])
+    by_source = dict(zip(selection.reasons, pairs.reshape(shape)[:, numbers], strict=True))
+
+    def excerpt(row: int, characters: int) -> dict[str, Any]:
+        record = cleaned[int(row)]
+        kept = "kept in validation" if selection.validation[row] else "kept in train"
+        fate = selection.reasons[selection.code[row]] or kept
+        return record | {"text": cut(record["text"], characters), "bytes": int(lengths[row]), "fate": fate}
+
+    examples = {}
+    for reason in itertools.islice(selection.count(), REASONS):
+        dropped = np.flatnonzero(selection.code == selection.reasons.index(reason))
+        examples[reason] = [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(dropped, EXAMPLES)]
+
+    names = [cleaned[int(row)]["source"] for row in first]
+    trained = [np.flatnonzero(selection.train & (selection.source == number)) for number in numbers]
+    kept = {name: [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(part, EXAMPLES)]
+            for name, part in zip(names[:REASONS], trained, strict=False) if len(part)}  # fmt: skip
+
+    members = np.flatnonzero(selection.cluster != np.arange(len(selection.cluster)))
+    roots, sizes = np.unique(selection.cluster[members], return_counts=True)
+    by_size = np.argsort(-sizes, kind="stable")
+    clusters = []
+    for index in [*by_size[:CLUSTERS], *_spread(np.sort(by_size[CLUSTERS:]), CLUSTERS)]:
+        shown = [roots[index], *_spread(members[selection.cluster[members] == roots[index]], MEMBERS)]
+        clusters.append((int(sizes[index]) + 1, [excerpt(row, COMPARED_CHARACTERS) for row in shown]))
+
+    tokens = {split: values for split, values in token_lengths.items() if len(values)}
+    ratios = {split: lengths[rows[split]] / values for split, values in tokens.items()}
+    counts = {reason: by_source[reason] for reason in ["", *selection.count()]}
+    return Details(names, counts, examples, kept, clusters, sizes + 1, tokens, ratios)
+
+
+def _spread(items: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of `items`, evenly spaced from the first to the last."""
+    return items[np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)]
+
+
+def half_octaves(values: dict[str, np.ndarray]) -> np.ndarray:
+    """Edges 4, 6, 8, 11, 16, ... around all values, from a power of two to a power of two."""
+    low = math.floor(math.log2(min(array.min() for array in values.values())))
+    high = math.ceil(math.log2(max(array.max() for array in values.values()) + 1))
+    return np.unique(np.round(2 ** (np.arange(2 * low, 2 * high + 1) / 2))).astype(np.int64)
+
+
+def even_steps(values: dict[str, np.ndarray]) -> np.ndarray:
+    """Edges of about 16 bins around all values except one in two hundred on either side."""
+    least, greatest = np.quantile(np.concatenate(list(values.values())), [0.005, 0.995])
+    step = 2.0 ** math.ceil(math.log2(max(greatest - least, 4) / 16))
+    return np.arange(math.floor(least / step), math.floor(greatest / step) + 2) * step
+
+
+def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
+    """The complete page. The same arguments give the same text; text from documents and file names is escaped."""
+    environment = jinja2.Environment(
+        autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"cut": cut, "percent": percent, "difference": difference}
+    sizes = {"NAME": NAME, "EXAMPLES": EXAMPLES, "CLUSTERS": CLUSTERS, "MEMBER_CHARACTERS": MEMBER_CHARACTERS}
+    read, splits = manifest["documents_read"], manifest["splits"]
+    totals = [sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")]
+    read_from = np.sum(list(details.counts.values()), axis=0).tolist()
+    by_source = [{"reason": reason or "kept", "parts": list(zip(counts.tolist(), read_from, strict=True))}
+                 for reason, counts in itertools.islice(details.counts.items(), REASONS + 1)]  # fmt: skip
+    broken = manifest["read"]["broken_records"][:BROKEN] if manifest["read"]["broken"] else []
+    shown = manifest["files"][:FILES]
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        sizes, name=name, details=details, stream=manifest["stream"], splits=splits, versions=manifest["versions"],
+        tokenizer=manifest["tokenizer"], read=read, bytes_read=manifest["bytes_read"],
+        kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
+        dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
+        changed={step: count for step, count in manifest["changed"].items() if count},
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken],
+        all_broken=manifest["read"]["broken"],
+        distributions=_distributions(details), cluster_spans=_cluster_spans(details.cluster_sizes),
+        searched=manifest["options"]["deduplication"]["near_threshold"] is not None,
+        failures=list(_iter_failures(manifest)), options=list(_flatten(manifest["options"])),
+        files=[(cut(item["source"], NAME), cut(item["name"], LINE), item["content"], item["bytes"]) for item in shown],
+        all_files=len(manifest["files"]), console_table=card.table(manifest),
+    )  # fmt: skip
+
+
+def _printable(value: object) -> object:
+    """An expression of the template, before it is escaped."""
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    # A file name may contain surrogates, for bytes that are not UTF-8, which cannot be written.
+    return value.encode(errors="replace").decode().translate(CONTROLS)
+
+
+def cut(text: str, characters: int) -> str:
+    return text if len(text) <= characters else text[:characters] + "…"
+
+
+def percent(part: float, total: float) -> str:
+    share = part / max(total, 1)
+    if share >= 0.01 or share == 0:
+        return f"{share:.1%}"
+    return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
+
+
+def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
+    """`other` from a little before its first difference, as (kind, text, white space after it): kind is "del" for words
+    only in `kept`, "ins" for words only in `other`, else ""."""
+    old, new = (re.findall(r"\S+\s*", text)[:COMPARED_WORDS] for text in (kept, other))
+    matcher = difflib.SequenceMatcher(None, list(map(str.strip, old)), list(map(str.strip, new)), autojunk=False)
+    words: list[tuple[str, str]] = []
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind != "equal":
+            words += [("del", word) for word in old[a:b]]
+        words += [("" if kind == "equal" else "ins", word) for word in new[c:d]]
+    first = next((at for at, (kind, _) in enumerate(words) if kind), 0)
+    start, left = max(first - 8, 0), MEMBER_CHARACTERS
+    if start:
+        yield "", "…", " "
+    for kind, run in itertools.groupby(words[start:], key=lambda word: word[0]):
+        text = cut("".join(word for _, word in run), left)
+        yield kind, text.rstrip(), text[len(text.rstrip()) :]
+        left -= len(text)
+        if left <= 0:
+            break
+
+
+def _distributions(details: Details) -> list[dict[str, Any]]:
+    """Statistics and histograms of tokens per document and bytes per token."""
+    edges = half_octaves(details.tokens)
+    pairs = itertools.pairwise(edges.tolist())
+    spans = [f"{low:,}" if low + 1 == high else f"{low:,}–{high - 1:,}" for low, high in pairs]
+    steps = even_steps(details.ratios)
+    ranges = [f"{low:.2f}–{high:.2f}" for low, high in itertools.pairwise(steps)]
+    ranges[0], ranges[-1] = f"below {steps[1]:.2f}", f"from {steps[-2]:.2f}"
+    return [
+        _distribution("tokens per document", 0, details.tokens, edges, spans),
+        _distribution("bytes per token", 2, details.ratios, steps, ranges),
+    ]
+
+
+def _distribution(
+    name: str, digits: int, values: dict[str, np.ndarray], edges: np.ndarray, labels: list[str]
+) -> dict[str, Any]:
+    """`values` are those of each split's documents; the outer bins also hold values beyond the outer edges."""
+    quantiles = {"median": 0.5, "95th percentile": 0.95, "minimum": 0, "maximum": 1}
+    figures = {"mean": [array.mean() for array in values.values()]}
+    figures |= {label: [np.quantile(array, share) for array in values.values()] for label, share in quantiles.items()}
+    counts = {split: np.histogram(np.clip(array, edges[0], edges[-1]), edges)[0] for split, array in values.items()}
+    shares = {split: (count / count.sum()).tolist() for split, count in counts.items()}
+    bins = [
+        {"label": label, "shares": {split: share[at] for split, share in shares.items()}}
+        for at, label in enumerate(labels)
+    ]
+    return {
+        "name": name, "splits": list(values), "heads": [f"share of {split}" for split in values], "bins": bins,
+        "figures": [[label, *(f"{value:,.{digits}f}" for value in row)] for label, row in figures.items()],
+        "greatest": max(max(share) for share in shares.values()),
+    }  # fmt: skip
+
+
+def _cluster_spans(sizes: np.ndarray) -> dict[str, int]:
+    """The number of clusters by size: 2, 3–4, 5–8, 9–16, ..."""
+    octaves = np.bincount(np.ceil(np.log2(sizes)).astype(np.int64)).tolist()
+    spans = [f"{2 ** (octave - 1) + 1:,}–{2**octave:,}" if octave > 1 else "2" for octave in range(len(octaves))]
+    return {span: count for span, count in zip(spans, octaves, strict=True) if count}
+
+
+def _iter_failures(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for source, item in manifest["tokenizer"]["sources"].items():
+        for failure in item.get("round_trip_failures", [])[:FAILURES]:
+            text = failure if isinstance(failure, str) else json.dumps(failure, ensure_ascii=False)
+            yield cut(source, NAME), cut(text, LINE)
+
+
+def _flatten(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, cut(json.dumps(value, ensure_ascii=False), 100 * LINE)

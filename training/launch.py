@@ -1,0 +1,324 @@
+"""The launch: refuses what accelerate would silently ignore or misread, and says what is active.
+
+    python -m training.launch FILE...     # checks configuration files of `accelerate launch` before they are used
+
+accelerate decides processes, devices, precision and sharding. Nothing here changes them.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType, PrecisionType, parse_flag_from_env
+
+from training.batch_plan import BatchPlan
+from training.hardware import fast_bf16
+from training.optimization.optimizers import OPTIMIZERS
+from utils.cli import LAUNCHER_PID, UserError, nearest, run_script
+from utils.config import TrainConfig
+from utils.files import read_yaml
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+# The launch asks for these by a variable; accelerate may then do something else.
+ASKED_BY_VARIABLE = {
+    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
+    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
+    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
+}
+# The variables in which Slurm's srun and the MPI launchers say how many tasks they started.
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+PARALLEL = ("dp_replicate", "dp_shard", "cp", "sp", "tp")  # the sizes in parallelism_config
+# Section of a launch file → its group of options in accelerate's parser, and the prefix that a key may leave out.
+SECTIONS = {
+    "fsdp_config": ("FSDP Arguments", "fsdp_"),
+    "deepspeed_config": ("DeepSpeed Arguments", ""),
+    "parallelism_config": ("ParallelismConfig Arguments", ""),
+    "fp8_config": ("FP8 Arguments", "fp8_"),
+    "megatron_lm_config": ("Megatron-LM Arguments", ""),
+    "mpirun_config": ("MPI Arguments", ""),
+    "dynamo_config": ("Resource Selection Arguments", "dynamo_"),
+}
+OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still reads them
+NEEDS_FSDP2 = (
+    "fsdp_config.fsdp_version must be 2: version 1 trains nothing without use_orig_params, and does not say so"
+)
+
+
+def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig) -> None:
+    """Raise `UserError` for a launch that would train something else than it says."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked == "fp16" and accelerator.device.type == "cpu":
+        raise UserError(
+            "fp16 with loss scaling needs a GPU: on a CPU accelerate would train in fp32 without saying so; "
+            "launch with --mixed_precision bf16 or no"
+        )
+    if asked != accelerator.mixed_precision:
+        raise UserError(f"the launch asked for precision {asked}, active is {accelerator.mixed_precision}")
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(
+            f"the launch sets gradient_accumulation_steps {accumulation}: leave it out; train.py accumulates by itself, "
+            f"here {plan.accumulation} micro-batches, from batch.global_batch_size and batch.per_device_batch_size"
+        )
+    for variable, asked_type in ASKED_BY_VARIABLE.items():
+        if parse_flag_from_env(variable) and accelerator.distributed_type != asked_type:
+            raise UserError(
+                f"the launch asked for {asked_type.value}, active is {accelerator.distributed_type.value}: accelerate does "
+                f"not shard on {accelerator.device.type}; launch without it"
+            )
+    check_process_count(accelerator.num_processes)
+    if accelerator.distributed_type not in SUPPORTED:
+        raise UserError(
+            f"distributed_type {accelerator.distributed_type.value} is not supported; "
+            f"use one of {', '.join(each.value for each in SUPPORTED)}"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        check_sharding(accelerator, config)
+
+
+def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
+    """`UserError` naming everything that does not work with sharded parameters."""
+    plugin, parallelism = accelerator.state.fsdp_plugin, accelerator.parallelism_config
+    problems = []
+    if plugin.fsdp_version != 2:
+        problems.append(NEEDS_FSDP2)
+    if plugin.activation_checkpointing:
+        problems.append(
+            "fsdp_activation_checkpointing draws other dropout masks in the backward pass; use "
+            "--model.activation_checkpointing true"
+        )
+    if parallelism is not None and parallelism.cp_enabled:
+        problems += context_problems(config, parallelism.cp_size)
+    if not OPTIMIZERS[config.optimizer.name].shards:
+        sharding = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.shards)
+        problems.append(f"optimizer.name {config.optimizer.name} does not shard its state; use one of {sharding}")
+    if config.model.lora.rank:
+        problems.append("model.lora is not supported; its memory is small: use DDP")
+    if problems:
+        raise UserError(f"with FSDP, {'; '.join(problems)}")
+
+
+def context_problems(config: TrainConfig, size: int) -> list[str]:
+    """What does not work if `size` ranks share the positions of each row."""
+    from transformers import AutoModelForCausalLM
+
+    from utils.objectives import objective_module
+
+    found = []
+    if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
+        found.append(f"parallelism_config_cp_size: objective.name {config.objective.name} is not supported")
+    if config.data.sequence_length % (8 * size):
+        found.append(f"parallelism_config_cp_size {size}: data.sequence_length must be a multiple of {8 * size}")
+    if config.data.layout == "padded" and config.data.pad_to != "max_length":
+        found.append("parallelism_config_cp_size: padded rows must have one length, --data.pad_to max_length")
+    if config.model.attention not in ("auto", "sdpa"):
+        found.append("parallelism_config_cp_size has its own attention: leave model.attention auto")
+    return found
+
+
+def context_parallel_size(launch: PartialState) -> int:
+    """How many ranks share each row, by accelerate's parallelism_config.
+
+    Call it before the Accelerator is made, whose own errors do not name the option. `UserError` for sizes that are not
+    supported or do not fit the launch.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}_SIZE") or 1) for name in PARALLEL}
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if problem := find_size_problem(sizes, sharded=sharded, num_processes=launch.num_processes):
+        raise UserError(problem)
+    if sharded and max(sizes.values()) == 1:
+        raise UserError("parallelism_config: all its sizes are 1; leave it out, and FSDP shards over all processes")
+    if sharded and launch.distributed_type == DistributedType.MULTI_CPU:
+        raise UserError(
+            "parallelism_config: accelerate shards on GPUs only, and this launch is on CPUs; use "
+            "accelerate_configs/cpu.yaml or cpu_2_processes.yaml"
+        )
+    return sizes["cp"]
+
+
+def check_process_count(num_processes: int) -> None:
+    """`UserError` if accelerate started fewer processes than asked for, or a scheduler started several that are alone."""
+    asked = asked_processes()
+    if asked is not None and asked != num_processes:
+        raise UserError(
+            f"the launch asked for {asked} processes and got {num_processes}: on CPUs accelerate starts several only with "
+            f"--config_file accelerate_configs/cpu_2_processes.yaml --num_processes {asked}, on GPUs with --multi_gpu; "
+            "for one process give --num_processes 1"
+        )
+    for name in TASK_COUNTS:
+        if num_processes == 1 and int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{os.environ[name]} tasks were started ({name}), and each would train by itself: start one task per "
+                "machine, and in it `accelerate launch` with --num_machines, --machine_rank and --num_processes"
+            )
+
+
+def asked_processes() -> int | None:
+    """The number of processes that `accelerate launch`, our parent process, was asked for; None if it was not asked.
+
+    Only its command line tells: accelerate passes nothing on if it starts one process in place of several.
+    """
+    try:
+        words = psutil.Process(LAUNCHER_PID).cmdline()
+    except psutil.Error:
+        return None
+    names = [os.path.basename(word) for word in words[:4]]
+    for index, name in enumerate(names, 1):
+        is_launch = name == "launch" and names[index - 2] == "accelerate"
+        if is_launch or name in ("accelerate-launch", "accelerate.commands.launch"):
+            break
+    else:
+        return None
+    options = launch_command_parser().parse_args(words[index:])
+    count, file = options.num_processes, options.config_file
+    if file is None and not options.cpu and os.path.isfile(default_config_file):
+        file = default_config_file
+    if count is None and file is not None:
+        count = load_config_from_file(file).num_processes
+    return int(count) if count and count > 0 else None
+
+
+def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
+    """Lines that say what is active, and what the machine could do better."""
+    context = plan.context_parallel_size
+    each = "process(es)" if context == 1 else f"group(s) of {context} processes, which share each row,"
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    lines = [
+        f"launch: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"{accelerator.distributed_type.value}, precision {accelerator.mixed_precision}, {threads} thread(s) each",
+        f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} {each} × "
+        f"{plan.accumulation} micro-batch(es) × {plan.micro_batch}",
+    ]
+    if accelerator.device.type == "cpu" and threads * accelerator.num_processes < cores:
+        lines.append(
+            f"hint: {threads * accelerator.num_processes} of {cores} cores in use; --num_cpu_threads_per_process "
+            f"{cores // accelerator.num_processes} after `accelerate launch` uses them all"
+        )
+    if accelerator.mixed_precision == "no" and fast_bf16(accelerator.device):
+        lines.append("hint: this machine computes bf16 fast; --mixed_precision bf16 after `accelerate launch` uses it")
+    return lines
+
+
+def check_launch_file(path: Path) -> None:
+    """`UserError` naming everything that is wrong with a file for `accelerate launch --config_file`."""
+    file = read_yaml(path)
+    problems = find_problems(file)
+    if not problems:
+        problem = find_size_problem(sizes_of(file), sharded=True, num_processes=file.get("num_processes"))
+        problems += [problem] if problem else []
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+
+
+def sizes_of(file: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of its parallelism_config, by the names in `PARALLEL`."""
+    section = file.get("parallelism_config") or {}
+    return {name: section.get(f"parallelism_config_{name}_size", 1) for name in PARALLEL}
+
+
+def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: int | None) -> str | None:
+    """What is unsupported or inconsistent in the sizes of accelerate's parallelism_config; None if nothing is.
+
+    Args:
+        sizes: by the names in `PARALLEL`.
+        sharded: whether the launch asks for FSDP.
+        num_processes: of the whole launch; None if unknown.
+    """
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            return f"parallelism_config_{name}_size {size} must be a whole number, 1 or more"
+    asked = {name: size for name, size in sizes.items() if size != 1}
+    for name, size in asked.items():
+        if name in ("tp", "sp"):
+            return f"parallelism_config_{name}_size {size} is not supported; leave it out"
+        if not sharded:
+            return (
+                f"parallelism_config_{name}_size {size} needs distributed_type: FSDP with fsdp_version: 2, as in "
+                "accelerate_configs/fsdp2_context_parallel.yaml"
+            )
+    if sizes["dp_replicate"] > 1 and sizes["dp_shard"] == 1:
+        return (
+            "parallelism_config_dp_replicate_size needs a parallelism_config_dp_shard_size of 2 or more; for plain DDP "
+            "leave parallelism_config out"
+        )
+    product = math.prod(sizes.values())
+    if asked and num_processes not in (None, product):
+        named = " × ".join(f"{name}_size {size}" for name, size in asked.items())
+        return (
+            f"parallelism_config: {named} must equal the number of processes, {num_processes}; change the sizes, or "
+            f"launch with --num_processes {product}"
+        )
+    return None
+
+
+def find_problems(file: dict[str, Any]) -> list[str]:
+    """What is wrong with the values of a launch file, each with the key and what to write."""
+    known = [field.name for field in dataclasses.fields(ClusterConfig)] + list(OLD_KEYS)
+    found = [_unknown(name, known) for name in file if name not in known]
+    groups = {group.title: group for group in launch_command_parser()._action_groups}
+    for section, (title, prefix) in SECTIONS.items():
+        values = file.get(section)
+        if not isinstance(values, dict):
+            found += [f"{section} must hold `key: value` lines"] if values else []
+            continue
+        options = [action.dest for action in groups[title]._group_actions]
+        for key in values:
+            if (key if key.startswith(prefix) else prefix + key) not in options:
+                found.append(_unknown(key, options, f"{section}."))
+    precisions = [each.value for each in PrecisionType]
+    if not isinstance(file.get("mixed_precision", "no"), str):
+        found.append("mixed_precision must be in quotes: 'no', 'bf16' or 'fp16'; YAML reads a bare no as false")
+    elif file.get("mixed_precision", "no") not in precisions:
+        found.append(_unknown(file["mixed_precision"], precisions, "mixed_precision "))
+    processes = file.get("num_processes", 1)
+    if type(processes) is not int:
+        found.append(f"num_processes {processes} must be a whole number")
+    if "distributed_type" not in file:
+        return [*found, "distributed_type is missing; for one process write distributed_type: 'NO'"]
+    chosen, types = str(file["distributed_type"]), [each.value for each in DistributedType]
+    if problem := find_size_problem(sizes_of(file), sharded=chosen == "FSDP", num_processes=None):
+        found.append(problem)
+    if chosen not in types:
+        found.append(_unknown(chosen, types, "distributed_type "))
+    elif chosen == "FSDP" and (file.get("fsdp_config") or {}).get("fsdp_version") != 2:
+        found.append(NEEDS_FSDP2)
+    elif chosen not in [each.value for each in SUPPORTED]:
+        found.append(f"distributed_type {chosen} is not supported; use NO, MULTI_GPU or FSDP")
+    if chosen in ("NO", "MULTI_CPU") and processes != 1:
+        found.append(
+            f"accelerate starts one process for distributed_type {chosen}, not {processes}; for several on CPUs write "
+            "distributed_type: MULTI_GPU and use_cpu: true, as accelerate_configs/cpu_2_processes.yaml does"
+        )
+    return found
+
+
+def _unknown(name: str, known: list[str], where: str = "") -> str:
+    return f"{where}{name} is unknown to accelerate, which may ignore it{nearest(str(name), known)}"
+
+
+def main(files: list[str]) -> None:
+    if not files or files[0].startswith("-"):
+        raise UserError("usage: python -m training.launch FILE..., files of accelerate_configs/ or your own")
+    found = []
+    for file in files:
+        try:
+            check_launch_file(Path(file))
+            print(f"{file}: no problems found")
+        except UserError as error:
+            found.append(str(error))
+    if found:
+        raise UserError("\n".join(found))
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])

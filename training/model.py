@@ -1,0 +1,174 @@
+"""The model of a run: its objective, the checks that every training needs, and its parameters in words."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from training.data import TrainingData
+from training.parallel.context_parallel import use_context_parallel
+from training.parallel.sharding import keep_sums_in_fp32
+from utils.cli import UserError
+from utils.config import TrainConfig
+from utils.model.adapters import without_adapters
+from utils.model.build import longest_sequence
+from utils.model.initialization import is_norm, residual_projections
+from utils.model.modules import evaluating
+from utils.objectives import Objective, build_objective
+from utils.pretrained import read_tokenizer
+
+PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")
+
+
+def build_training_objective(
+    model: Any, config: TrainConfig, accelerator: Accelerator, data: TrainingData
+) -> Objective:
+    """`model` with its loss, and the kernels that compute it on this device.
+
+    `UserError` if the model cannot read rows of this length, or would mix the documents of a row.
+    """
+    check_length(model, config.data.sequence_length)
+    objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
+    if "position_ids" in data.example and not config.dry_run:  # packed rows; a dry run's model has no numbers
+        check_documents_stay_apart(objective)
+    if data.context_group is not None and not config.dry_run:
+        use_context_parallel(objective, data.context_group)
+    keep_sums_in_fp32(accelerator)
+    return objective
+
+
+def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
+    """`UserError` if the dataset's tokenizer is no longer the one that the checkpoint was trained with."""
+    trained, present = read_tokenizer(checkpoint).get_vocab(), tokenizer.get_vocab()
+    if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
+        token, number = differing[0]
+        raise UserError(
+            f"the dataset's tokenizer ({len(present)} entries) is not the one that {checkpoint} was trained with "
+            f"({len(trained)} entries); the first difference is at {number}, {token!r}; restore it, or choose another "
+            "--output"
+        )
+
+
+def check_length(model: Any, sequence_length: int) -> None:
+    """`UserError` if the model has too few positions for a row."""
+    if sequence_length > longest_sequence(model):
+        raise UserError(
+            f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
+            "model; lower it"
+        )
+
+
+def check_documents_stay_apart(objective: Objective) -> None:
+    """`UserError` if a document's logits in a packed row differ from those that it has alone; two short passes.
+
+    A model fails silently if it carries a state along the row, makes its own mask, or does not count positions from 0.
+    The passes are made with gradients, as in training: without them attention may compute in another way.
+    """
+    model: Any = objective.model
+    window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
+    length = 8 + (window or 0)  # longer than what a layer with a window sees
+    device = next(objective.parameters()).device
+    ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
+    positions = torch.arange(2 * length, device=device)[None] % length
+    with evaluating(objective):
+        together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
+        alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
+    difference = (together - alone).detach().abs().max()
+    if not float(difference) <= 1e-3 * float(alone.detach().std()):
+        raise UserError(
+            f"{type(model).__name__} does not keep the documents of a packed row apart; choose data.layout padded"
+        )
+
+
+def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Part (of `PARTS`) → trainable and frozen parameters; a shared one counts once, in its first place.
+
+    attention: modules of that name within a block. MLP: the rest of the blocks, with routers and experts. norms: all
+    norms, wherever they are. head: everything outside the base model. A block is an entry of a module list.
+    """
+    bare = without_adapters(model)
+    backbone = getattr(bare, bare.base_model_prefix, None)
+    head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
+    counts = {part: [0, 0] for part in PARTS}
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, where: str) -> None:
+        if isinstance(module, nn.ModuleList) and where == "other":
+            where = "MLP"
+        elif where == "MLP" and "Attention" in type(module).__name__:
+            where = "attention"
+        elif module in head and module is not bare:
+            where = "head"
+        part = where
+        if is_norm(module):
+            part = "norms"
+        elif where == "other" and isinstance(module, nn.Embedding):
+            part = "embeddings"
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
+        for child in module.children():
+            visit(child, where)
+
+    visit(bare, "other")
+    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
+
+
+def describe_model(model: nn.Module) -> list[str]:
+    """Lines: the class with its parameters, then the parameters of each part."""
+    counts = count_parameters_by_part(model)
+    trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
+    trained = "all trainable" if not frozen else f"{trainable:,} trainable ({trainable / (trainable + frozen):.2%})"
+    lines = [f"model: {type(without_adapters(model)).__name__}, {trainable + frozen:,} parameters, {trained}"]
+    for part, (part_trainable, part_frozen) in counts.items():
+        number = part_trainable + part_frozen
+        if number:
+            of_them = f", {part_trainable:,} trainable" if frozen else ""
+            lines.append(f"  {part:<10} {number:>15,} {number / (trainable + frozen):6.1%}{of_them}")
+    return lines
+
+
+def iter_kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(kind, parameter) for each parameter, a shared one once: embedding, linear, residual projection, norm, bias,
+    other."""
+    residual = {id(module) for module in residual_projections(model)}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if name.endswith("bias"):
+                kind = "bias"
+            elif is_norm(module):
+                kind = "norm"
+            elif isinstance(module, nn.Embedding):
+                kind = "embedding"
+            elif id(module) in residual:
+                kind = "residual projection"
+            else:
+                kind = "linear" if parameter.ndim >= 2 else "other"
+            yield kind, parameter
+
+
+@torch.no_grad()
+def describe_initialization(model: nn.Module) -> str:
+    """Mean and standard deviation of each kind of parameter, on one line."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    sums: defaultdict[str, float] = defaultdict(float)
+    squares: defaultdict[str, float] = defaultdict(float)
+    for kind, parameter in iter_kinds(model):
+        counts[kind] += parameter.numel()
+        sums[kind] += float(parameter.sum(dtype=torch.float64))
+        squares[kind] += float(torch.linalg.vector_norm(parameter, dtype=torch.float64)) ** 2
+    parts = []
+    for kind, count in counts.items():
+        mean = sums[kind] / count
+        parts.append(f"{kind} {mean:.3f} ± {math.sqrt(max(0.0, squares[kind] / count - mean**2)):.4f}")
+    return "weights at the start, mean ± standard deviation: " + ", ".join(parts)

@@ -1,0 +1,27 @@
+"""The options of train.py, checked as far as that is possible before torch's slow import."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from training.optimization.optimizers import check_optimizer
+from utils.cli import UserError, exit_with, parse_config
+from utils.config import TrainConfig
+from utils.data.token_dataset import load_manifest
+
+
+def read_options(description: str | None) -> TrainConfig:
+    """The command line as a TrainConfig. Exits with one line for a mistake, a missing dataset or a missing library."""
+    config = parse_config(TrainConfig, description)
+    try:
+        load_manifest(config.data.dataset)
+        check_optimizer(config.optimizer)
+        if config.model.lora.rank and find_spec("peft") is None:
+            raise UserError("model.lora needs the library peft: pip install -e '.[lora]'")
+        output = Path(config.output)
+        if (output / "config.yaml").is_file() and config.checkpoint.resume == "never" and not config.dry_run:
+            raise UserError(
+                f"{output} already holds a run; continue it with --checkpoint.resume auto, or choose another --output"
+            )
+    except UserError as error:
+        exit_with(error)
+    return config

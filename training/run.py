@@ -1,0 +1,178 @@
+"""The apparatus of a run: its folder and state, what a person sees of it, stop requests, heartbeats, checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from training.data import TrainingData
+from training.launch import describe_launch
+from training.model import check_tokenizer
+from training.monitoring.guards import check_limits, write_bad_batch
+from training.monitoring.stopping import StopRequests
+from training.monitoring.tracking import RunTracker
+from training.monitoring.watchdog import Watchdog
+from training.optimization.optimizers import OPTIMIZERS
+from training.parallel.sharding import full_tensor, is_sharded
+from training.saving.checkpoint_writer import CheckpointWriter
+from training.saving.folders import check_disk
+from training.saving.run_folder import open_run, record_launch
+from training.saving.shards import check_shards
+from training.saving.training_state import load_training_state
+from training.stream_loader import describe_stream
+from utils.checkpoints import TrainState, load_state
+from utils.cli import UserError, at_exit
+from utils.config import TrainConfig
+from utils.data.loaders import end_workers
+from utils.evaluation import Evaluation
+from utils.model.build import count_parameters
+
+END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
+
+
+class Run:
+    """One launch of a run. It owns neither model nor optimizer nor loaders, and every rank has one.
+
+    Attributes:
+        checkpoint: the folder to resume from; None for a new run.
+        state: where the run stands.
+        tracker: console, log files, trackers (main process).
+        saved_step: step of the newest checkpoint.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, data: TrainingData, tokenizer: Any) -> None:
+        """Open the run folder; `UserError` if it holds another run, is in use, or may not be resumed."""
+        self.accelerator, self.config, self.data, self.tokenizer = accelerator, config, data, tokenizer
+        self.folder = Path(config.output)
+        self.checkpoint, self.notes = open_run(accelerator, config, data.key)
+        if self.checkpoint is None:
+            self.state = TrainState(dataset_key=data.key)
+        else:
+            check_tokenizer(self.checkpoint, tokenizer)
+            self.state = load_state(self.checkpoint)
+        self.saved_step = self.state.optimizer_step
+        self._logged = (self.state.tokens_seen, self.state.train_seconds)
+
+    def begin(self, model: Any, optimizer: Any, scheduler: Any, average: Any, lines: list[str]) -> None:
+        """Restore the checkpoint's training state, claim the folder, start everything that runs beside training.
+
+        `lines` describe the model. `UserError` if the disk cannot hold the checkpoints to come.
+        """
+        accelerator, config, data = self.accelerator, self.config, self.data
+        if self.checkpoint:
+            load_training_state(self.checkpoint, accelerator, optimizer, scheduler, average)
+        if is_sharded(accelerator):
+            check_shards(self.folder, model)
+        bytes_each = checkpoint_bytes(model, config)
+        if accelerator.is_main_process:
+            steps_left = data.max_steps - self.state.optimizer_step
+            self.notes.append(check_disk(self.folder / "checkpoints", config.checkpoint, bytes_each, steps_left))
+            record_launch(accelerator, config)  # all checks have passed; the folder is this run's
+        self.stops = at_exit.enter_context(StopRequests(accelerator, self.folder, config.max_minutes, bytes_each))
+        self.tracker = at_exit.enter_context(RunTracker(accelerator, config, self.state, data.max_steps))
+        hang_seconds = 60 * config.guards.hang_minutes + 2 * self.stops.save_seconds  # ranks may wait for a save
+        self.watchdog = at_exit.enter_context(Watchdog(self.folder, accelerator.process_index, hang_seconds))
+        self.writer = at_exit.enter_context(CheckpointWriter(
+            accelerator, self.folder / "checkpoints", config.checkpoint, self.tokenizer,
+            warn=self.tracker.warn, note=self.watchdog.note_writing,
+        ))  # fmt: skip
+        at_exit.callback(end_workers)
+        for line in [*describe_launch(accelerator, data.plan), *self.notes, *lines, data.describe()]:
+            self.tracker.say(line)
+        if self.checkpoint:
+            self.tracker.say(f"resumed from {self.checkpoint} at step {self.state.optimizer_step}")
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the ranks have agreed to stop before the end of the run."""
+        return self.stops.reason
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog what begins now, in one word."""
+        self.watchdog.beat(self.state.optimizer_step + (doing in ("fetching", "training")), doing)
+
+    def poll(self) -> None:
+        """Between the batches of an evaluation: raise `StopAsked` on all ranks (which all call) if one is to stop."""
+        self.beat("evaluating")
+        self.stops.poll()
+
+    def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+        """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
+        loss_sum, norm_sum = self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
+        return loss_sum, norm_sum
+
+    def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
+        """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`."""
+        state = self.state
+        write_bad_batch(self.accelerator, self.folder, state, micro_batches, self.tokenizer, fault, self.tracker.warn)
+        check_limits(state, self.config.guards, fault)
+        state.skipped += 1
+        self.tracker.warn(f"step {state.optimizer_step + 1}: the update is skipped: {fault}")
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # else its next `unscale_` raises
+
+    def overflow(self) -> None:
+        """Count an fp16 overflow, for which the scaler has halved its scale; `UserError` if no scale is left."""
+        self.state.skipped += 1
+        if self.accelerator.scaler.get_scale() < 1:
+            raise UserError(
+                f"fp16 overflows at every scale after step {self.state.optimizer_step}; try bf16, or a lower "
+                "optimizer.learning_rate from the last checkpoint"
+            )
+
+    def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
+        """Log the numbers of a training step, and the speed since the last such line."""
+        state, (tokens, seconds) = self.state, self._logged
+        figures = {
+            "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
+            "perf/tokens_per_second": (state.tokens_seen - tokens) / (state.train_seconds - seconds),
+            "perf/train_seconds": state.train_seconds,
+        }  # fmt: skip
+        if self.data.num_rows is not None:
+            figures["train/epoch"] = state.samples_seen / self.data.num_rows
+        self.tracker.log(figures, state.optimizer_step)
+        self._logged = (state.tokens_seen, state.train_seconds)
+
+    def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
+        """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only."""
+        self.beat("saving")
+        self.state.stream = self.data.stream_state()
+        self.writer.save(self.state, model, optimizer, scheduler, average, wait=wait)
+        self.saved_step = self.state.optimizer_step
+        self.tracker.log({"perf/save_pause_seconds": self.writer.pause_seconds}, self.saved_step)
+        if warning := self.stops.time_for_save(self.writer.write_seconds):
+            self.tracker.warn(warning)
+
+    def finish(self, reason: str, evaluation: Evaluation | None, model: Any) -> None:
+        """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it."""
+        state = self.state
+        self.beat("ending")
+        self.writer.finish()
+        num_bytes = self.data.validation_bytes
+        bits = None if evaluation is None or num_bytes is None else evaluation.bits_per_byte(num_bytes)
+        self.tracker.finish({
+            "finished": reason in END_REASONS, "reason": reason, "optimizer_step": state.optimizer_step,
+            "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
+            "eval_loss": evaluation and evaluation.loss, "perplexity": evaluation and evaluation.perplexity,
+            "bits_per_byte": bits, "best_loss": state.best_loss, "best_step": state.best_step,
+            "train_seconds": state.train_seconds, "tokens_per_second": state.tokens_seen / state.train_seconds,
+        })  # fmt: skip
+        if state.stream is not None:
+            self.tracker.say(describe_stream(state.stream))
+        if reason in END_REASONS:
+            best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
+            self.tracker.say(f"finished ({reason}); {best}; see {self.config.output}")
+        else:
+            self.tracker.say(
+                f"stopped ({reason}) at step {state.optimizer_step}, which is saved; to continue, repeat the command "
+                "with --checkpoint.resume auto"
+            )
+
+
+def checkpoint_bytes(model: Any, config: TrainConfig) -> int:
+    """About how many bytes a checkpoint takes on the disk."""
+    trainable = sum(tensor.nbytes for tensor in model.parameters() if tensor.requires_grad)
+    weights = trainable if hasattr(model, "peft_config") else sum(tensor.nbytes for tensor in model.parameters())
+    copies = OPTIMIZERS[config.optimizer.name].state_size + (config.optimizer.ema_decay is not None)
+    return int(weights + copies * trainable)

@@ -1,0 +1,113 @@
+"""Checkpoint folders on the disk: a folder is complete or not there, and goes only when a newer one is safe.
+
+.tmp-…      not yet a checkpoint, or no longer one; the next start or save removes it
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoints import LINKS, PREFIX, checkpoint_name, list_checkpoints, step_of
+from utils.cli import UserError
+from utils.config import CheckpointConfig
+from utils.files import hash_file, readable
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+@contextmanager
+def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder/step-N` at the end of the block, flushed and hashed.
+
+    If the block raises, or is killed, there is no such checkpoint, and the older ones are untouched.
+    """
+    target = folder / checkpoint_name(step)
+    temporary = folder / f"{TEMPORARY_PREFIX}{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        (temporary / "manifest.json").write_text(json.dumps(_describe_files(temporary), indent=2), encoding="utf-8")
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush_to_disk(path)
+        if target.exists():  # one that a resume passed over as damaged
+            _remove(target)
+        temporary.rename(target)
+        _flush_to_disk(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def link_checkpoint(folder: Path, link: str, step: int | None) -> bool:
+    """Let `folder/link` point to the checkpoint of `step`, in one step; False if there is none."""
+    target = checkpoint_name(step or 0)
+    if not (folder / target).exists():
+        return False
+    temporary = folder / f"{TEMPORARY_PREFIX}{link}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(folder / link)
+    return True
+
+
+def remove_old_checkpoints(folder: Path, keep_last: int, archive_every_steps: int | None) -> None:
+    """Remove all but the newest `keep_last`, the linked and the archived checkpoints."""
+    kept = {(folder / link).resolve().name for link in LINKS}
+    found = list_checkpoints(folder)
+    kept |= {path.name for path in found[-keep_last:]}
+    for path in found:
+        archived = archive_every_steps and step_of(path) % archive_every_steps == 0
+        if path.name not in kept and not archived:
+            _remove(path)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed save or removal has left."""
+    for path in folder.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Away under its name in one step, so that a kill leaves no half of a checkpoint; then file by file."""
+    leaving = checkpoint.with_name(f"{TEMPORARY_PREFIX}{checkpoint.name}.removed")
+    shutil.rmtree(leaving, ignore_errors=True)
+    checkpoint.rename(leaving)
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def check_disk(folder: Path, config: CheckpointConfig, bytes_each: int, steps_left: int) -> str:
+    """A line on the space that the coming checkpoints will take; `UserError` if the disk has too little.
+
+    At most, there will be the newest, the best, the archived ones and the one that is being written.
+    """
+    archive = config.archive_every_steps
+    number = config.keep_last + 2 + (steps_left // archive if archive else 0)
+    removable = [path for path in list_checkpoints(folder) if not archive or step_of(path) % archive]
+    freed = sum(file.stat().st_size for path in removable for file in path.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if number * bytes_each > free + freed:
+        raise UserError(
+            f"{folder} will need {readable(number * bytes_each)} for {number} checkpoints of {readable(bytes_each)}, "
+            f"but the disk has {readable(free + freed)} for them; free some, choose another --output, or lower "
+            "checkpoint.keep_last"
+        )
+    return f"checkpoints: about {readable(bytes_each)} each, at most {number}; the disk has {readable(free)} free"
