@@ -120,9 +120,9 @@ def main(config: EvaluateConfig) -> None:
 
 
 def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:
-    """The folder to load the model from; how its run, which may be that of an export, scored; and its run's dataset.
+    """The folder to load the model from, the options that its run scored with, and its run's dataset.
 
-    The last two are None for a model without a run, the dataset also for an export.
+    The options are None for a model without a run; an export's report keeps them. The dataset is None outside a run.
     """
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         checkpoint = resolve_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Checkpoint in, transformers model out: saved, reloaded from the disk, and compared with the checkpoint.
+"""Checkpoint in, transformers model out: saved, loaded again from the disk, and compared with the checkpoint.
 
     python export.py --checkpoint runs/demo --output exports/demo
 
@@ -19,13 +19,13 @@ class ExportConfig:
     """Options of export.py; the defaults are the demo's."""
 
     checkpoint: str = "runs/demo"
-    """Run folder (its best checkpoint) or checkpoint folder."""
+    """Run folder (its best checkpoint is exported) or checkpoint folder."""
     output: str = "exports/demo"
-    """Folder to write."""
+    """Folder to write. It must not exist."""
     max_logit_difference: float = 1e-5
-    """Largest allowed difference between a logit of the checkpoint and of the reloaded export."""
+    """Largest difference allowed between the logits of the checkpoint and those of the reloaded export."""
     weights: Literal["trained", "average"] = "trained"
-    """average: the moving average of the weights, where the run kept one (optimizer.ema_decay)."""
+    """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
 
 
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
@@ -61,7 +61,7 @@ def main(config: ExportConfig) -> None:
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        # Adapters go into the weights that they stand beside; the comparison is with the two apart.
+        # Adapters are merged into the weights; the result is compared with the unmerged model.
         merged: Any = model
         if hasattr(model, "merge_and_unload"):
             merged = copy.deepcopy(merged).merge_and_unload()
@@ -69,10 +69,10 @@ def main(config: ExportConfig) -> None:
             merged.generation_config.eos_token_id = stop_token_ids(tokenizer)
         merged.save_pretrained(work)
         tokenizer.save_pretrained(work)
-        # Read back the way a stranger would, without a word about precision or attention.
+        # Loaded as by anyone else, without options for precision or attention.
         auto_model = saved_class(merged.config)
         difference, _ = largest_logit_difference(merged, auto_model.from_pretrained(work).eval())
-        merging, size = largest_logit_difference(model, merged)  # rounding only: both are zero without adapters
+        merging, size = largest_logit_difference(model, merged)  # rounding only; 0 without adapters
         report = {
             "checkpoint": str(config.checkpoint),
             "weights": config.weights,
@@ -91,8 +91,9 @@ def main(config: ExportConfig) -> None:
                 f"--max_logit_difference {config.max_logit_difference:.0e} allows; nothing was written"
             )
         if not merging <= MERGING_TOLERANCE * size:
-            raise UserError(f"merged adapters give other logits than adapters beside the weights, by {merging:.2e} of "
-                            f"{size:.1f}; nothing was written")  # fmt: skip
+            raise UserError(
+                f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
+            )
         work.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error
@@ -103,7 +104,7 @@ def main(config: ExportConfig) -> None:
 
 
 def describe_run(checkpoint: Path) -> dict[str, Any] | None:
-    """What evaluate.py has to know of the run to score an export like it; None for a checkpoint outside of a run."""
+    """What evaluate.py needs to score an export like its run; None for a checkpoint outside a run folder."""
     path = checkpoint.parent.parent / "config.yaml"
     if not path.is_file():
         return None
@@ -114,7 +115,7 @@ def describe_run(checkpoint: Path) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def largest_logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
-    """Over two rows of random tokens (2, T), every position and entry of the vocabulary; and the largest logit.
+    """The largest difference over two rows of random tokens (2, T), all positions and the vocabulary; the largest logit.
 
     NaN stays NaN.
     """

@@ -54,6 +54,7 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
     [
         (["--model.hiden_size", "3"], "unknown option --model.hiden_size (did you mean --model.hidden_size?)"),
         (["--optimizer.learning_rat", "3"], "did you mean --optimizer.learning_rate?"),
+        (["--rank", "3"], "did you mean --model.lora.rank?"),
         (["--model.hidden_size", "wide"], "model.hidden_size: Expected int or null. Got value: wide"),
         (["--model.architecture", "qwen3"], "model.architecture qwen3 has no size tiny"),
         (["--optimizer.learning_rate", "nan"], "optimizer.learning_rate"),
@@ -102,6 +103,7 @@ def test_mistakes_on_the_command_line(arguments, expected, capsys):
         ("output: null", "output is null"),
         ("seed: null", "seed is null"),
         ("data: null", "data is null"),
+        ("model: {lora: null}", "model.lora is null"),
         ("optimizer: {learning_rate: null}", "optimizer.learning_rate is null"),
         ("checkpoint: {resume: null}", "checkpoint.resume is null"),
         ("tracking: {trackers: null}", "tracking.trackers is null"),

@@ -84,10 +84,10 @@ def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the most similar of the `known` names, or nothing if none is similar."""
+    """` (did you mean X?)` with the known name that has `name` as its last part, or the most similar one, or nothing."""
     known = list(known)
-    found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    found = found or [option for option in known if option.endswith(f".{name}")]
+    found = [option for option in known if option.endswith("." + str(name).lstrip("-"))]
+    found = found or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
@@ -145,9 +145,9 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
     except ArgumentError as error:
         raise UserError(_one_line(error, names)) from None
     namespace.pop("config", None)
-    for item in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(item.type) and namespace[item.name] is None:
-            raise UserError(f"{item.name} is null; leave the section out, or give it options")
+    for name in names:
+        if namespace.get(name) is None and any(option.startswith(f"{name}.") for option in names):
+            raise UserError(f"{name} is null; leave the section out, or give it options")
     config = cls(**vars(parser.instantiate(namespace)))
     if problems := find_problems(config):
         raise UserError("; ".join(problems))
