@@ -88,6 +88,14 @@ def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
+def nearest(name: object, known: Iterable[str]) -> str:
+    """` (did you mean X?)` with the known name that has `name` as its last part, or the most similar one, or nothing."""
+    known = list(known)
+    found = [option for option in known if option.endswith("." + str(name).lstrip("-"))]
+    found = found or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
 def parse_config(cls: type[Config], description: str | None, argv: list[str] | None = None) -> Config:
     """Read `--config FILE` and flags into `cls`; exit with one line if a name, a type or a value is wrong."""
     argv = sys.argv[1:] if argv is None else argv
@@ -178,14 +186,6 @@ def _nearest(name: str, names: list[str], dashes: str) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     close = close or [option for option in names if option.endswith("." + name)][:1]
     return f" (did you mean {dashes}{close[0]}?)" if close else ""
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the most similar of the `known` names, or nothing if none is similar."""
-    known = list(known)
-    found = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    found = found or [option for option in known if option.endswith(f".{name}")]
-    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def find_problems(config: object, section: str = "") -> list[str]:
