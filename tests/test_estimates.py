@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from training import dry_run
-from training.batch_plan import plan_batches
 from training.dry_run import (
     HARDWARE,
     UTILISATION,
@@ -42,6 +41,7 @@ from training.dry_run import (
     resized,
 )
 from training.hardware import fast_bf16
+from training.launch import plan_batches
 from training.model import count_parameters_by_part, describe_model
 from training.optimization.optimizers import build_optimizer
 from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -389,7 +389,7 @@ def test_seven_billion_parameters_take_little_time_and_memory() -> None:
 import json, resource, sys, time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from training.batch_plan import plan_batches
+from training.launch import plan_batches
 from utils.config import TrainConfig
 from training.dry_run import dry_run_report
 from utils.objectives import Objective

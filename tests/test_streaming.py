@@ -23,7 +23,7 @@ from preparation.recipe import CleaningConfig, PrepareConfig
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import is_held_out
 from preparation.stream import TextStream
-from training.batch_plan import BatchPlan, plan_batches
+from training.launch import BatchPlan, plan_batches
 from training.stream_loader import StreamLoader, check_stream_options, describe_stream, iter_rows
 from utils.cli import UserError
 from utils.config import TrainConfig

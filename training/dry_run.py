@@ -20,10 +20,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.activations import GELUTanh
 
-from training.batch_plan import BatchPlan
 from training.data import TrainingData
 from training.hardware import resolve_matmul_precision
-from training.launch import describe_launch
+from training.launch import BatchPlan, describe_launch
 from training.model import check_length, describe_initialization, describe_model
 from training.optimization.optimizers import OPTIMIZERS, build_optimizer
 from training.parallel.sharding import ranks_per_copy

@@ -19,7 +19,6 @@ from accelerate.commands.config.config_args import ClusterConfig, default_config
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, PrecisionType, parse_flag_from_env
 
-from training.batch_plan import BatchPlan
 from training.hardware import fast_bf16
 from training.optimization.optimizers import OPTIMIZERS
 from utils.cli import LAUNCHER_PID, UserError, nearest, run_script
@@ -47,18 +46,57 @@ SECTIONS = {
     "dynamo_config": ("Resource Selection Arguments", "dynamo_"),
 }
 OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still reads them
-NEEDS_FSDP2 = (
-    "fsdp_config.fsdp_version must be 2: version 1 trains nothing without use_orig_params, and does not say so"
-)
+NEEDS_FSDP2 = "fsdp_config.fsdp_version must be 2: version 1 silently trains nothing without use_orig_params"
+UNSUPPORTED = "distributed_type {} is not supported; use NO, MULTI_GPU or FSDP"
+
+
+@dataclasses.dataclass
+class BatchPlan:
+    """The split of the global batch: accumulation × data_parallel_size × micro_batch = global_batch_size."""
+
+    global_batch_size: int
+    micro_batch: int
+    data_parallel_size: int
+    accumulation: int
+    context_parallel_size: int = 1
+    """Ranks that read the same rows, each its part of their positions."""
+
+    @property
+    def num_processes(self) -> int:
+        return self.data_parallel_size * self.context_parallel_size
+
+
+def plan_batches(
+    global_batch_size: int, per_device_batch_size: int | None, num_processes: int, context_parallel_size: int = 1
+) -> BatchPlan:
+    """Split the global batch (sequences) over ranks and micro-batches; `UserError` names sizes that would fit."""
+    data_parallel_size = num_processes // context_parallel_size
+    ranks = "processes" if context_parallel_size == 1 else f"groups of {context_parallel_size} processes"
+    share, remainder = divmod(global_batch_size, data_parallel_size)
+    if remainder:
+        lower, upper = share * data_parallel_size, (share + 1) * data_parallel_size
+        fitting = f"{lower} or {upper}" if lower else f"{upper}"
+        raise UserError(
+            f"batch.global_batch_size {global_batch_size} cannot be split evenly over {data_parallel_size} {ranks}; "
+            f"{fitting} would fit"
+        )
+    micro_batch = per_device_batch_size or share
+    if share % micro_batch:
+        fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+        raise UserError(
+            f"batch.per_device_batch_size {micro_batch} does not divide each process's share of {share} sequences "
+            f"(batch.global_batch_size {global_batch_size} over {data_parallel_size}); {fitting} would fit"
+        )
+    return BatchPlan(global_batch_size, micro_batch, data_parallel_size, share // micro_batch, context_parallel_size)
 
 
 def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig) -> None:
     """Raise `UserError` for a launch that would train something else than it says."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked, active = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.distributed_type
     if asked == "fp16" and accelerator.device.type == "cpu":
         raise UserError(
-            "fp16 with loss scaling needs a GPU: on a CPU accelerate would train in fp32 without saying so; "
-            "launch with --mixed_precision bf16 or no"
+            "fp16 with loss scaling needs a GPU: on a CPU accelerate would silently train in fp32; launch with "
+            "--mixed_precision bf16 or no"
         )
     if asked != accelerator.mixed_precision:
         raise UserError(f"the launch asked for precision {asked}, active is {accelerator.mixed_precision}")
@@ -69,18 +107,15 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig)
             f"here {plan.accumulation} micro-batches, from batch.global_batch_size and batch.per_device_batch_size"
         )
     for variable, asked_type in ASKED_BY_VARIABLE.items():
-        if parse_flag_from_env(variable) and accelerator.distributed_type != asked_type:
+        if parse_flag_from_env(variable) and active != asked_type:
             raise UserError(
-                f"the launch asked for {asked_type.value}, active is {accelerator.distributed_type.value}: accelerate does "
-                f"not shard on {accelerator.device.type}; launch without it"
+                f"the launch asked for {asked_type.value}, active is {active.value}: accelerate does not shard on "
+                f"{accelerator.device.type}; launch without it"
             )
     check_process_count(accelerator.num_processes)
-    if accelerator.distributed_type not in SUPPORTED:
-        raise UserError(
-            f"distributed_type {accelerator.distributed_type.value} is not supported; "
-            f"use one of {', '.join(each.value for each in SUPPORTED)}"
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if active not in SUPPORTED:
+        raise UserError(UNSUPPORTED.format(active.value))
+    if active == DistributedType.FSDP:
         check_sharding(accelerator, config)
 
 
@@ -173,13 +208,11 @@ def asked_processes() -> int | None:
     except psutil.Error:
         return None
     names = [os.path.basename(word) for word in words[:4]]
-    for index, name in enumerate(names, 1):
-        is_launch = name == "launch" and names[index - 2] == "accelerate"
-        if is_launch or name in ("accelerate-launch", "accelerate.commands.launch"):
-            break
-    else:
+    ends = ("accelerate launch", "accelerate-launch", "accelerate.commands.launch")
+    starts = [index for index in range(1, len(names) + 1) if " ".join(names[:index]).endswith(ends)]
+    if not starts:
         return None
-    options = launch_command_parser().parse_args(words[index:])
+    options = launch_command_parser().parse_args(words[starts[0] :])
     count, file = options.num_processes, options.config_file
     if file is None and not options.cpu and os.path.isfile(default_config_file):
         file = default_config_file
@@ -211,19 +244,8 @@ def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
 
 def check_launch_file(path: Path) -> None:
     """`UserError` naming everything that is wrong with a file for `accelerate launch --config_file`."""
-    file = read_yaml(path)
-    problems = find_problems(file)
-    if not problems:
-        problem = find_size_problem(sizes_of(file), sharded=True, num_processes=file.get("num_processes"))
-        problems += [problem] if problem else []
-    if problems:
+    if problems := find_problems(read_yaml(path)):
         raise UserError(f"{path}: {'; '.join(problems)}")
-
-
-def sizes_of(file: dict[str, Any]) -> dict[str, Any]:
-    """The sizes of its parallelism_config, by the names in `PARALLEL`."""
-    section = file.get("parallelism_config") or {}
-    return {name: section.get(f"parallelism_config_{name}_size", 1) for name in PARALLEL}
 
 
 def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: int | None) -> str | None:
@@ -275,25 +297,28 @@ def find_problems(file: dict[str, Any]) -> list[str]:
         for key in values:
             if (key if key.startswith(prefix) else prefix + key) not in options:
                 found.append(_unknown(key, options, f"{section}."))
-    precisions = [each.value for each in PrecisionType]
-    if not isinstance(file.get("mixed_precision", "no"), str):
+    precision, precisions = file.get("mixed_precision", "no"), [each.value for each in PrecisionType]
+    if not isinstance(precision, str):
         found.append("mixed_precision must be in quotes: 'no', 'bf16' or 'fp16'; YAML reads a bare no as false")
-    elif file.get("mixed_precision", "no") not in precisions:
-        found.append(_unknown(file["mixed_precision"], precisions, "mixed_precision "))
+    elif precision not in precisions:
+        found.append(_unknown(precision, precisions, "mixed_precision "))
     processes = file.get("num_processes", 1)
     if type(processes) is not int:
         found.append(f"num_processes {processes} must be a whole number")
     if "distributed_type" not in file:
         return [*found, "distributed_type is missing; for one process write distributed_type: 'NO'"]
     chosen, types = str(file["distributed_type"]), [each.value for each in DistributedType]
-    if problem := find_size_problem(sizes_of(file), sharded=chosen == "FSDP", num_processes=None):
+    given = file.get("parallelism_config")
+    given = given if isinstance(given, dict) else {}
+    sizes = {name: given.get(f"parallelism_config_{name}_size", 1) for name in PARALLEL}
+    if problem := find_size_problem(sizes, sharded=chosen == "FSDP", num_processes=file.get("num_processes")):
         found.append(problem)
     if chosen not in types:
         found.append(_unknown(chosen, types, "distributed_type "))
     elif chosen == "FSDP" and (file.get("fsdp_config") or {}).get("fsdp_version") != 2:
         found.append(NEEDS_FSDP2)
     elif chosen not in [each.value for each in SUPPORTED]:
-        found.append(f"distributed_type {chosen} is not supported; use NO, MULTI_GPU or FSDP")
+        found.append(UNSUPPORTED.format(chosen))
     if chosen in ("NO", "MULTI_CPU") and processes != 1:
         found.append(
             f"accelerate starts one process for distributed_type {chosen}, not {processes}; for several on CPUs write "
