@@ -249,9 +249,7 @@ def write_sample(
 ) -> str | None:
     """A sample by the main process; None on the others. With FSDP all ranks must take part and get the same text.
 
-    Args:
-        prepared: the objective, as `accelerator.prepare` returned it.
-        example: a batch, from which an objective that does not generate text predicts its targets.
+    An objective that does not generate text predicts the targets of `example`, a batch.
     """
     if not accelerator.is_main_process and not is_sharded(accelerator):
         return None

@@ -123,7 +123,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if self._thread is not None:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        return error and f"{error}; the earlier ones are untouched"
+        return None if error is None else f"{error}; the earlier ones are untouched"
 
     def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
         """In the thread: write the checkpoint unless it exists, move the links, remove old checkpoints."""
