@@ -112,7 +112,7 @@ class StopRequests:
             return None
         self._warned = True
         return (
-            f"a step and two saves take {seconds:.0f} s, but {LAUNCHER_SECONDS} s after SIGTERM the launcher kills its "
-            "processes, which loses the steps since the last checkpoint. "
-            f"`touch {self.stop_file}` stops without a limit, --max_minutes stops in time"
+            f"a step and two saves take {seconds:.0f} s, but after SIGTERM the launcher kills its processes in "
+            f"{LAUNCHER_SECONDS} s, which loses the steps since the last checkpoint. `touch {self.stop_file}` stops without "
+            "a limit, --max_minutes stops in time"
         )
