@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
 from training.parallel.sharding import enable_sharded_generate
-from training.run import END_REASONS, Run
+from training.run import Run
 from utils.checkpoints import TrainState
 from utils.evaluation import evaluate
 from utils.model.build import build_model, enable_activation_checkpointing, load_model
@@ -63,8 +64,7 @@ def main(config: TrainConfig) -> None:
     # sees of a row, and may add special tokens to the tokenizer.
     tokenizer = read_tokenizer(Path(config.data.dataset) / "tokenizer")
     task = objective_module(config.objective.name)
-    collate = task.build_collator(config.objective, tokenizer)
-    data = TrainingData(config, accelerator, plan, tokenizer, collate)
+    data = TrainingData(config, accelerator, plan, tokenizer, task.build_collator(config.objective, tokenizer))
     if config.dry_run:
         return print_dry_run(config, accelerator, data, tokenizer)
 
@@ -94,10 +94,9 @@ def main(config: TrainConfig) -> None:
     # Everything that decides a step is a function of (seed, samples seen, rank): a resumed run repeats it.
     objective.train()
     batches = iter(train_loader)
-    evaluation = None
+    evaluation, look = None, partial(evaluate, accelerator, objective, validation_loader)
     if config.evaluation.at_start and state.optimizer_step == 0:
-        at_start = evaluate(accelerator, objective, validation_loader, lambda: run.beat("evaluating"))
-        run.tracker.log(at_start.metrics(data.validation_bytes), 0)
+        run.tracker.log(look(lambda: run.beat("evaluating")).metrics(data.validation_bytes), 0)
     while True:
         step = state.optimizer_step
 
@@ -106,13 +105,11 @@ def main(config: TrainConfig) -> None:
         if state.last_evaluated_step < step and run.stop_reason is None:
             with suppress(StopAsked):  # the resumed run evaluates instead
                 if due(step, config.evaluation.every_steps, max_steps):
-                    found = evaluate(accelerator, objective, validation_loader, run.poll)
+                    found = look(run.poll)
                     figures = found.metrics(data.validation_bytes)
                     if average is not None:
                         with average.swapped():
-                            figures["eval/average_loss"] = evaluate(
-                                accelerator, objective, validation_loader, run.poll
-                            ).loss
+                            figures["eval/average_loss"] = look(run.poll).loss
                     evaluation = found
                     improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
                     run.tracker.log(figures, step)
@@ -158,10 +155,7 @@ def main(config: TrainConfig) -> None:
         state.samples_seen += plan.global_batch_size
         state.tokens_seen += int(num_targets)
         state.train_seconds += time.perf_counter() - started
-        if fault is not None:
-            continue
-        if accelerator.optimizer_step_was_skipped:  # fp16: the gradients overflowed
-            run.overflow()
+        if fault is not None or run.count_overflow():
             continue
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
@@ -172,13 +166,8 @@ def main(config: TrainConfig) -> None:
         if state.optimizer_step == 1 or due(state.optimizer_step, config.tracking.log_every_steps, max_steps):
             run.log_step(loss, float(learning_rate), grad_norm)
 
-    # ---- The end.
-    if reason in END_REASONS and evaluation is None:  # this launch had no step left to make
-        run.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
-        evaluation = evaluate(accelerator, objective, validation_loader, lambda: run.beat("evaluating"))
-        if state.best_loss is None:
-            update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
-    run.finish(reason, evaluation, model)
+    # ---- The end: the last checkpoint, summary, plot, and how to continue.
+    run.finish(reason, evaluation, look, model)
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
@@ -236,7 +225,7 @@ def update_best(state: TrainState, loss: float, min_delta: float) -> bool:
 
 
 def end_of_run(state: TrainState, config: TrainConfig, max_steps: int) -> str | None:
-    """One of `END_REASONS` once the run has reached its end and its last model is evaluated, else None."""
+    """ "max_steps" or "early_stopping" once the run has reached its end and its last model is evaluated, else None."""
     if state.last_evaluated_step < state.optimizer_step:
         return None
     if state.optimizer_step >= max_steps:

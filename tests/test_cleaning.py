@@ -548,8 +548,9 @@ def test_a_batch_under_datasets_with_two_processes(tmp_path):
     config = CleaningConfig(steps, languages=["en"], licences=["MIT"])
     expected = clean_documents(batch, config, {"code"})
     table = datasets.Dataset.from_dict(batch).cast_column("text", datasets.Value("large_string"))
-    mapped = table.map(clean_documents, batched=True, batch_size=20, num_proc=2,
-                       fn_kwargs={"config": config, "code_sources": {"code"}}, cache_file_name=str(tmp_path / "cleaned.arrow"))  # fmt: skip
+    arguments = {"config": config, "code_sources": {"code"}}
+    mapped = table.map(clean_documents, batched=True, batch_size=20, num_proc=2, fn_kwargs=arguments,
+                       cache_file_name=str(tmp_path / "cleaned.arrow"))  # fmt: skip
     assert mapped.features["changed"].dtype == "uint32" and mapped.features["text"].dtype == "large_string"
     for name, column in expected.items():
         assert mapped[name][:] == list(column), name

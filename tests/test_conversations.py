@@ -1,4 +1,4 @@
-"""Conversations: which tokens the assistant says, compared with transformers and by hand, and all of prepare_data.py."""
+"""Conversations: which tokens the assistant says, compared with transformers and by hand, and through prepare_data.py."""
 
 import json
 import random

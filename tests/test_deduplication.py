@@ -258,7 +258,7 @@ def test_clusters_and_estimates_agree_with_exact_sets():
 
 
 def test_a_shared_header_neither_drops_nor_hides():
-    """3,000 documents that share a header of half their length form buckets of hundreds; an edited copy is still found."""
+    """3,000 documents that share a header of half their length: buckets of hundreds, an edited copy is still found."""
     rng = random.Random(1)
     header = " ".join(LONG[0].split()[:40])
     own = [" ".join(rng.choices(VOCABULARY, k=40)) for _ in range(3000)]
@@ -365,7 +365,7 @@ def test_a_header_that_both_carry_costs_no_document():
 
 
 def test_contamination_is_what_plain_sets_find():
-    """The index holds all 13-grams of evaluation documents of up to 76 words, so the answer is exact, including ties."""
+    """The index holds all 13-grams of evaluation documents of up to 76 words: the answer is exact, including ties."""
     rng = random.Random(5)
     evaluation = [text for text in TEXTS if 5 <= len(plain_words(text)) <= 76][:300]
     training = []

@@ -2,7 +2,7 @@
 
 import re
 
-from conftest import ROOT, SMALL, flags, metrics, script
+from conftest import ROOT, SMALL, flags, metrics, script, train_losses
 from test_readme import make_copy
 
 
@@ -18,7 +18,7 @@ def test_the_walk_through_of_a_new_objective_works_as_it_stands(dataset, tmp_pat
     (diff,) = blocks(text, "diff")
     assert len([line for line in (options + module).splitlines() if line]) + diff.count("\n+") < 40
 
-    path = copy / "utils" / "objective_config.py"
+    path = copy / "utils" / "config.py"
     source = path.read_text(encoding="utf-8")
     for removed, added in re.findall(r"^-(.*)\n((?:\+.*\n)+)", diff, re.M):
         assert source.count(removed + "\n") == 1
@@ -36,6 +36,28 @@ def test_the_walk_through_of_a_new_objective_works_as_it_stands(dataset, tmp_pat
     script(*launched, *flags(small), "--output", "runs/whole", "--objective.prefix.max_share", "0", cwd=copy)
     whole = metrics(copy / "runs/whole")
     assert records[0]["train/loss"] != whole[0]["train/loss"]
+
+
+def test_the_walk_through_of_a_new_optimizer_works_as_it_stands(dataset, tmp_path):
+    """It trains, and resumes to the same numbers, which shows that its state is saved and read."""
+    copy = make_copy(tmp_path, max_steps=6)
+    page = (ROOT / "docs" / "how_to_change.md").read_text(encoding="utf-8")
+    text = page.partition("## Add an optimizer\n")[2].partition("\n## ")[0]
+    (function,), (diff,) = blocks(text, "python"), blocks(text, "diff")
+    above, entry = (line[1:] for line in diff.splitlines())
+    path = copy / "training" / "optimization" / "optimizers.py"
+    source = path.read_text(encoding="utf-8")
+    assert source.count(above) == 1
+    path.write_text(source.replace(above, f"{function}\n\n{above}\n{entry}"), encoding="utf-8")
+
+    (command,) = blocks(text, "bash")
+    launched = command.strip().removeprefix("accelerate launch ").split()
+    small = SMALL | {"data.dataset": dataset, "schedule.shape": "constant"}
+    script(*launched, *flags(small | {"schedule.max_steps": 4}), cwd=copy)
+    script(*launched, *flags(small | {"schedule.max_steps": 6, "checkpoint.resume": "auto"}), cwd=copy)
+    script(*launched, *flags(small | {"schedule.max_steps": 6, "output": "runs/whole"}), cwd=copy)
+    parted, whole = (train_losses(metrics(copy / "runs" / name)) for name in ("nadam", "whole"))
+    assert parted == whole and whole[-1] < whole[0]
 
 
 def test_the_pages_name_what_is_in_the_code():

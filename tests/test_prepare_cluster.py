@@ -1,4 +1,4 @@
-"""examples/prepare_data_cluster.py against prepare_data.py, on Ray nodes in separate processes, some of which are killed."""
+"""examples/prepare_data_cluster.py against prepare_data.py, on Ray nodes in their own processes, some of them killed."""
 
 import filecmp
 import importlib.util

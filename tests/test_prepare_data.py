@@ -101,7 +101,7 @@ def test_the_report_can_be_opened_and_says_what_was_dropped(dataset):
 
 
 def test_weights_and_mixtures(tmp_path):
-    """Weight 2 stores each training document twice, weight 0.5 half of them; weights do not repeat validation documents."""
+    """Weight 2 stores each training document twice, weight 0.5 half of them; validation documents are not repeated."""
     for name, texts in {"a": TEXTS[:300], "b": TEXTS[300:900], "c": TEXTS[900:1000]}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sources = [

@@ -1,5 +1,6 @@
 """The apparatus of a run: its folder and state, what a person sees of it, stop requests, heartbeats, checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +113,20 @@ class Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # else its next `unscale_` raises
 
-    def overflow(self) -> None:
-        """Count an fp16 overflow, for which the scaler has halved its scale; `UserError` if no scale is left."""
+    def count_overflow(self) -> bool:
+        """Whether fp16's scaler skipped this update for an overflow and halved its scale; counts it.
+
+        `UserError` if no scale is left.
+        """
+        if not self.accelerator.optimizer_step_was_skipped:
+            return False
         self.state.skipped += 1
         if self.accelerator.scaler.get_scale() < 1:
             raise UserError(
                 f"fp16 overflows at every scale after step {self.state.optimizer_step}; try bf16, or a lower "
                 "optimizer.learning_rate from the last checkpoint"
             )
+        return True
 
     def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
         """Log the numbers of a training step, and the speed since the last such line."""
@@ -144,9 +151,19 @@ class Run:
         if warning := self.stops.time_for_save(self.writer.write_seconds):
             self.tracker.warn(warning)
 
-    def finish(self, reason: str, evaluation: Evaluation | None, model: Any) -> None:
-        """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it."""
+    def finish(
+        self, reason: str, evaluation: Evaluation | None, look: Callable[..., Evaluation], model: Any
+    ) -> None:  # fmt: skip
+        """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it.
+
+        `look` evaluates the model, for a launch that had no step left to make.
+        """
         state = self.state
+        if reason in END_REASONS and evaluation is None:
+            self.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
+            evaluation = look(lambda: self.beat("evaluating"))
+            if state.best_loss is None:
+                state.best_loss, state.best_step = evaluation.loss, state.optimizer_step
         self.beat("ending")
         self.writer.finish()
         num_bytes = self.data.validation_bytes

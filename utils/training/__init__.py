@@ -1,0 +1,6 @@
+"""The former home of training's modules. CHANGELOG.md maps the old names to the new ones."""
+
+raise SystemExit(
+    "utils.training has moved: `python -m utils.checkpoints list|verify RUN` and `python -m training.launch FILE` "
+    "replace its two commands; CHANGELOG.md maps the modules for scripts that import them"
+)
