@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
+from utils.data.token_dataset import TokenDataset, load_manifest, open_split
 
 
 @dataclass
@@ -40,8 +41,14 @@ class EvaluateConfig:
     """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
-        both = self.dataset is not None and self.text_file is not None
-        return ["give dataset or text_file, not both"] if both else []
+        found = [] if Path(self.model).exists() else [f"{self.model} does not exist; train a model, or give --model"]
+        if self.dataset is not None and self.text_file is not None:
+            found.append("give dataset or text_file, not both")
+        elif self.dataset is not None:
+            load_manifest(self.dataset)
+        elif self.text_file is not None and not Path(self.text_file).is_file():
+            found.append(f"{self.text_file}: no such file")
+        return found
 
 
 config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else None
@@ -58,7 +65,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from utils.checkpoints import resolve_checkpoint
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
-from utils.data.token_dataset import TokenDataset, load_manifest, open_split
 from utils.evaluation import evaluate, generate_text
 from utils.files import read_json, read_yaml
 from utils.model.build import (

@@ -27,6 +27,10 @@ class ExportConfig:
     weights: Literal["trained", "average"] = "trained"
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
 
+    def problems(self) -> list[str]:
+        found = [] if Path(self.checkpoint).exists() else [f"{self.checkpoint}: no such run or checkpoint folder"]
+        return found + ([f"{self.output} exists; remove it, or choose another --output"] * Path(self.output).exists())
+
 
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
 
@@ -48,8 +52,6 @@ MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights
 
 def main(config: ExportConfig) -> None:
     output = Path(config.output)
-    if output.exists():
-        raise UserError(f"{output} exists; remove it, or choose another --output")
     checkpoint = resolve_checkpoint(config.checkpoint)
     model = load_model(checkpoint)
     if config.weights == "average":

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers.activations import GELUTanh
 
 from training.batch_plan import BatchPlan
 from training.data import TrainingData
@@ -18,7 +19,6 @@ from training.estimates import (
 from training.hardware import (
     HARDWARE,
     UTILISATION,
-    describe_kernels,
     duration,
     estimate_time,
     measure_flops_per_second,
@@ -30,6 +30,7 @@ from training.model import check_length, describe_initialization, describe_model
 from training.parallel.sharding import ranks_per_copy
 from utils.config import TrainConfig
 from utils.files import readable
+from utils.kernels.dropout import FastDropout
 from utils.model.build import build_model
 from utils.objectives import Objective, build_objective, objective_module
 
@@ -144,3 +145,15 @@ def describe_objective(objective: Objective, config: TrainConfig, data: Training
     if new:
         lines.append(describe_initialization(objective.model))
     return [*lines, describe_kernels(objective)]
+
+
+def describe_kernels(objective: Any) -> str:
+    """The kernels in use, on one line."""
+    modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # not a dropout of 0
+    parts = [
+        f"attention {objective.model.config._attn_implementation}",
+        f"head {'chunked' if objective.chunked_head else 'with all logits'}",
+        *(["activation fused"] if GELUTanh in modules else []), *(["dropout fast"] if FastDropout in modules else []),
+        f"fp32 products {torch.get_float32_matmul_precision()}",
+    ]  # fmt: skip
+    return f"kernels: {', '.join(parts)}"

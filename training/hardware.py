@@ -5,9 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers.activations import GELUTanh
-
-from utils.kernels.dropout import FastDropout
 
 # Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
 # sparse matrices. bf16 also stands for fp16, with sums in fp32; tf32 for fp32 that may round its factors.
@@ -57,18 +54,6 @@ def resolve_matmul_precision(name: str, device: torch.device) -> str:
         return name
     has = cpu_capabilities()
     return "medium" if device.type == "cpu" and has.get("avx512_bw") and not has.get("amx_bf16") else "highest"
-
-
-def describe_kernels(objective: Any) -> str:
-    """The kernels in use, on one line."""
-    modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # not a dropout of 0
-    parts = [
-        f"attention {objective.model.config._attn_implementation}",
-        f"head {'chunked' if objective.chunked_head else 'with all logits'}",
-        *(["activation fused"] if GELUTanh in modules else []), *(["dropout fast"] if FastDropout in modules else []),
-        f"fp32 products {torch.get_float32_matmul_precision()}",
-    ]  # fmt: skip
-    return f"kernels: {', '.join(parts)}"
 
 
 def measure_flops_per_second(device: torch.device, mixed_precision: str) -> float:
