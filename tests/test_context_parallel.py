@@ -49,7 +49,7 @@ def test_what_short_rows_would_not_show_is_refused(architecture, options, named)
 
 
 @pytest.mark.parametrize(("sizes", "said"), [
-    ({"cp": 2}, None), ({}, "all its sizes are 1"), ({"dp_shard": 2, "cp": 2}, "dp_shard_size 2 × cp_size 2 must make"),
+    ({"cp": 2}, None), ({}, "all its sizes are 1"), ({"dp_shard": 2, "cp": 2}, "dp_shard_size 2 × cp_size 2 must"),
     ({"tp": 2}, "tp_size 2 is not supported"), ({"dp_replicate": 2}, "dp_shard_size of 2 or more"), ({"cp": 0}, "1 or more"),
 ])  # fmt: skip
 def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypatch):
@@ -68,7 +68,7 @@ def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypa
 
 @pytest.mark.parametrize(("options", "said"), [
     ({}, None), ({"data.sequence_length": 56}, "must be a multiple of 16"), ({"data.layout": "padded"}, "pad_to max_length"),
-    ({"objective.name": "masked"}, "masked does not go with it"), ({"model.attention": "eager"}, "leave model.attention auto"),
+    ({"objective.name": "masked"}, "masked is not supported"), ({"model.attention": "eager"}, "leave model.attention auto"),
 ])  # fmt: skip
 def test_recipes_that_do_not_go_with_it_are_refused(options, said):
     found = context_problems(parse_config(TrainConfig, None, flags({"data.sequence_length": 64} | options)), 2)

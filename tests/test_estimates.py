@@ -410,7 +410,7 @@ print(json.dumps([lines, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_ma
     lines, seconds, kilobytes = json.loads(script("-c", program).stdout)
     assert "6,738,415,616 parameters" in lines[0]
     assert seconds[2] / seconds[1] < 9 and kilobytes < 2e6, seconds  # the smallest has warmed up what all need
-    assert any("H100" in line and "80 GB are too little" in line for line in lines)
+    assert any("H100" in line and "80 GB are too few" in line for line in lines)
 
 
 # ---- Cards and CPUs.
