@@ -34,15 +34,14 @@ from accelerate.utils import (
     set_seed,
 )
 
-from training.batch_plan import BatchPlan, plan_batches
 from training.data import TrainingData
 from training.dry_run import describe_objective, print_dry_run
 from training.hardware import resolve_matmul_precision
-from training.launch import check_launch, context_parallel_size
+from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
 from training.model import build_training_objective
 from training.monitoring.guards import check_update
-from training.monitoring.samples import write_sample
 from training.monitoring.stopping import StopAsked
+from training.monitoring.tracking import write_sample
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler

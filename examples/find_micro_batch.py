@@ -40,8 +40,8 @@ from accelerate.utils import release_memory, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 
 from train import start_accelerator
-from training.batch_plan import plan_batches
 from training.data import TrainingData
+from training.launch import plan_batches
 from training.model import build_training_objective
 from training.optimization.optimizers import build_optimizer
 from utils.data.loaders import CollatedRows, to_tensors

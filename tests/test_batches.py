@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run
 
-from training.batch_plan import plan_batches
+from training.launch import plan_batches
 from utils.cli import UserError
 from utils.data.order import (
     PADDING_SAMPLE,

@@ -24,24 +24,24 @@ from transformers import (
     T5Config,
 )
 
-from training import hardware
-from training.batch_plan import plan_batches
-from training.dry_run import describe_work, dry_run_report, resized
-from training.estimates import (
-    count_flops,
-    estimate_evaluation_activations,
-    estimate_memory,
-    fake_batch,
-)
-from training.hardware import (
+from training import dry_run
+from training.dry_run import (
     HARDWARE,
     UTILISATION,
+    count_flops,
+    describe_work,
+    dry_run_report,
     duration,
+    estimate_evaluation_activations,
+    estimate_memory,
     estimate_time,
-    fast_bf16,
+    fake_batch,
     measure_flops_per_second,
     precision_of,
+    resized,
 )
+from training.hardware import fast_bf16
+from training.launch import plan_batches
 from training.model import count_parameters_by_part, describe_model
 from training.optimization.optimizers import build_optimizer
 from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
@@ -106,7 +106,7 @@ def with_adapters(model: torch.nn.Module, rank: int) -> torch.nn.Module:
 
 
 def tensors_of(parts: dict[str, int]) -> int:
-    return sum(parts.values()) - parts["libraries"] - parts["heap"]
+    return sum(parts.values()) - parts["libraries"]
 
 
 def shapes_of(config) -> dict[str, tuple[int, int]]:
@@ -354,7 +354,7 @@ def test_the_measured_speed_is_that_of_matrix_products(monkeypatch) -> None:
     """torch's own count of the FLOPs, but those of the product before the clock starts, over the seconds on the clock."""
     read: list[float] = []
     clock = SimpleNamespace(perf_counter=lambda: read.append(time.perf_counter()) or read[-1])
-    monkeypatch.setattr(hardware, "time", clock)
+    monkeypatch.setattr(dry_run, "time", clock)
     with FlopCounterMode(display=False) as counter:
         speed = measure_flops_per_second(torch.device("cpu"), "no")
     products = len(read) - 1  # with the first: the clock is read once more than that
@@ -389,7 +389,7 @@ def test_seven_billion_parameters_take_little_time_and_memory() -> None:
 import json, resource, sys, time
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
-from training.batch_plan import plan_batches
+from training.launch import plan_batches
 from utils.config import TrainConfig
 from training.dry_run import dry_run_report
 from utils.objectives import Objective
@@ -466,7 +466,7 @@ def test_the_evaluations_memory_in_a_dry_run_is_that_of_a_real_one() -> None:
     text = report_of(objective, ROWS, ROWS)
     said = {name: float(size.replace(",", "")) for name, size in re.findall(r"^  (\D+?) +([\d.,]+) MB$", text, re.M)}
     (evaluation,) = re.findall(r"([\d.,]+) MB in an evaluation", text)
-    found = float(evaluation.replace(",", "")) - said["libraries"] - said["heap"]
+    found = float(evaluation.replace(",", "")) - said["libraries"]
 
     optimizer = torch.optim.AdamW(objective.parameters())
     objective(**batch).backward()

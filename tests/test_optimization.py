@@ -621,18 +621,3 @@ def test_an_average_goes_on_from_a_file_bit_for_bit():
         elif step > 3:
             loaded.update(step)
     assert same(loaded.state_dict(), average.state_dict())
-
-
-def test_the_average_of_bf16_weights_is_kept_in_fp32():
-    model = tiny_llama().bfloat16()
-    average = WeightAverage(model, 0.9)
-    before = weights(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1.0)
-    average.update(1)
-    values = average.state_dict()["lm_head.weight"]
-    assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
-    with average.swapped():
-        assert torch.equal(model.lm_head.weight, values.bfloat16())
-    assert average.state_dict()["lm_head.weight"] is values and not same(weights(model), before)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from training.saving.shards import check_complete, check_shards, save_shards
+from training.saving.folders import check_complete, check_shards, save_shards
 from utils.checkpoint_tensors import read_tensors
 from utils.cli import UserError
 

@@ -23,7 +23,7 @@ from preparation.recipe import CleaningConfig, PrepareConfig
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import is_held_out
 from preparation.stream import TextStream
-from training.batch_plan import BatchPlan, plan_batches
+from training.launch import BatchPlan, plan_batches
 from training.stream_loader import StreamLoader, check_stream_options, describe_stream, iter_rows
 from utils.cli import UserError
 from utils.config import TrainConfig
@@ -340,7 +340,7 @@ def test_options_that_cannot_go_with_a_stream_are_refused(streamed, tmp_path):
         ({"schedule__num_epochs": 1, "schedule__max_steps": "null"}, "give schedule.max_steps"),
     ):
         assert expected in refused(streamed, tmp_path / "run", **options)
-    with pytest.raises(UserError, match="4 cannot be shared by 3 processes; 3, 6, 12 would fit"):
+    with pytest.raises(UserError, match="4 cannot be split over 3 processes; 3, 6, 12 would fit"):
         check_stream_options(set_lanes(4), BatchPlan(12, 4, 3, 1))
     check_stream_options(set_lanes(6), BatchPlan(12, 4, 3, 1))
 

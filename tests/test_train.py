@@ -302,7 +302,7 @@ def test_ids_that_the_model_lacks_and_rows_longer_than_its_positions_are_refused
         tmp_path / "small", model__pretrained=finished_run / "checkpoints" / "best"
     )
     long = refuse(dataset, model__pretrained=finished_run / "checkpoints" / "best", data__sequence_length=65)
-    assert "data.sequence_length (65) is longer than the 64 positions" in long
+    assert "data.sequence_length 65 exceeds the 64 positions" in long
     assert "longer than model.max_position_embeddings (64)" in refuse(dataset, data__sequence_length=65)
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from training.batch_plan import BatchPlan
+from training.launch import BatchPlan
 from training.optimization.schedule import resolve_max_steps
 from training.parallel.context_parallel import collate_columns
 from training.stream_loader import StreamLoader, check_stream_options

@@ -1,38 +1,59 @@
-"""What a training will need, before it starts: parameters, memory, data, work and time."""
+"""What a training will need, before it starts: parameters, data, memory, work and time.
 
-from collections.abc import Sequence
+Memory and work are estimated without running a step. The loop's step runs on fake tensors, which have shape, type and
+device but no memory: its operations are counted, and its tensors followed through forward pass, backward pass and update.
+This takes seconds for seven billion parameters. Models whose operations depend on values cannot be estimated.
+"""
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers.activations import GELUTanh
 
-from training.batch_plan import BatchPlan
 from training.data import TrainingData
-from training.estimates import (
-    BatchShapes,
-    count_flops,
-    estimate_evaluation_activations,
-    estimate_memory,
-    share_out,
-)
-from training.hardware import (
-    HARDWARE,
-    UTILISATION,
-    duration,
-    estimate_time,
-    measure_flops_per_second,
-    precision_of,
-    resolve_matmul_precision,
-)
-from training.launch import describe_launch
+from training.hardware import resolve_matmul_precision
+from training.launch import BatchPlan, describe_launch
 from training.model import check_length, describe_initialization, describe_model
+from training.optimization.optimizers import OPTIMIZERS, build_optimizer
 from training.parallel.sharding import ranks_per_copy
-from utils.config import TrainConfig
-from utils.files import readable
+from utils.config import OptimizerConfig, TrainConfig
+from utils.files import readable, short
 from utils.kernels.dropout import FastDropout
+from utils.model.adapters import without_adapters
 from utils.model.build import build_model
+from utils.model.modules import fake_copy
 from utils.objectives import Objective, build_objective, objective_module
+
+# A batch: name → a tensor, or only its shape (int64).
+BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
+LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries with their threads and scratch, measured by benchmarks/memory.py
+# Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
+# sparse matrices. bf16 also stands for fp16, with sums in fp32; tf32 for fp32 that may round its factors.
+# L4, RTX 4090: images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf,
+#   appendices A and C. A100: www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
+#   nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf. H100: resources.nvidia.com/en-us-tensor-core/
+#   nvidia-tensor-core-gpu-datasheet.
+HARDWARE: dict[str, dict[str, float]] = {
+    "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12, "memory": 24},
+    "RTX 4090": {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12, "memory": 24},
+    "A100 80GB": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80},
+    "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
+}
+# Share of the peak that training reaches. Llama 3 reached 38 to 43 % (Grattafiori et al., 2024, arXiv 2407.21783),
+# PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
+UTILISATION = 0.4
+MATMUL_SECONDS = 0.5
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
@@ -66,16 +87,13 @@ def dry_run_report(
         measure: also estimate the time on this machine, by half a second of matrix products.
     """
     longest = config.data.sequence_length if config.data.layout == "padded" else None
-    rows = plan.global_batch_size * max_steps
-    positions = rows * config.data.sequence_length
+    rows, length, share = plan.global_batch_size * max_steps, config.data.sequence_length, plan.context_parallel_size
     epochs = "" if num_rows is None else f", {rows / num_rows:.2f} epochs of {num_rows:,} rows"
     lines = [
         *describe_model(objective.model),
-        f"data: {max_steps:,} steps of {plan.global_batch_size} rows of {config.data.sequence_length}: {rows:,} rows, "
-        f"{positions:,} positions{epochs}",
+        f"data: {max_steps:,} steps of {plan.global_batch_size} rows of {length}: {rows:,} rows, "
+        f"{rows * length:,} positions{epochs}",
     ]
-    micro_batch = resized(example, plan.micro_batch, longest)
-    share = plan.context_parallel_size
     precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
     processes = plan.num_processes
     try:
@@ -89,9 +107,9 @@ def dry_run_report(
             objective, resized(example, config.evaluation.per_device_batch_size, longest, share),
             mixed_precision=mixed_precision, device=device.type,
         )  # fmt: skip
-        flops = count_flops(objective, micro_batch) * plan.accumulation * plan.data_parallel_size
+        flops = count_step_flops(objective, example, config, plan)
     except RuntimeError as error:  # an operation of this model needs values, which fake tensors lack
-        return [*lines, f"memory and time: no estimate for this model: {' '.join(str(error).split())[:150]}"]
+        return [*lines, f"memory and time: no estimate for this model: {short(error)}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
     step = sum(memory.values())
     lines += [
@@ -102,11 +120,9 @@ def dry_run_report(
         f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}, which small models do not reach:",
     ]
     for name, figures in HARDWARE.items():
-        fits = (
-            "" if max(step, evaluation) < figures["memory"] * 1e9 else f"; its {figures['memory']:.0f} GB are too few"
-        )
-        seconds = estimate_time(flops * max_steps, figures[precision], processes)
-        lines.append(f"  {name:<15} {duration(seconds):>10}{fits}")
+        seconds, size = estimate_time(flops * max_steps, figures[precision], processes), figures["memory"]
+        few = f"; its {size:.0f} GB are too few" if max(step, evaluation) >= size * 1e9 else ""
+        lines.append(f"  {name:<15} {duration(seconds):>10}{few}")
     if measure:
         speed = measure_flops_per_second(device, mixed_precision)
         seconds = estimate_time(flops * max_steps, speed, processes)
@@ -116,44 +132,256 @@ def dry_run_report(
 
 def describe_work(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> str:
     """A line with the floating-point operations of one step on all devices, counted without computing anything."""
-    longest = config.data.sequence_length if config.data.layout == "padded" else None
     try:
-        flops = count_flops(objective, resized(example, plan.micro_batch, longest))
+        return f"work: {count_step_flops(objective, example, config, plan):.3g} FLOPs a step"
     except RuntimeError as error:
-        return f"work: not counted for this model: {' '.join(str(error).split())[:150]}"
-    return f"work: {flops * plan.accumulation * plan.data_parallel_size:.3g} FLOPs a step"
+        return f"work: not counted for this model: {short(error)}"
 
 
-def resized(
-    batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1
-) -> dict[str, tuple[int, ...]]:  # fmt: skip
+def count_step_flops(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> int:
+    """`count_flops` of one step on all devices."""
+    longest = config.data.sequence_length if config.data.layout == "padded" else None
+    micro_batch = resized(example, plan.micro_batch, longest)
+    return count_flops(objective, micro_batch) * plan.accumulation * plan.data_parallel_size
+
+
+def shapes_of(batch: BatchShapes) -> dict[str, Sequence[int]]:
+    return {name: value.shape if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def resized(batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1) -> dict[str, tuple[int, int]]:
     """The shapes of `batch` with `rows` rows; with `longest`, scaled to that many positions.
 
     `share` devices share the positions, and the shapes are those of one of them. The keys and values that it gathers from
     the others do not count.
     """
-    shapes: dict[str, Sequence[int]] = {
-        name: value.shape if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }
+    shapes = shapes_of(batch)
     length = max(shape[1] for shape in shapes.values())
     return {name: (rows, -(-shape[1] * (longest or length) // (length * share))) for name, shape in shapes.items()}
 
 
 def describe_objective(objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool) -> list[str]:
     """Lines on the model and its kernels. Call it before FSDP shards the parameters, on the main process only."""
-    lines = [*describe_model(objective.model), describe_work(objective, data.example, config, data.plan)]
-    if new:
-        lines.append(describe_initialization(objective.model))
-    return [*lines, describe_kernels(objective)]
-
-
-def describe_kernels(objective: Any) -> str:
-    """The kernels in use, on one line."""
+    model: Any = objective.model
     modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # not a dropout of 0
-    parts = [
-        f"attention {objective.model.config._attn_implementation}",
-        f"head {'chunked' if objective.chunked_head else 'with all logits'}",
-        *(["activation fused"] if GELUTanh in modules else []), *(["dropout fast"] if FastDropout in modules else []),
+    return [
+        *describe_model(model),
+        describe_work(objective, data.example, config, data.plan),
+        *([describe_initialization(model)] if new else []),
+        f"kernels: attention {model.config._attn_implementation}, head "
+        f"{'chunked' if objective.chunked_head else 'with all logits'}"
+        f"{', activation fused' if GELUTanh in modules else ''}{', dropout fast' if FastDropout in modules else ''}, "
         f"fp32 products {torch.get_float32_matmul_precision()}",
-    ]  # fmt: skip
-    return f"kernels: {', '.join(parts)}"
+    ]
+
+
+def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(*shape, dtype=torch.int64, device=device) for name, shape in shapes_of(batch).items()}
+
+
+def count_flops(objective: Objective, batch: BatchShapes) -> int:
+    """Floating-point operations of the matrix products in one forward and backward pass of a micro-batch.
+
+    A multiplication and an addition count as two. Attention counts in full, T² per row, as is usual (Chowdhery et al.,
+    2022, arXiv 2204.02311, appendix B), although kernels may skip what a causal mask hides. Its backward pass includes
+    the recomputed scores; activation checkpointing adds a second forward pass. The result agrees with 6 × parameters ×
+    tokens + attention.
+
+    Args:
+        batch: `targets` (B, T) and what `Objective.forward` takes, or their shapes.
+    """
+    aten = torch.ops.aten
+    cpu_attention = {  # the CPU's kernels, which torch's counter does not know
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    }  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake, inputs = fake_copy(objective, "cpu").train(), fake_batch(batch, "cpu")
+        model = without_adapters(fake.model)
+        if model.config._attn_implementation == "blocked":  # it computes less
+            model.set_attn_implementation("sdpa")
+        with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
+            fake(**inputs).backward()
+    return counter.get_total_flops()
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the live tensors, by kind, now and at their peak."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self.answer_items = False
+        self._storages: dict[int, tuple[str, int, weakref.ref]] = {}
+        for tensor in [*module.parameters(), *module.buffers()]:
+            self.mark(tensor, "weights")
+
+    def mark(self, tensor: torch.Tensor, kind: str) -> None:
+        """Count `tensor` as one of `kind`, whatever it counted as before."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            self._forget(key, None)
+        reference = weakref.ref(storage, partial(self._forget, key))
+        self.bytes[kind] += storage.nbytes()
+        self._storages[key] = (kind, storage.nbytes(), reference)
+
+    def _forget(self, key: int, _: Any) -> None:
+        kind, size, _ = self._storages.pop(key)
+        self.bytes[kind] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.answer_items and func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0  # an optimizer reads a number; the memory does not depend on it
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._storages:
+                self.mark(tensor, "activations")
+        if self.bytes.total() > self.peak.total():
+            self.peak = Counter(self.bytes)
+        return result
+
+
+def estimate_memory(
+    objective: Objective, batch: BatchShapes, optimizer_config: OptimizerConfig, *, num_processes: int = 1,
+    accumulation: int = 1, mixed_precision: str = "no", device: str = "cpu",
+) -> dict[str, int]:  # fmt: skip
+    """Bytes on one device at the peak of a training step, by what they hold; their sum is the peak.
+
+    The peak is that of steps after the first one, when the optimizer has its state. It excludes what a process holds
+    before it builds a model (on a CPU some 0.6 GB of libraries, on a GPU its context), and what the allocator holds
+    beside live tensors: glibc's heap fragments by 6 to 76 % of the small ones (benchmarks/memory.py).
+
+    Args:
+        batch: a micro-batch of one device, as in `count_flops`.
+        mixed_precision: accelerate's: no, bf16 or fp16.
+        device: a type of device, which decides what kernels keep. Compared with real steps on a CPU only.
+
+    Returns:
+        weights (with buffers), gradients, activations (with logits, autocast's casts and temporary tensors), optimizer
+        state, moving average, communication (DDP's buckets), and for a CPU libraries.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake, inputs = fake_copy(objective, device).train(), fake_batch(batch, device)
+        trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
+        live = LiveTensors(fake)
+        for parameter in trainable:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: live.mark(parameter.grad, "gradients"))
+        update = _prepare_update(fake, live, optimizer_config, mixed_precision)
+        live.peak.clear()
+        with live:
+            for _ in range(min(accumulation, 2)):  # the second finds gradients, and so do all later ones
+                with autocast(device, mixed_precision):
+                    loss = fake(**inputs)
+                loss.backward()
+            update()
+    copies = 4 * sum(parameter.numel() for parameter in trainable)
+    parts = {name: live.peak[name] for name in ("weights", "gradients", "activations", "optimizer state")}
+    parts["moving average"] = copies if optimizer_config.ema_decay else 0
+    # The gradients of a step's only micro-batch lie in DDP's buffers; several micro-batches add theirs outside of them.
+    inside = 0 if accumulation > 1 else parts["gradients"]
+    parts["communication"] = copies - inside if num_processes > 1 else 0
+    parts["libraries"] = LIBRARY_BYTES if device == "cpu" else 0
+    return parts
+
+
+def share_out(parts: dict[str, int], model: torch.nn.Module, ranks: int, itemsize: int) -> dict[str, int]:
+    """`estimate_memory`'s parts on one of `ranks` that shard the parameters (FSDP2).
+
+    A rank gathers two layers at a time (one is prefetched) and everything outside of layers, in `itemsize` bytes per
+    number, and holds a layer's gradients before they are reduced. Not measured on a GPU.
+    """
+    kept = ("weights", "gradients", "optimizer state", "moving average")
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [sum(value.numel() for value in module.parameters()) for module in model.modules()
+              if type(module).__name__ in names]  # fmt: skip
+    outside = sum(value.numel() for value in model.parameters()) - sum(layers)
+    largest = max(layers, default=0)
+    shared = {name: -(-size // ranks) if name in kept else size for name, size in parts.items()}
+    return shared | {"communication": (outside + 3 * largest) * itemsize}
+
+
+def _prepare_update(
+    fake: Objective, live: LiveTensors, config: OptimizerConfig, mixed_precision: str
+) -> Callable[[], Any]:
+    """Make the optimizer's state by a first update; returns a function that makes another, to be called under `live`."""
+    trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
+    if OPTIMIZERS[config.name].library:  # bitsandbytes takes no fake tensors: a byte per number, a scale per 256
+        sizes = [parameter.numel() for parameter in trainable]
+        blocks = [size + 4 * -(-size // 256) if size >= 4096 else 4 * size for size in sizes]
+        live.bytes["optimizer state"] = 2 * sum(blocks)
+        return lambda: None
+    optimizer = build_optimizer(fake.model, config, fused=mixed_precision != "fp16")
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+        live.answer_items = True
+        optimizer.step()
+        live.answer_items = False
+
+    for parameter in trainable:
+        parameter.grad = torch.empty_like(parameter)
+    with live:
+        update()
+    for tensor in tree_leaves([list(state.values()) for state in optimizer.state.values()]):
+        if isinstance(tensor, torch.Tensor):
+            live.mark(tensor, "optimizer state")
+    optimizer.zero_grad()
+    return update
+
+
+def estimate_evaluation_activations(
+    objective: Objective, batch: BatchShapes, *, mixed_precision: str = "no", device: str = "cpu"
+) -> int:
+    """Bytes at the peak of an evaluation's forward pass, without weights and optimizer state."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake, inputs = fake_copy(objective, device).eval(), fake_batch(batch, device)
+        live = LiveTensors(fake)
+        with live, autocast(device, mixed_precision):
+            fake(**inputs)
+    return live.peak["activations"]
+
+
+def autocast(device: str, mixed_precision: str) -> torch.autocast:
+    """The context that accelerate puts around the forward pass."""
+    dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=mixed_precision != "no")
+
+
+def precision_of(mixed_precision: str, matmul_precision: str) -> str:
+    """The key of `HARDWARE` for accelerate's `mixed_precision` and torch's `set_float32_matmul_precision`."""
+    if mixed_precision in ("bf16", "fp16"):
+        return "bf16"
+    return "fp32" if matmul_precision == "highest" else "tf32"
+
+
+def measure_flops_per_second(device: torch.device, mixed_precision: str) -> float:
+    """FLOP/s of square matrix products on `device`, by half a second of them.
+
+    fp32 is computed as `torch.set_float32_matmul_precision` says at the time; a CPU with this process's threads.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    size = MATMUL_SIZE.get(device.type, 2048)
+    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    product = left @ right  # the first one chooses and prepares a kernel
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
+        product = left @ right
+        float(product[0, 0])  # waits for the device
+        count += 1
+    return count * 2 * size**3 / elapsed
+
+
+def estimate_time(flops: float, flops_per_second: float, num_devices: int = 1) -> float:
+    """Seconds for `flops` in all on `num_devices`, at `UTILISATION` of their peak of `flops_per_second` each."""
+    return flops / (flops_per_second * num_devices * UTILISATION)
+
+
+def duration(seconds: float) -> str:
+    """Two digits in the largest fitting unit, such as `4.2 h`."""
+    units = {"years": 365 * 86400, "days": 86400, "h": 3600, "min": 60, "s": 1}
+    unit = next((unit for unit, length in units.items() if seconds >= length), "s")
+    value = seconds / units[unit]
+    return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"

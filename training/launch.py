@@ -18,21 +18,16 @@ from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, PrecisionType, parse_flag_from_env
+from transformers import AutoModelForCausalLM
 
-from training.batch_plan import BatchPlan
 from training.hardware import fast_bf16
 from training.optimization.optimizers import OPTIMIZERS
 from utils.cli import LAUNCHER_PID, UserError, nearest, run_script
 from utils.config import TrainConfig
 from utils.files import read_yaml
+from utils.objectives import objective_module
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
-# The launch asks for these by a variable; accelerate may then do something else.
-ASKED_BY_VARIABLE = {
-    "ACCELERATE_USE_FSDP": DistributedType.FSDP,
-    "ACCELERATE_USE_DEEPSPEED": DistributedType.DEEPSPEED,
-    "ACCELERATE_USE_MEGATRON_LM": DistributedType.MEGATRON_LM,
-}
 # The variables in which Slurm's srun and the MPI launchers say how many tasks they started.
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 PARALLEL = ("dp_replicate", "dp_shard", "cp", "sp", "tp")  # the sizes in parallelism_config
@@ -47,19 +42,54 @@ SECTIONS = {
     "dynamo_config": ("Resource Selection Arguments", "dynamo_"),
 }
 OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still reads them
-NEEDS_FSDP2 = (
-    "fsdp_config.fsdp_version must be 2: version 1 trains nothing without use_orig_params, and does not say so"
-)
+NEEDS_FSDP2 = "fsdp_config.fsdp_version must be 2: version 1 silently trains nothing without use_orig_params"
+UNSUPPORTED = "distributed_type {} is not supported; use NO, MULTI_GPU or FSDP"
+
+
+@dataclasses.dataclass
+class BatchPlan:
+    """The split of the global batch: accumulation × data_parallel_size × micro_batch = global_batch_size."""
+
+    global_batch_size: int
+    micro_batch: int
+    data_parallel_size: int
+    accumulation: int
+    context_parallel_size: int = 1
+    """Ranks that read the same rows, each its part of their positions."""
+
+    @property
+    def num_processes(self) -> int:
+        return self.data_parallel_size * self.context_parallel_size
+
+
+def plan_batches(
+    global_batch_size: int, per_device_batch_size: int | None, num_processes: int, context_parallel_size: int = 1
+) -> BatchPlan:
+    """Split the global batch (sequences) over ranks and micro-batches; `UserError` names sizes that would fit."""
+    data_parallel_size = num_processes // context_parallel_size
+    ranks = "processes" if context_parallel_size == 1 else f"groups of {context_parallel_size} processes"
+    share, remainder = divmod(global_batch_size, data_parallel_size)
+    if remainder:
+        fitting = " or ".join(str(number * data_parallel_size) for number in (share, share + 1) if number)
+        raise UserError(
+            f"batch.global_batch_size {global_batch_size} cannot be split evenly over {data_parallel_size} {ranks}; "
+            f"{fitting} would fit"
+        )
+    micro_batch = per_device_batch_size or share
+    if share % micro_batch:
+        fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+        raise UserError(
+            f"batch.per_device_batch_size {micro_batch} does not divide each process's share of {share} sequences "
+            f"(batch.global_batch_size {global_batch_size} over {data_parallel_size}); {fitting} would fit"
+        )
+    return BatchPlan(global_batch_size, micro_batch, data_parallel_size, share // micro_batch, context_parallel_size)
 
 
 def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig) -> None:
     """Raise `UserError` for a launch that would train something else than it says."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked, active = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), accelerator.distributed_type
     if asked == "fp16" and accelerator.device.type == "cpu":
-        raise UserError(
-            "fp16 with loss scaling needs a GPU: on a CPU accelerate would train in fp32 without saying so; "
-            "launch with --mixed_precision bf16 or no"
-        )
+        raise UserError("fp16 with loss scaling needs a GPU; on a CPU launch with --mixed_precision bf16 or no")
     if asked != accelerator.mixed_precision:
         raise UserError(f"the launch asked for precision {asked}, active is {accelerator.mixed_precision}")
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -68,19 +98,16 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig)
             f"the launch sets gradient_accumulation_steps {accumulation}: leave it out; train.py accumulates by itself, "
             f"here {plan.accumulation} micro-batches, from batch.global_batch_size and batch.per_device_batch_size"
         )
-    for variable, asked_type in ASKED_BY_VARIABLE.items():
-        if parse_flag_from_env(variable) and accelerator.distributed_type != asked_type:
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # asked for by a variable; accelerate may do something else
+        if parse_flag_from_env(f"ACCELERATE_USE_{kind}") and active.value != kind:
             raise UserError(
-                f"the launch asked for {asked_type.value}, active is {accelerator.distributed_type.value}: accelerate does "
-                f"not shard on {accelerator.device.type}; launch without it"
+                f"the launch asked for {kind}, active is {active.value}: accelerate does not shard on "
+                f"{accelerator.device.type}; launch without it"
             )
     check_process_count(accelerator.num_processes)
-    if accelerator.distributed_type not in SUPPORTED:
-        raise UserError(
-            f"distributed_type {accelerator.distributed_type.value} is not supported; "
-            f"use one of {', '.join(each.value for each in SUPPORTED)}"
-        )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if active not in SUPPORTED:
+        raise UserError(UNSUPPORTED.format(active.value))
+    if active == DistributedType.FSDP:
         check_sharding(accelerator, config)
 
 
@@ -91,10 +118,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
     if plugin.fsdp_version != 2:
         problems.append(NEEDS_FSDP2)
     if plugin.activation_checkpointing:
-        problems.append(
-            "fsdp_activation_checkpointing draws other dropout masks in the backward pass; use "
-            "--model.activation_checkpointing true"
-        )
+        problems.append("fsdp_activation_checkpointing redraws dropout masks; use model.activation_checkpointing")
     if parallelism is not None and parallelism.cp_enabled:
         problems += context_problems(config, parallelism.cp_size)
     if not OPTIMIZERS[config.optimizer.name].shards:
@@ -108,10 +132,6 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
 
 def context_problems(config: TrainConfig, size: int) -> list[str]:
     """What does not work if `size` ranks share the positions of each row."""
-    from transformers import AutoModelForCausalLM
-
-    from utils.objectives import objective_module
-
     found = []
     if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
         found.append(f"parallelism_config_cp_size: objective.name {config.objective.name} is not supported")
@@ -140,8 +160,7 @@ def context_parallel_size(launch: PartialState) -> int:
         raise UserError("parallelism_config: all its sizes are 1; leave it out, and FSDP shards over all processes")
     if sharded and launch.distributed_type == DistributedType.MULTI_CPU:
         raise UserError(
-            "parallelism_config: accelerate shards on GPUs only, and this launch is on CPUs; use "
-            "accelerate_configs/cpu.yaml or cpu_2_processes.yaml"
+            "parallelism_config: accelerate shards on GPUs only; on CPUs use accelerate_configs/cpu_2_processes.yaml"
         )
     return sizes["cp"]
 
@@ -172,14 +191,12 @@ def asked_processes() -> int | None:
         words = psutil.Process(LAUNCHER_PID).cmdline()
     except psutil.Error:
         return None
-    names = [os.path.basename(word) for word in words[:4]]
-    for index, name in enumerate(names, 1):
-        is_launch = name == "launch" and names[index - 2] == "accelerate"
-        if is_launch or name in ("accelerate-launch", "accelerate.commands.launch"):
-            break
-    else:
+    names = [os.path.basename(word) for word in words]
+    ends = ("accelerate launch", "accelerate-launch", "accelerate.commands.launch")
+    start = next((index for index in range(1, 5) if " ".join(names[:index]).endswith(ends)), None)
+    if start is None:
         return None
-    options = launch_command_parser().parse_args(words[index:])
+    options = launch_command_parser().parse_args(words[start:])
     count, file = options.num_processes, options.config_file
     if file is None and not options.cpu and os.path.isfile(default_config_file):
         file = default_config_file
@@ -192,38 +209,25 @@ def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
     """Lines that say what is active, and what the machine could do better."""
     context = plan.context_parallel_size
     each = "process(es)" if context == 1 else f"group(s) of {context} processes, which share each row,"
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    processes, threads, cores = accelerator.num_processes, torch.get_num_threads(), os.cpu_count() or 1
     lines = [
-        f"launch: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
-        f"{accelerator.distributed_type.value}, precision {accelerator.mixed_precision}, {threads} thread(s) each",
+        f"launch: {processes} process(es) on {accelerator.device.type}, {accelerator.distributed_type.value}, precision "
+        f"{accelerator.mixed_precision}, {threads} thread(s) each",
         f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} {each} × "
         f"{plan.accumulation} micro-batch(es) × {plan.micro_batch}",
     ]
-    if accelerator.device.type == "cpu" and threads * accelerator.num_processes < cores:
-        lines.append(
-            f"hint: {threads * accelerator.num_processes} of {cores} cores in use; --num_cpu_threads_per_process "
-            f"{cores // accelerator.num_processes} after `accelerate launch` uses them all"
-        )
+    if accelerator.device.type == "cpu" and threads * processes < cores:
+        option = f"--num_cpu_threads_per_process {cores // processes}"
+        lines.append(f"hint: {threads * processes} of {cores} cores in use; `accelerate launch {option}` uses them all")
     if accelerator.mixed_precision == "no" and fast_bf16(accelerator.device):
-        lines.append("hint: this machine computes bf16 fast; --mixed_precision bf16 after `accelerate launch` uses it")
+        lines.append("hint: this machine computes bf16 fast; `accelerate launch --mixed_precision bf16` uses it")
     return lines
 
 
 def check_launch_file(path: Path) -> None:
     """`UserError` naming everything that is wrong with a file for `accelerate launch --config_file`."""
-    file = read_yaml(path)
-    problems = find_problems(file)
-    if not problems:
-        problem = find_size_problem(sizes_of(file), sharded=True, num_processes=file.get("num_processes"))
-        problems += [problem] if problem else []
-    if problems:
+    if problems := find_problems(read_yaml(path)):
         raise UserError(f"{path}: {'; '.join(problems)}")
-
-
-def sizes_of(file: dict[str, Any]) -> dict[str, Any]:
-    """The sizes of its parallelism_config, by the names in `PARALLEL`."""
-    section = file.get("parallelism_config") or {}
-    return {name: section.get(f"parallelism_config_{name}_size", 1) for name in PARALLEL}
 
 
 def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: int | None) -> str | None:
@@ -234,11 +238,10 @@ def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: in
         sharded: whether the launch asks for FSDP.
         num_processes: of the whole launch; None if unknown.
     """
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            return f"parallelism_config_{name}_size {size} must be a whole number, 1 or more"
     asked = {name: size for name, size in sizes.items() if size != 1}
     for name, size in asked.items():
+        if type(size) is not int or size < 1:
+            return f"parallelism_config_{name}_size {size} must be a whole number, 1 or more"
         if name in ("tp", "sp"):
             return f"parallelism_config_{name}_size {size} is not supported; leave it out"
         if not sharded:
@@ -266,34 +269,34 @@ def find_problems(file: dict[str, Any]) -> list[str]:
     known = [field.name for field in dataclasses.fields(ClusterConfig)] + list(OLD_KEYS)
     found = [_unknown(name, known) for name in file if name not in known]
     groups = {group.title: group for group in launch_command_parser()._action_groups}
+    sections = {section: file.get(section) or {} for section in SECTIONS}
     for section, (title, prefix) in SECTIONS.items():
-        values = file.get(section)
-        if not isinstance(values, dict):
-            found += [f"{section} must hold `key: value` lines"] if values else []
-            continue
+        if not isinstance(sections[section], dict):
+            found.append(f"{section} must hold `key: value` lines")
+            sections[section] = {}
         options = [action.dest for action in groups[title]._group_actions]
-        for key in values:
-            if (key if key.startswith(prefix) else prefix + key) not in options:
-                found.append(_unknown(key, options, f"{section}."))
-    precisions = [each.value for each in PrecisionType]
-    if not isinstance(file.get("mixed_precision", "no"), str):
+        unknown = (key for key in sections[section] if prefix + key.removeprefix(prefix) not in options)
+        found += [_unknown(key, options, f"{section}.") for key in unknown]
+    precision, precisions = file.get("mixed_precision", "no"), [each.value for each in PrecisionType]
+    if not isinstance(precision, str):
         found.append("mixed_precision must be in quotes: 'no', 'bf16' or 'fp16'; YAML reads a bare no as false")
-    elif file.get("mixed_precision", "no") not in precisions:
-        found.append(_unknown(file["mixed_precision"], precisions, "mixed_precision "))
+    elif precision not in precisions:
+        found.append(_unknown(precision, precisions, "mixed_precision "))
     processes = file.get("num_processes", 1)
     if type(processes) is not int:
         found.append(f"num_processes {processes} must be a whole number")
     if "distributed_type" not in file:
         return [*found, "distributed_type is missing; for one process write distributed_type: 'NO'"]
     chosen, types = str(file["distributed_type"]), [each.value for each in DistributedType]
-    if problem := find_size_problem(sizes_of(file), sharded=chosen == "FSDP", num_processes=None):
+    sizes = {name: sections["parallelism_config"].get(f"parallelism_config_{name}_size", 1) for name in PARALLEL}
+    if problem := find_size_problem(sizes, sharded=chosen == "FSDP", num_processes=file.get("num_processes")):
         found.append(problem)
     if chosen not in types:
         found.append(_unknown(chosen, types, "distributed_type "))
-    elif chosen == "FSDP" and (file.get("fsdp_config") or {}).get("fsdp_version") != 2:
+    elif chosen == "FSDP" and sections["fsdp_config"].get("fsdp_version") != 2:
         found.append(NEEDS_FSDP2)
     elif chosen not in [each.value for each in SUPPORTED]:
-        found.append(f"distributed_type {chosen} is not supported; use NO, MULTI_GPU or FSDP")
+        found.append(UNSUPPORTED.format(chosen))
     if chosen in ("NO", "MULTI_CPU") and processes != 1:
         found.append(
             f"accelerate starts one process for distributed_type {chosen}, not {processes}; for several on CPUs write "

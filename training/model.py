@@ -2,7 +2,6 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,9 @@ def build_training_objective(
     """
     check_length(model, config.data.sequence_length)
     objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
-    if "position_ids" in data.example and not config.dry_run:  # packed rows; a dry run's model has no numbers
+    if "position_ids" in data.example:  # packed rows
         check_documents_stay_apart(objective)
-    if data.context_group is not None and not config.dry_run:
+    if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
     keep_sums_in_fp32(accelerator)
     return objective
@@ -56,11 +55,8 @@ def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
 
 def check_length(model: Any, sequence_length: int) -> None:
     """`UserError` if the model has too few positions for a row."""
-    if sequence_length > longest_sequence(model):
-        raise UserError(
-            f"data.sequence_length ({sequence_length}) is longer than the {longest_sequence(model)} positions of the "
-            "model; lower it"
-        )
+    if sequence_length > (limit := longest_sequence(model)):
+        raise UserError(f"data.sequence_length {sequence_length} exceeds the {limit} positions of the model; lower it")
 
 
 def check_documents_stay_apart(objective: Objective) -> None:
@@ -80,9 +76,8 @@ def check_documents_stay_apart(objective: Objective) -> None:
         alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
     difference = (together - alone).detach().abs().max()
     if not float(difference) <= 1e-3 * float(alone.detach().std()):
-        raise UserError(
-            f"{type(model).__name__} does not keep the documents of a packed row apart; choose data.layout padded"
-        )
+        name = type(model).__name__
+        raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
 
 
 def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -95,28 +90,21 @@ def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
     backbone = getattr(bare, bare.base_model_prefix, None)
     head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
     counts = {part: [0, 0] for part in PARTS}
-    seen: set[int] = set()
-
-    def visit(module: nn.Module, where: str) -> None:
-        if isinstance(module, nn.ModuleList) and where == "other":
-            where = "MLP"
-        elif where == "MLP" and "Attention" in type(module).__name__:
-            where = "attention"
-        elif module in head and module is not bare:
-            where = "head"
-        part = where
+    for name, parameter in bare.named_parameters():
+        part, module = "other", bare
+        for child in name.split(".")[:-1]:
+            module = getattr(module, child)
+            if isinstance(module, nn.ModuleList) and part == "other":
+                part = "MLP"
+            elif part == "MLP" and "Attention" in type(module).__name__:
+                part = "attention"
+            elif module in head:
+                part = "head"
         if is_norm(module):
             part = "norms"
-        elif where == "other" and isinstance(module, nn.Embedding):
+        elif part == "other" and isinstance(module, nn.Embedding):
             part = "embeddings"
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
-        for child in module.children():
-            visit(child, where)
-
-    visit(bare, "other")
+        counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
     return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
 
 
@@ -126,49 +114,35 @@ def describe_model(model: nn.Module) -> list[str]:
     trainable, frozen = (sum(column) for column in zip(*counts.values(), strict=True))
     trained = "all trainable" if not frozen else f"{trainable:,} trainable ({trainable / (trainable + frozen):.2%})"
     lines = [f"model: {type(without_adapters(model)).__name__}, {trainable + frozen:,} parameters, {trained}"]
-    for part, (part_trainable, part_frozen) in counts.items():
-        number = part_trainable + part_frozen
-        if number:
-            of_them = f", {part_trainable:,} trainable" if frozen else ""
+    for part, numbers in counts.items():
+        if number := sum(numbers):
+            of_them = f", {numbers[0]:,} trainable" if frozen else ""
             lines.append(f"  {part:<10} {number:>15,} {number / (trainable + frozen):6.1%}{of_them}")
     return lines
 
 
-def iter_kinds(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(kind, parameter) for each parameter, a shared one once: embedding, linear, residual projection, norm, bias,
-    other."""
-    residual = {id(module) for module in residual_projections(model)}
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if name.endswith("bias"):
-                kind = "bias"
-            elif is_norm(module):
-                kind = "norm"
-            elif isinstance(module, nn.Embedding):
-                kind = "embedding"
-            elif id(module) in residual:
-                kind = "residual projection"
-            else:
-                kind = "linear" if parameter.ndim >= 2 else "other"
-            yield kind, parameter
-
-
 @torch.no_grad()
 def describe_initialization(model: nn.Module) -> str:
-    """Mean and standard deviation of each kind of parameter, on one line."""
-    counts: defaultdict[str, int] = defaultdict(int)
-    sums: defaultdict[str, float] = defaultdict(float)
-    squares: defaultdict[str, float] = defaultdict(float)
-    for kind, parameter in iter_kinds(model):
-        counts[kind] += parameter.numel()
-        sums[kind] += float(parameter.sum(dtype=torch.float64))
-        squares[kind] += float(torch.linalg.vector_norm(parameter, dtype=torch.float64)) ** 2
+    """Mean and standard deviation of each kind of parameter, on one line; a shared one counts once."""
+    residual = {id(module) for module in residual_projections(model)}
+    kinds: defaultdict[str, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith("bias"):
+            kind = "bias"
+        elif is_norm(module):
+            kind = "norm"
+        elif isinstance(module, nn.Embedding):
+            kind = "embedding"
+        elif id(module) in residual:
+            kind = "residual projection"
+        else:
+            kind = "linear" if parameter.ndim >= 2 else "other"
+        kinds[kind].append(parameter)
     parts = []
-    for kind, count in counts.items():
-        mean = sums[kind] / count
-        parts.append(f"{kind} {mean:.3f} ± {math.sqrt(max(0.0, squares[kind] / count - mean**2)):.4f}")
+    for kind, parameters in kinds.items():
+        count = sum(parameter.numel() for parameter in parameters)
+        mean = sum(float(parameter.sum(dtype=torch.float64)) for parameter in parameters) / count
+        norms = (float(torch.linalg.vector_norm(parameter, dtype=torch.float64)) for parameter in parameters)
+        parts.append(f"{kind} {mean:.3f} ± {math.sqrt(max(0.0, sum(norm**2 for norm in norms) / count - mean**2)):.4f}")
     return "weights at the start, mean ± standard deviation: " + ", ".join(parts)

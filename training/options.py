@@ -1,4 +1,4 @@
-"""The options of train.py, checked as far as that is possible before torch's slow import."""
+"""The options of train.py, checked as far as possible before torch's slow import."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +17,16 @@ def read_options(description: str | None) -> TrainConfig:
         check_optimizer(config.optimizer)
         if config.model.lora.rank and find_spec("peft") is None:
             raise UserError("model.lora needs the library peft: pip install -e '.[lora]'")
-        output = Path(config.output)
-        if (output / "config.yaml").is_file() and config.checkpoint.resume == "never" and not config.dry_run:
-            raise UserError(
-                f"{output} already holds a run; continue it with --checkpoint.resume auto, or choose another --output"
-            )
+        if not config.dry_run:
+            check_resume(config)
     except UserError as error:
         exit_with(error)
     return config
+
+
+def check_resume(config: TrainConfig) -> None:
+    """`UserError` if the run folder holds a run, which this launch must not continue."""
+    if (Path(config.output) / "config.yaml").is_file() and config.checkpoint.resume == "never":
+        raise UserError(
+            f"{config.output} already holds a run; continue it with --checkpoint.resume auto, or choose another --output"
+        )

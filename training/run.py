@@ -17,9 +17,8 @@ from training.monitoring.watchdog import Watchdog
 from training.optimization.optimizers import OPTIMIZERS
 from training.parallel.sharding import full_tensor, is_sharded
 from training.saving.checkpoint_writer import CheckpointWriter
-from training.saving.folders import check_disk
+from training.saving.folders import check_disk, check_shards
 from training.saving.run_folder import open_run, record_launch
-from training.saving.shards import check_shards
 from training.saving.training_state import load_training_state
 from training.stream_loader import describe_stream
 from utils.checkpoints import TrainState, load_state
@@ -100,8 +99,8 @@ class Run:
 
     def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
         """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
-        loss_sum, norm_sum = self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
-        return loss_sum, norm_sum
+        total, mean = self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
+        return total, mean
 
     def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`."""
@@ -151,9 +150,7 @@ class Run:
         if warning := self.stops.time_for_save(self.writer.write_seconds):
             self.tracker.warn(warning)
 
-    def finish(
-        self, reason: str, evaluation: Evaluation | None, look: Callable[..., Evaluation], model: Any
-    ) -> None:  # fmt: skip
+    def finish(self, reason: str, evaluation: Evaluation | None, look: Callable[..., Evaluation], model: Any) -> None:
         """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it.
 
         `look` evaluates the model, for a launch that had no step left to make.

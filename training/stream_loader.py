@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from training.batch_plan import BatchPlan
+from training.launch import BatchPlan
 from utils.cli import UserError
 from utils.config import TrainConfig
 from utils.data.loaders import Collator, RowGenerators, ignore_signals
@@ -39,8 +39,9 @@ def check_stream_options(config: TrainConfig, plan: BatchPlan) -> None:
     lanes, ranks, rows = config.data.stream_lanes, plan.data_parallel_size, plan.global_batch_size
     if lanes % ranks or rows % lanes:
         fitting = ", ".join(str(size) for size in range(ranks, rows + 1, ranks) if rows % size == 0)
-        problem = f"cannot be split over {ranks} processes" if lanes % ranks else (
-            f"does not divide batch.global_batch_size {rows}")  # fmt: skip
+        problem = f"does not divide batch.global_batch_size {rows}"
+        if lanes % ranks:
+            problem = f"cannot be split over {ranks} processes"
         raise UserError(f"data.stream_lanes {lanes} {problem}; {fitting} would fit")
 
 
@@ -65,9 +66,8 @@ def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token:
             labels[filled : filled + len(targets)] = targets
             positions[filled:end] = np.arange(end - filled)
             filled, token = end, stop
-        if token < len(document.input_ids):
-            cursor = {**document.here, "token": token}
-        else:  # does not read the next document, which may need another block of text
+        cursor = {**document.here, "token": token}
+        if token == len(document.input_ids):  # does not read the next document, which may need another block of text
             cursor = {**document.after, "token": 0}
         row = {"input_ids": ids, "targets": labels, "position_ids": positions, "lengths": np.array(sequence_length)}
         yield row, cursor
@@ -83,16 +83,16 @@ class LaneRows(NamedTuple):
 
 
 class _Lanes(IterableDataset):
-    """Per step, the `LaneRows` of this worker's lanes; or an error instead of a step."""
+    """Per step, the `LaneRows` of this worker's lanes; or an error in their place."""
 
     def __init__(
-        self, stream: TextStream, lanes: Sequence[int], cursors: dict[int, Cursor], rows_per_lane: int,
-        sequence_length: int,
-    ) -> None:  # fmt: skip
+        self, stream: TextStream, lanes: Sequence[int], cursors: dict[int, Cursor], num_rows: int, sequence_length: int
+    ) -> None:
+        """`num_rows` of each lane per step."""
         self.stream, self.lanes, self.cursors = stream, lanes, cursors
-        self.rows_per_lane, self.sequence_length = rows_per_lane, sequence_length
+        self.num_rows, self.sequence_length = num_rows, sequence_length
 
-    def __iter__(self) -> Iterator[list[LaneRows] | Exception]:
+    def __iter__(self) -> Iterator[list[LaneRows | Exception]]:
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         try:
@@ -100,14 +100,14 @@ class _Lanes(IterableDataset):
             while True:
                 yield [next(part) for part in parts]
         except (UserError, OSError) as error:  # as an item: if raised, the loader would turn it into a traceback's text
-            yield error
+            yield [error]
 
     def _iter_lane(self, lane: int) -> Iterator[LaneRows]:
         position = dict(self.cursors.get(lane, {}))
         token = position.pop("token", 0)
         rows = iter_rows(self.stream.documents(lane, position or None), self.sequence_length, token)
         while True:
-            taken, cursors = zip(*itertools.islice(rows, self.rows_per_lane), strict=True)
+            taken, cursors = zip(*itertools.islice(rows, self.num_rows), strict=True)
             yield LaneRows(lane, list(taken), cursors[-1])
 
 
@@ -141,17 +141,17 @@ class StreamLoader:
         num_workers = min(num_workers, len(lanes))
         dataset = _Lanes(stream, lanes, self.cursors, self.rows_per_lane, sequence_length)
         loader = DataLoader(
-            dataset, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, worker_init_fn=_start_worker,
+            dataset, batch_size=None, num_workers=num_workers, collate_fn=list, worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else it draws from dropout's random numbers
         )  # fmt: skip
         steps = _iter_steps(iter(loader), num_workers)
+        problems: list[str] = []
         # All ranks must know of an unreadable lane before the run claims its folder.
         try:
             self._steps = itertools.chain([next(steps)], steps)
-            problem = None
         except (UserError, OSError) as error:
-            problem = str(error)
-        if problems := [text for text in gather_object([problem]) if text]:
+            problems = [str(error)]
+        if problems := gather_object(problems):
             raise UserError(problems[0])
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -159,11 +159,8 @@ class StreamLoader:
             self.cursors = {part.lane: part.cursor for part in step}
             rows = [row for part in step for row in part.rows]
             # A row's draw is its number among all rows of the run, on any process.
-            draws = [
-                self.samples_seen + part.lane * self.rows_per_lane + number
-                for part in step
-                for number in range(self.rows_per_lane)
-            ]
+            firsts = [self.samples_seen + part.lane * self.rows_per_lane for part in step]
+            draws = [first + number for first in firsts for number in range(self.rows_per_lane)]
             for start in range(0, len(rows), self.plan.micro_batch):
                 micro_batch = slice(start, start + self.plan.micro_batch)
                 batch = {name: np.stack([row[name] for row in rows[micro_batch]]) for name in rows[0]}
@@ -178,7 +175,7 @@ class StreamLoader:
         return {"identity": self.identity, "lanes": [cursors[lane] for lane in sorted(cursors)]}
 
 
-def _iter_steps(items: Iterator[list[LaneRows] | Exception], num_workers: int) -> Iterator[list[LaneRows]]:
+def _iter_steps(items: Iterator[list[LaneRows | Exception]], num_workers: int) -> Iterator[list[LaneRows]]:
     """The lanes of each step, in order, for any number of workers, which take turns with one item per step.
 
     It is no method of the loader, which would create a reference cycle: torch stops workers at once when their last
@@ -186,12 +183,11 @@ def _iter_steps(items: Iterator[list[LaneRows] | Exception], num_workers: int) -
     """
     while True:
         step: list[LaneRows] = []
-        answers = list(itertools.islice(items, max(1, num_workers)))
-        for answer in answers:
-            if isinstance(answer, Exception):
+        for part in itertools.chain(*itertools.islice(items, max(1, num_workers))):
+            if isinstance(part, Exception):
                 del items
-                raise answer
-            step += answer
+                raise part
+            step.append(part)
         yield sorted(step, key=lambda part: part.lane)
 
 
@@ -203,10 +199,6 @@ def describe_stream(state: dict[str, Any]) -> str:
         last = next(cursor["last_broken"] for cursor in state["lanes"] if cursor["broken"])
         line += f"; broken records skipped: {broken:,}, such as {last}"
     return line
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _start_worker(worker: int) -> None:

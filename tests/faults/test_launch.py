@@ -13,8 +13,7 @@ from accelerate.state import AcceleratorState
 from conftest import ROOT, SMALL, flags, metrics, run, script, start, train, train_losses
 from processes import PATIENCE, Training, command
 
-from training.batch_plan import plan_batches
-from training.launch import SECTIONS, check_launch_file, describe_launch
+from training.launch import SECTIONS, check_launch_file, describe_launch, plan_batches
 from utils.cli import UserError
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]

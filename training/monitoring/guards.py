@@ -34,9 +34,8 @@ def check_update(state: TrainState, config: GuardConfig, loss: float, grad_norm:
     if config.spike_deviations is None or not math.isfinite(grad_norm):
         return None
     if len(state.recent) >= config.spike_window // 2:
-        for name, value, history in zip(
-            ("loss", "gradient norm"), (loss, grad_norm), zip(*state.recent, strict=True), strict=True
-        ):
+        for place, (name, value) in enumerate((("loss", loss), ("gradient norm", grad_norm))):
+            history = [figures[place] for figures in state.recent]
             mean, deviation = statistics.fmean(history), statistics.stdev(history)
             if value - mean > config.spike_deviations * deviation:
                 state.spikes += 1
@@ -47,10 +46,8 @@ def check_update(state: TrainState, config: GuardConfig, loss: float, grad_norm:
 
 def check_limits(state: TrainState, config: GuardConfig, fault: str) -> None:
     """`UserError` if the run has skipped more updates than it may."""
-    for name, count, limit in (
-        ("max_nonfinite", state.nonfinite, config.max_nonfinite), ("max_spikes", state.spikes, config.max_spikes)
-    ):  # fmt: skip
-        if count > limit:
+    for name, count in {"max_nonfinite": state.nonfinite, "max_spikes": state.spikes}.items():
+        if count > (limit := getattr(config, name)):
             raise UserError(
                 f"step {state.optimizer_step + 1} is {fault}; its update was skipped, and the run may skip at most {limit} "
                 f"(guards.{name}). bad_batches/ holds its texts. Continue from the last checkpoint with "
@@ -75,11 +72,10 @@ def write_bad_batch(
     if accelerator.is_main_process:
         where = {"step": state.optimizer_step + 1, "samples_seen": state.samples_seen, "fault": fault}
         records = [where | row | {"text": tokenizer.decode(row["input_ids"])} for row in rows]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         path = run / "bad_batches" / f"samples-{state.samples_seen:010d}.jsonl"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(
-                "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8"
-            )
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             warn(f"{path} cannot be written: {error.strerror}")

@@ -1,11 +1,12 @@
 """What may ask a run to stop before its end, and the vote by which all ranks agree to it."""
 
 import contextlib
+import math
 import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import psutil
 import torch
@@ -49,19 +50,17 @@ class StopRequests:
         self._process = os.getpid()
         # accelerate and torchrun set these; without a launcher, a parent shell may go and the run goes on.
         self._launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
-        self._deadline = None if max_minutes is None else psutil.Process().create_time() + 60 * max_minutes
+        self._deadline = psutil.Process().create_time() + 60 * (math.inf if max_minutes is None else max_minutes)
         self._next_look = self._last_time = 0.0
         self._stop_file_seen = self._warned = False
 
     def __enter__(self) -> "StopRequests":
         """Note signals from here on; before, they end the process as usual. A signal that nohup ignores stays ignored."""
-        heeded = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
-        self._before = {signum: signal.signal(signum, self._note) for signum in heeded}
+        noted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
+        self._before = {signum: signal.signal(signum, self._note) for signum in noted}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.accelerator.is_main_process:
             with contextlib.suppress(OSError):  # it must not stop the next launch
                 self.stop_file.unlink()
@@ -83,8 +82,8 @@ class StopRequests:
             self._next_look = now + LOOK_SECONDS
             self._stop_file_seen = self.stop_file.exists()
         launcher_gone = self._launched and os.getppid() != LAUNCHER_PID
-        late = self._deadline is not None and self.accelerator.is_main_process and (
-            now + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS > self._deadline)  # fmt: skip
+        end = now + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS
+        late = self.accelerator.is_main_process and end > self._deadline
         found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
         return [float(flag) for flag in found]
 
@@ -101,9 +100,8 @@ class StopRequests:
         # With offloaded parameters the gradient norm is in the host's memory.
         values = torch.cat([*(figure.to(device).float().reshape(1) for figure in figures), flags])
         sums = self.accelerator.reduce(values, "sum").tolist()
-        asked = [reason for reason, votes in zip(REASONS, sums[len(figures) :], strict=True) if votes]
-        if asked and self.reason is None:
-            self.reason = asked[0]
+        asked = (reason for reason, votes in zip(REASONS, sums[len(figures) :], strict=True) if votes)
+        self.reason = self.reason or next(asked, None)
         return sums[: len(figures)]
 
     def poll(self) -> None:

@@ -14,17 +14,23 @@ import threading
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
+from training.parallel.sharding import is_sharded
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
 from utils.config import TrainConfig
-from utils.files import flatten, replace_text
+from utils.data.packing import IGNORED
+from utils.evaluation import generate_text
+from utils.files import flatten, replace_text, short
+from utils.model.modules import evaluating
+from utils.objectives import Objective, objective_module
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,26 +39,21 @@ WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
 
 
-class RunTracker:
+class RunTracker(contextlib.AbstractContextManager):
     """One per launch; it begins where `state` stands. A failure here never stops the run."""
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, state: TrainState, max_steps: int) -> None:
-        self.accelerator, self.run, self.max_steps = accelerator, Path(config.output), max_steps
-        self.is_main, self.state = accelerator.is_main_process, state
+        self.accelerator, self.run, self.max_steps, self.state = accelerator, Path(config.output), max_steps, state
+        self.is_main = accelerator.is_main_process
         if not self.is_main:
             return
-        self.logger = logging.getLogger("plainloop")
-        self.logger.setLevel(logging.INFO)
-        for old in list(self.logger.handlers):  # of an earlier run in this process
-            self.logger.removeHandler(old)
-            old.close()
+        self.logger = logging.Logger("plainloop")  # a new one for each run in this process
         handler = logging.FileHandler(self.run / "training.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.logger.addHandler(handler)
-        self.logger.propagate = False
-        step, looked = state.optimizer_step, state.last_evaluated_step
-        self.sent_step = _cut_metrics(self.run / "metrics.jsonl", step, looked)
-        _cut_samples(self.run / "samples.md", looked)
+        step = state.optimizer_step
+        self.sent_step = _cut_metrics(self.run / "metrics.jsonl", step, state.last_evaluated_step)
+        _cut_samples(self.run / "samples.md", state.last_evaluated_step)
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
         self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
@@ -141,29 +142,21 @@ class RunTracker:
                 self._warn_off(tracker.name, error)
         self.accelerator.trackers = []
 
-    def __enter__(self) -> "RunTracker":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Close the files; after an error, say so in summary.json."""
-        if self.is_main:
-            if error is not None:
-                message = " ".join(f"{error}".split()) or type(error).__name__
-                # Another rank was killed, or has reported the error itself; the next launch may well continue.
-                peer_gone = (
-                    self.accelerator.num_processes > 1 and isinstance(error, RuntimeError) and PEER_GONE.search(message)
-                )
-                reason = "rank_gone" if peer_gone else "error"
-                with contextlib.suppress(OSError):  # one error is enough
-                    self._write_summary({
-                        "finished": False, "reason": reason, "error": message,
-                        "optimizer_step": self.state.optimizer_step,
-                    })  # fmt: skip
-            threading.excepthook, logging.raiseExceptions = self.thread_hook, True
-            self.progress.close()
-            self.metrics_file.close()
+        if not self.is_main:
+            return
+        if error is not None:
+            message = " ".join(f"{error}".split()) or type(error).__name__
+            # Another rank was killed, or has reported the error itself; the next launch may well continue.
+            several = self.accelerator.num_processes > 1
+            peer_gone = several and isinstance(error, RuntimeError) and PEER_GONE.search(message)
+            summary = {"finished": False, "reason": "rank_gone" if peer_gone else "error", "error": message}
+            with contextlib.suppress(OSError):  # one error is enough
+                self._write_summary(summary | {"optimizer_step": self.state.optimizer_step})
+        threading.excepthook, logging.raiseExceptions = self.thread_hook, True
+        self.progress.close()
+        self.metrics_file.close()
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
         self.warn(f"a thread has ended: {type(failed.exc_value).__name__}: {failed.exc_value}")
@@ -172,11 +165,9 @@ class RunTracker:
         replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _start_trackers(self, config: TrainConfig, step: int) -> None:
-        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}, "wandb": {}}
-        values = {
-            name: value if isinstance(value, int | float | str) else str(value)
-            for name, value in flatten(asdict(config)).items()
-        }
+        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
+        values = flatten(asdict(config))
+        values = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
         started = []
         for name in config.tracking.trackers:
             self.accelerator.trackers = []  # `init_trackers` starts everything in this list, each time
@@ -205,17 +196,15 @@ class RunTracker:
         return options
 
     def _warn_off(self, name: str, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200]
-        self.warn(f"tracker {name} is off from here: {reason}; metrics.jsonl has everything")
+        self.warn(f"tracker {name} is off from here: {short(error)}; metrics.jsonl has everything")
 
 
 def _cut_samples(path: Path, step: int) -> None:
     """Drop the samples of steps after `step`: the resumed run writes them again."""
     if path.exists():
-        sections = re.split(r"(?m)^(?=## Step \d+$)", path.read_text(encoding="utf-8"))
-        headings = [re.match(r"## Step (\d+)", text) for text in sections]
-        kept = [text for text, found in zip(sections, headings, strict=True) if not found or int(found[1]) <= step]
-        replace_text(path, "".join(kept))
+        first, *sections = re.split(r"(?m)^## Step (\d+)$", path.read_text(encoding="utf-8"))
+        pairs = zip(sections[::2], sections[1::2], strict=True)
+        replace_text(path, first + "".join(f"## Step {number}{text}" for number, text in pairs if int(number) <= step))
 
 
 def _cut_metrics(path: Path, step: int, looked: int) -> int:
@@ -244,7 +233,8 @@ def draw_losses(metrics: Path) -> "Figure":
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    axes = (figure := Figure(figsize=(8, 4.5), layout="constrained")).subplots()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
         points = [(record["step"], record[name]) for record in records if name in record]
         if points:
@@ -255,3 +245,39 @@ def draw_losses(metrics: Path) -> "Figure":
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def write_sample(
+    accelerator: Accelerator, prepared: Any, tokenizer: Any, example: dict[str, torch.Tensor], config: TrainConfig
+) -> str | None:
+    """A sample by the main process; None on the others. With FSDP all ranks must take part and get the same text.
+
+    Args:
+        prepared: the objective, as `accelerator.prepare` returned it.
+        example: a batch, from which an objective that does not generate text predicts its targets.
+    """
+    if not accelerator.is_main_process and not is_sharded(accelerator):
+        return None
+    objective = accelerator.unwrap_model(prepared)
+    if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
+        return write_predictions(objective, tokenizer, example)
+    return generate_text(
+        objective.model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
+        max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
+        generate=objective.generate,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def write_predictions(objective: Objective, tokenizer: Any, batch: dict[str, torch.Tensor]) -> str:
+    """The input of the first row, its targets, and the likeliest token for each of them."""
+    inputs = {name: values.to(next(objective.parameters()).device) for name, values in batch.items()}
+    targets = inputs.pop("targets")[0]
+    with evaluating(objective):
+        predicted = objective.predict(**inputs)[0][targets != IGNORED].tolist()
+    wanted = targets[targets != IGNORED].tolist()
+    right = sum(guess == target for guess, target in zip(predicted, wanted, strict=True))
+    return (
+        f"{tokenizer.decode(batch['input_ids'][0])}\n--- {right} of {len(wanted)} targets right\n"
+        f"targets:   {tokenizer.decode(wanted)}\npredicted: {tokenizer.decode(predicted)}"
+    )

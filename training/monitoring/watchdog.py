@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 HEARTBEATS = ".heartbeats"
 LINE_BYTES = 60
@@ -37,9 +36,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()  # else it might arm faulthandler once more
         faulthandler.cancel_dump_traceback_later()

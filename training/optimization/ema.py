@@ -5,11 +5,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
-    """The average of a model's trainable parameters, in fp32, each shared one once.
+    """The average of a model's trainable parameters, which are in fp32, each shared one once.
 
     It costs four bytes per parameter and one pass over them per step. Like the weights, it is the same on all ranks.
     """
@@ -17,10 +16,9 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Starts as a copy of the weights on their device, so move the model there first."""
         self.decay = decay
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self.averages = [parameter.detach().to(torch.float32, copy=True) for parameter in self.parameters]
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.names, self.parameters = list(named), list(named.values())
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -30,34 +28,26 @@ class WeightAverage:
         TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. It follows from the step and needs no state.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, [parameter.float() for parameter in self.parameters], 1 - decay)
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
 
     @torch.no_grad()
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the block, the model's weights are the average, to evaluate or save, not to train.
 
-        The parameters remain the same objects, which optimizer and DDP need. fp32 parameters are not copied.
+        The values are exchanged in place, because optimizer, DDP and FSDP hold the parameters. It copies one at a time.
         """
-        if any(isinstance(parameter, DTensor) for parameter in self.parameters):  # FSDP keeps its own references
-            there = [parameter.detach() for parameter in self.parameters]
-            weights = [values.clone() for values in there]
-            try:
-                for values, average in zip(there, self.averages, strict=True):
-                    values.copy_(average)
-                yield
-            finally:
-                for values, weight in zip(there, weights, strict=True):
-                    values.copy_(weight)
-            return
-        weights = [parameter.data for parameter in self.parameters]
+        self._swap()
         try:
-            for parameter, average in zip(self.parameters, self.averages, strict=True):
-                parameter.data = average.to(parameter.dtype)
             yield
         finally:
-            for parameter, weight in zip(self.parameters, weights, strict=True):
-                parameter.data = weight
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.averages, strict=True):
+            weight = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(weight)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameter name → average, not copied; under FSDP this rank's part of it."""

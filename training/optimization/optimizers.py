@@ -139,15 +139,15 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     """
     from utils.model.initialization import is_norm
 
-    decayed: dict[int, nn.Parameter] = {}
-    others: dict[int, nn.Parameter] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                is_bias = path.endswith("bias") or name.endswith("bias")
-                chosen = decayed if parameter.ndim >= 2 and not is_norm(module) and not is_bias else others
-                chosen[id(parameter)] = parameter
-    return list(decayed.values()), list(others.values())
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            where, _, name = path.rpartition(".")
+            module, is_bias = model.get_submodule(where), where.endswith("bias") or name.endswith("bias")
+            chosen = decayed if parameter.ndim >= 2 and not is_norm(module) and not is_bias else others
+            chosen.append(parameter)
+    return decayed, others
 
 
 def hidden_matrices(model: nn.Module) -> set[int]:

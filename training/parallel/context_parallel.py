@@ -63,7 +63,7 @@ class ContextGroup:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
 
-    def masks(self, row_position_ids: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def masks(self, row_position_ids: torch.Tensor | None) -> list[torch.Tensor] | list[None]:
         """The additive masks of this rank's two pieces, (B, 1, L, E) with E where the piece ends; once for all layers.
 
         0 where a query reads the key, else the lowest number, in autocast's precision. torch would convert a boolean mask
@@ -73,21 +73,17 @@ class ContextGroup:
             row_position_ids: (B, T); they restart at 0 with each document.
         """
         if row_position_ids is None:
-            return None, None
+            return [None, None]
         columns = torch.arange(row_position_ids.shape[1], device=row_position_ids.device)
         documents = columns - row_position_ids  # where each document begins
         none = torch.zeros((), device=columns.device)
         none = none.to(product_dtype(none))
-        first, last = (
-            torch.where(
-                (documents[:, start:end, None] == documents[:, None, :end])
-                & (columns[start:end, None] >= columns[:end]),
-                none,
-                torch.finfo(none.dtype).min,
-            )[:, None]
-            for start, end in self.pieces(len(columns))
-        )
-        return first, last
+        found = []
+        for start, end in self.pieces(len(columns)):
+            reads = documents[:, start:end, None] == documents[:, None, :end]
+            reads &= columns[start:end, None] >= columns[:end]
+            found.append(torch.where(reads, none, torch.finfo(none.dtype).min)[:, None])
+        return found
 
     def pieces(self, length: int) -> list[tuple[int, int]]:
         """Begin and end of the two pieces that this rank holds of a row."""
@@ -97,7 +93,7 @@ class ContextGroup:
     def attention(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None,
-        is_causal: bool | None = None, context_masks: tuple[torch.Tensor | None, ...] = (), **kwargs: Any,
+        is_causal: bool | None = None, context_masks: Sequence[torch.Tensor | None] = (), **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Attention as transformers asks for it, over the keys of all ranks (which all call).
 
@@ -109,11 +105,10 @@ class ContextGroup:
             (B, T / size, H, D), and no attention weights.
         """
         if not context_masks:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
-            )
-        if unheeded := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
-            raise UserError(f"context parallelism: {type(module).__name__} asks for {unheeded[0]}; {REMEDY}")
+            given = (query, key, value, attention_mask, dropout, scaling, is_causal)
+            return sdpa_attention_forward(module, *given, **kwargs)
+        if unsupported := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
+            raise UserError(f"context parallelism: {type(module).__name__} asks for {unsupported[0]}; {REMEDY}")
         dtype = product_dtype(query)
         query, pair = query.to(dtype), torch.cat([key.to(dtype), value.to(dtype)], dim=-1)
         keys, values = _GatherColumns.apply(pair, self.group).split([key.shape[-1], value.shape[-1]], dim=-1)

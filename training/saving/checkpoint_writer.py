@@ -1,5 +1,6 @@
 """Writing checkpoints while training continues."""
 
+import contextlib
 import json
 import tempfile
 import threading
@@ -8,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -22,8 +22,16 @@ from transformers.utils import logging as transformers_logging
 
 from training.optimization.ema import WeightAverage
 from training.parallel.sharding import is_sharded
-from training.saving.folders import link_checkpoint, new_checkpoint, remove_old_checkpoints
-from training.saving.shards import check_complete, save_shards, save_weights, shared_checkpoint, take_weights
+from training.saving.folders import (
+    check_complete,
+    link_checkpoint,
+    new_checkpoint,
+    remove_old_checkpoints,
+    save_shards,
+    save_weights,
+    shared_checkpoint,
+    take_weights,
+)
 from training.saving.training_state import split_tensors
 from utils.checkpoint_tensors import Tensors
 from utils.checkpoints import TrainState, checkpoint_name, find_problem
@@ -32,7 +40,7 @@ from utils.config import CheckpointConfig
 from utils.model.adapters import has_adapters, save_base
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager):
     """Writes the checkpoints of a run: training pauses for a copy to memory, a thread writes the copy to the disk.
 
     Every rank has one. Only the main process writes, except under FSDP, where each rank writes its shard. The buffers of
@@ -75,12 +83,7 @@ class CheckpointWriter:
                 files = [path for path in Path(temporary).rglob("*") if path.is_file()]
                 self._tokenizer_files = {path.relative_to(temporary): path.read_bytes() for path in files}
 
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._wait()
 
     def save(
@@ -94,15 +97,13 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         wait = wait or not self.config.asynchronous
-        needed = [False]
         self._wait()
-        if self.accelerator.is_main_process:
-            target = self.folder / checkpoint_name(state.optimizer_step)
-            needed[0] = not target.exists() or find_problem(target) is not None
+        target = self.folder / checkpoint_name(state.optimizer_step)
+        needed = [self.accelerator.is_main_process and (not target.exists() or find_problem(target) is not None)]
         if self._group is not None:
             broadcast_object_list(needed)
         write: Callable[[], None] | None = None
-        if needed[0] and (self._group is not None or self.accelerator.is_main_process):
+        if needed[0]:
             # Copy from the GPU even for a blocking save: the buffer exists, and safetensors would make another.
             snapshot = not wait or self.accelerator.device.type != "cpu"
             write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
@@ -116,23 +117,22 @@ class CheckpointWriter:
 
     def finish(self) -> None:
         """Wait until everything is on the disk (all ranks call); `UserError` if the latest save failed."""
-        if self._thread is not None:
-            self._thread.join()
-        failure = [self._error and f"cannot write the last checkpoint in {self.folder}: {self._error}; the earlier ones "
-                   "are untouched"]  # fmt: skip
-        self._thread = self._error = None
+        failure = [self._join()]
         broadcast_object_list(failure)
         if failure[0]:
-            raise UserError(failure[0])
+            raise UserError(f"cannot write the last checkpoint in {self.folder}: {failure[0]}")
 
     def _wait(self) -> None:
         """Wait for a save in progress; its failure is a warning."""
+        if failure := self._join():
+            self.warn(f"a checkpoint could not be written: {failure}, and the next save tries again")
+
+    def _join(self) -> str | None:
+        """Wait for the thread; why it failed."""
         if self._thread is not None:
             self._thread.join()
-        if self._error is not None:
-            self.warn(f"a checkpoint could not be written: {self._error}; the earlier ones are untouched, and the next "
-                      "save tries again")  # fmt: skip
-        self._thread = self._error = None
+        error, self._thread, self._error = self._error, None, None
+        return error and f"{error}; the earlier ones are untouched"
 
     def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
         """In the thread: write the checkpoint unless it exists, move the links, remove old checkpoints."""
@@ -166,16 +166,15 @@ class CheckpointWriter:
         shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
         owned = {name: weights[name].detach() for name in owners.values()}
         optimizer_record, tensors = split_tensors(optimizer.state_dict())
-        averages = average.state_dict() if average else {}
+        parts: Any = {"model": owned, "optimizer": tensors, "average": average.state_dict() if average else {}}
         if (group := self._group) is not None:
-            staged: Any = self._stager.stage({"owned": owned, "tensors": tensors, "averages": averages})
-            owned, tensors, averages = staged["owned"], staged["tensors"], staged["averages"]
+            parts = self._stager.stage(parts)
         elif snapshot:
-            owned = {name: self._copy(tensor, f"model.{name}") for name, tensor in owned.items()}
-            tensors = {name: self._copy(tensor, name) for name, tensor in tensors.items()}
-            averages = {name: self._copy(tensor, f"average.{name}") for name, tensor in averages.items()}
+            for part, live in parts.items():
+                parts[part] = {name: self._copy(tensor, f"{part}.{name}") for name, tensor in live.items()}
             if torch.accelerator.is_available():
                 torch.accelerator.synchronize()  # copies to pinned memory are asynchronous
+        owned, tensors, averages = parts["model"], parts["optimizer"], parts["average"]
         record = {"state": asdict(state), "scheduler": scheduler.state_dict(), "optimizer": optimizer_record}
         if self.accelerator.scaler is not None:
             record["scaler"] = self.accelerator.scaler.state_dict()

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from training.monitoring.stopping import STOP_FILE
+from training.options import check_resume
 from training.saving.folders import remove_leftovers
 from utils.checkpoints import find_newest_valid, load_state
 from utils.cli import UserError, at_exit, save_config
@@ -72,33 +73,19 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
         raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
     lock = run / ".lock"
     if not at_exit.enter_context(hold_lock(lock)):
-        raise UserError(
-            f"{run} is in use by {lock.read_text(encoding='utf-8')}; wait for it, or choose another --output"
-        )
+        raise UserError(f"{run} is in use by {lock.read_text('utf-8')}; wait for it, or choose another --output")
     at_exit.callback(_leave_no_trace, run)
-    lines: list[str] = []
-    checkpoint = None
-    if not is_empty:
-        if config.checkpoint.resume == "never":
-            raise UserError(
-                f"{run} already holds a run; continue it with --checkpoint.resume auto, or choose another --output"
-            )
-        saved = read_yaml(saved_config)
-        changes = _differences(saved, asdict(config))
-        refused = [text for name, text in changes if not name.startswith(FREE_TO_CHANGE)]
-        if refused:
-            raise UserError(f"{run} holds another run: {'; '.join(refused)}; choose another --output")
-        lines += [f"changed since the last launch: {text}" for _, text in changes]
-        checkpoint, problems = find_newest_valid(run / "checkpoints")
-        if problems and checkpoint is None:
-            raise UserError(
-                f"{run} has no valid checkpoint to resume from: {'; '.join(problems)}; choose another --output"
-            )
-        lines += problems
-        if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
-            raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
+    check_resume(config)
+    changes = [] if is_empty else _differences(read_yaml(saved_config), asdict(config))
+    if refused := [text for name, text in changes if not name.startswith(FREE_TO_CHANGE)]:
+        raise UserError(f"{run} holds another run: {'; '.join(refused)}; choose another --output")
+    checkpoint, problems = find_newest_valid(run / "checkpoints")
+    if problems and checkpoint is None:
+        raise UserError(f"{run} has no valid checkpoint to resume from: {'; '.join(problems)}; choose another --output")
+    if checkpoint is not None and load_state(checkpoint).dataset_key != dataset_key:
+        raise UserError(f"{run} was trained on another dataset than {config.data.dataset}; choose another --output")
     remove_leftovers(run / "checkpoints")
-    return checkpoint, lines
+    return checkpoint, [*(f"changed since the last launch: {text}" for _, text in changes), *problems]
 
 
 def _leave_no_trace(run: Path) -> None:
@@ -122,7 +109,6 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
     """Write config.yaml, which makes the folder this run's, and append to environment.json (main process)."""
     run = Path(config.output)
     save_config(config, run / "config.yaml")
-    path = run / "environment.json"
     launches = past_launches(run)
     (run / "summary.json").unlink(missing_ok=True)  # it describes an earlier launch
     launches.append({
@@ -138,7 +124,7 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
         "mixed_precision": accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
     })  # fmt: skip
-    replace_text(path, json.dumps(launches, indent=2) + "\n")
+    replace_text(run / "environment.json", json.dumps(launches, indent=2) + "\n")
 
 
 def past_launches(run: Path) -> list[dict[str, Any]]:
