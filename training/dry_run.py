@@ -30,7 +30,7 @@ from utils.config import OptimizerConfig, TrainConfig
 from utils.files import readable, short
 from utils.kernels.dropout import FastDropout
 from utils.model.adapters import without_adapters
-from utils.model.build import build_model
+from utils.model.build import build_model, count_parameters
 from utils.model.modules import fake_copy
 from utils.objectives import Objective, build_objective, objective_module
 
@@ -81,8 +81,6 @@ def dry_run_report(
         objective: not yet prepared by accelerate, on any device.
         example: a batch of any number of rows, as the collator makes it, or its shapes.
         num_rows: training rows; None for a stream.
-        mixed_precision: accelerate's: no, bf16 or fp16.
-        device: the device of each process.
         ranks_per_copy: the number of ranks that share each parameter.
         measure: also estimate the time on this machine, by half a second of matrix products.
     """
@@ -185,10 +183,7 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
     A multiplication and an addition count as two. Attention counts in full, T² per row, as is usual (Chowdhery et al.,
     2022, arXiv 2204.02311, appendix B), although kernels may skip what a causal mask hides. Its backward pass includes
     the recomputed scores; activation checkpointing adds a second forward pass. The result agrees with 6 × parameters ×
-    tokens + attention.
-
-    Args:
-        batch: `targets` (B, T) and what `Objective.forward` takes, or their shapes.
+    tokens + attention. `batch` holds `targets` (B, T) and what `Objective.forward` takes, or their shapes.
     """
     aten = torch.ops.aten
     cpu_attention = {  # the CPU's kernels, which torch's counter does not know
@@ -254,14 +249,13 @@ def estimate_memory(
     before it builds a model (on a CPU some 0.6 GB of libraries, on a GPU its context), and what the allocator holds
     beside live tensors: glibc's heap fragments by 6 to 76 % of the small ones (benchmarks/memory.py).
 
+    The parts are weights (with buffers), gradients, activations (with logits, autocast's casts and temporary tensors),
+    optimizer state, moving average, communication (DDP's buckets), and for a CPU libraries.
+
     Args:
         batch: a micro-batch of one device, as in `count_flops`.
         mixed_precision: accelerate's: no, bf16 or fp16.
         device: a type of device, which decides what kernels keep. Compared with real steps on a CPU only.
-
-    Returns:
-        weights (with buffers), gradients, activations (with logits, autocast's casts and temporary tensors), optimizer
-        state, moving average, communication (DDP's buckets), and for a CPU libraries.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake, inputs = fake_copy(objective, device).train(), fake_batch(batch, device)
@@ -295,12 +289,10 @@ def share_out(parts: dict[str, int], model: torch.nn.Module, ranks: int, itemsiz
     """
     kept = ("weights", "gradients", "optimizer state", "moving average")
     names = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [sum(value.numel() for value in module.parameters()) for module in model.modules()
-              if type(module).__name__ in names]  # fmt: skip
-    outside = sum(value.numel() for value in model.parameters()) - sum(layers)
-    largest = max(layers, default=0)
+    layers = [count_parameters(module) for module in model.modules() if type(module).__name__ in names]
+    gathered = count_parameters(model) - sum(layers) + 3 * max(layers, default=0)
     shared = {name: -(-size // ranks) if name in kept else size for name, size in parts.items()}
-    return shared | {"communication": (outside + 3 * largest) * itemsize}
+    return shared | {"communication": gathered * itemsize}
 
 
 def _prepare_update(

@@ -231,12 +231,9 @@ def check_launch_file(path: Path) -> None:
 
 
 def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: int | None) -> str | None:
-    """What is unsupported or inconsistent in the sizes of accelerate's parallelism_config; None if nothing is.
+    """What is unsupported or inconsistent in accelerate's parallelism_config; None if nothing is.
 
-    Args:
-        sizes: by the names in `PARALLEL`.
-        sharded: whether the launch asks for FSDP.
-        num_processes: of the whole launch; None if unknown.
+    `sizes` have the names in `PARALLEL`. `sharded`: whether the launch asks for FSDP. `num_processes`: None if unknown.
     """
     asked = {name: size for name, size in sizes.items() if size != 1}
     for name, size in asked.items():
@@ -251,8 +248,7 @@ def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: in
             )
     if sizes["dp_replicate"] > 1 and sizes["dp_shard"] == 1:
         return (
-            "parallelism_config_dp_replicate_size needs a parallelism_config_dp_shard_size of 2 or more; for plain DDP "
-            "leave parallelism_config out"
+            "parallelism_config_dp_replicate_size needs a dp_shard_size above 1; for DDP leave parallelism_config out"
         )
     product = math.prod(sizes.values())
     if asked and num_processes not in (None, product):

@@ -47,9 +47,8 @@ def check_tokenizer(checkpoint: Path, tokenizer: Any) -> None:
     if differing := sorted(trained.items() ^ present.items(), key=lambda entry: entry[1]):
         token, number = differing[0]
         raise UserError(
-            f"the dataset's tokenizer ({len(present)} entries) is not the one that {checkpoint} was trained with "
-            f"({len(trained)} entries); the first difference is at {number}, {token!r}; restore it, or choose another "
-            "--output"
+            f"the dataset's tokenizer is not the one that {checkpoint} was trained with; the first difference is at "
+            f"{number}, {token!r}; restore it, or choose another --output"
         )
 
 

@@ -19,10 +19,8 @@ from utils.config import GuardConfig
 def check_update(state: TrainState, config: GuardConfig, loss: float, grad_norm: float, *, scaled: bool) -> str | None:
     """Why to skip this update, or None; counts it in `state`. The numbers are global, so all ranks agree.
 
-    Args:
-        loss: in nats per token.
-        grad_norm: before clipping.
-        scaled: fp16's gradients are scaled, and the scaler handles those that are not finite.
+    `loss` is in nats per token, `grad_norm` that before clipping. If gradients are `scaled` (fp16), the scaler handles
+    those that are not finite.
 
     A spike lies more than `spike_deviations` standard deviations above the mean of the updates in the window. The rule is
     that of OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), except that a

@@ -18,7 +18,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The reasons to stop, in the order of `StopRequests.flags`.
 REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "max_minutes")
 STOP_FILE = "stop"
-LOOK_SECONDS = 1.0  # between looks at the stop file, which may be on a network disk
 SLOW_DISK = 100e6  # bytes per second, assumed until the first save is measured
 END_SECONDS = 5  # from the last save to the exit: plot, trackers
 # torch's launcher kills its processes this long after it asked them to end.
@@ -51,8 +50,7 @@ class StopRequests:
         # accelerate and torchrun set these; without a launcher, a parent shell may go and the run goes on.
         self._launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
         self._deadline = psutil.Process().create_time() + 60 * (math.inf if max_minutes is None else max_minutes)
-        self._next_look = self._last_time = 0.0
-        self._stop_file_seen = self._warned = False
+        self._last_time, self._warned = 0.0, False
 
     def __enter__(self) -> "StopRequests":
         """Note signals from here on; before, they end the process as usual. A signal that nohup ignores stays ignored."""
@@ -77,15 +75,11 @@ class StopRequests:
 
     def flags(self) -> list[float]:
         """1.0 for each of `REASONS` that this rank knows of."""
-        now = time.time()
-        if self.accelerator.is_main_process and now >= self._next_look:
-            self._next_look = now + LOOK_SECONDS
-            self._stop_file_seen = self.stop_file.exists()
+        is_main = self.accelerator.is_main_process
         launcher_gone = self._launched and os.getppid() != LAUNCHER_PID
-        end = now + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS
-        late = self.accelerator.is_main_process and end > self._deadline
-        found = [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
-        return [float(flag) for flag in found]
+        end = time.time() + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS
+        asked, late = is_main and self.stop_file.exists(), is_main and end > self._deadline
+        return [float(flag) for flag in (*(signum in self._noted for signum in SIGNALS), launcher_gone, asked, late)]
 
     def vote(self, *figures: torch.Tensor) -> list[float]:
         """All-reduce: the sums of scalars over all ranks, and of the flags. All ranks call it; it waits for the device.

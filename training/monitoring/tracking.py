@@ -14,7 +14,7 @@ import threading
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -31,9 +31,6 @@ from utils.evaluation import generate_text
 from utils.files import flatten, replace_text, short
 from utils.model.modules import evaluating
 from utils.objectives import Objective, objective_module
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
@@ -228,8 +225,8 @@ def _cut_metrics(path: Path, step: int, looked: int) -> int:
     return last
 
 
-def draw_losses(metrics: Path) -> "Figure":
-    """Training and evaluation loss over the steps."""
+def draw_losses(metrics: Path) -> Any:
+    """A figure of matplotlib: training and evaluation loss over the steps."""
     from matplotlib.figure import Figure
 
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -252,9 +249,7 @@ def write_sample(
 ) -> str | None:
     """A sample by the main process; None on the others. With FSDP all ranks must take part and get the same text.
 
-    Args:
-        prepared: the objective, as `accelerator.prepare` returned it.
-        example: a batch, from which an objective that does not generate text predicts its targets.
+    An objective that does not generate text predicts the targets of `example`, a batch.
     """
     if not accelerator.is_main_process and not is_sharded(accelerator):
         return None

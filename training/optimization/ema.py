@@ -17,7 +17,8 @@ class WeightAverage:
         """Starts as a copy of the weights on their device, so move the model there first."""
         self.decay = decay
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.names, self.parameters = list(named), list(named.values())
+        self.names = list(named)
+        self.parameters: list[torch.Tensor] = list(named.values())
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()

@@ -49,10 +49,8 @@ def check_optimizer(config: OptimizerConfig) -> None:
 def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer of `model`'s trainable parameters, with weight decay on matrices only.
 
-    Args:
-        model: one of transformers, with or without adapters of peft.
-        fused: use torch's fused kernels where the optimizer has them. Turn it off if gradients are scaled (fp16): a fused
-            step skips an overflow by itself, and accelerate then cannot tell that it was skipped.
+    `fused` uses torch's fused kernels where the optimizer has them. Turn it off if gradients are scaled (fp16): a fused
+    step skips an overflow by itself, and accelerate then cannot tell that it was skipped.
     """
     return OPTIMIZERS[config.name].build(model, config, fused)
 

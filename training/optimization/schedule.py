@@ -18,19 +18,14 @@ def resolve_max_steps(
 ) -> int:
     """Optimizer steps of the whole run, from steps, epochs or positions.
 
-    Args:
-        num_rows: training rows of `sequence_length` positions; None for a stream.
-        global_batch_size: rows per step.
-
-    Raises `UserError` for epochs of a stream, whose length is unknown.
+    `num_rows` is the number of training rows; None for a stream, for which epochs raise `UserError`.
     """
     if config.max_steps is not None:
         return config.max_steps
     if config.max_tokens is not None:
         return -(-config.max_tokens // (global_batch_size * sequence_length))
     if num_rows is None:
-        raise UserError("schedule.num_epochs needs stored data: the length of a stream is unknown; give "
-                        "schedule.max_steps, and null for num_epochs")  # fmt: skip
+        raise UserError("schedule.num_epochs needs stored data; give schedule.max_steps, and null for num_epochs")
     return math.ceil(config.num_epochs * num_rows / global_batch_size)  # type: ignore[operator]
 
 

@@ -53,12 +53,7 @@ def collate_columns(
 
 
 class ContextGroup:
-    """The ranks that share the positions of their rows.
-
-    Attributes:
-        rank: this one's number in the group.
-        size: ranks in it.
-    """
+    """The ranks that share the positions of their rows; this one is number `rank` of `size`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)

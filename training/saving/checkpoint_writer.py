@@ -22,16 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from training.optimization.ema import WeightAverage
 from training.parallel.sharding import is_sharded
-from training.saving.folders import (
-    check_complete,
-    link_checkpoint,
-    new_checkpoint,
-    remove_old_checkpoints,
-    save_shards,
-    save_weights,
-    shared_checkpoint,
-    take_weights,
-)
+from training.saving import folders
 from training.saving.training_state import split_tensors
 from utils.checkpoint_tensors import Tensors
 from utils.checkpoints import TrainState, checkpoint_name, find_problem
@@ -45,8 +36,8 @@ class CheckpointWriter(contextlib.AbstractContextManager):
 
     Every rank has one. Only the main process writes, except under FSDP, where each rank writes its shard. The buffers of
     the copy are kept for the next save; they take as much host memory as the process writes to the disk (under FSDP more
-    for a moment, see `save_shards`). A save that fails leaves the earlier checkpoints untouched. `warn` reports it and the
-    next save tries again; if the caller waits for the save, it raises instead.
+    for a moment, see `save_shards`). A save that fails leaves the earlier checkpoints untouched. `warn` reports it and
+    the next save tries again; if the caller waits for the save, it raises instead.
 
     Attributes:
         pause_seconds: how long training paused for the latest save.
@@ -132,7 +123,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if self._thread is not None:
             self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        return error and f"{error}; the earlier ones are untouched"
+        return None if error is None else f"{error}; the earlier ones are untouched"
 
     def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
         """In the thread: write the checkpoint unless it exists, move the links, remove old checkpoints."""
@@ -143,10 +134,10 @@ class CheckpointWriter(contextlib.AbstractContextManager):
                 self.write_seconds = time.perf_counter() - started
             if self.accelerator.is_main_process:
                 self.note("rotating")
-                link_checkpoint(self.folder, "last", step)
-                if not link_checkpoint(self.folder, "best", best_step) and best_step is not None:
+                folders.link_checkpoint(self.folder, "last", step)
+                if not folders.link_checkpoint(self.folder, "best", best_step) and best_step is not None:
                     self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
-                remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
+                folders.remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
         except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
             if self.accelerator.is_main_process:  # it fails too if another rank does
                 self._error = error
@@ -187,7 +178,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             (temporary / "state.json").write_text(text, encoding="utf-8")
 
         def write() -> None:
-            with new_checkpoint(self.folder, step) as temporary:
+            with folders.new_checkpoint(self.folder, step) as temporary:
                 model.save_pretrained(temporary, state_dict={name: owned[owner] for name, owner in shared.items()})
                 if has_adapters(temporary):
                     save_base(model, temporary)
@@ -200,17 +191,17 @@ class CheckpointWriter(contextlib.AbstractContextManager):
             return write
 
         def write_together() -> None:
-            with shared_checkpoint(self.folder, step, group) as temporary:
-                save_weights(owned, temporary, group)
-                save_shards(tensors, temporary / "optimizer", group)
+            with folders.shared_checkpoint(self.folder, step, group) as temporary:
+                folders.save_shards(owned, temporary / "weights", group, merge=True)
+                folders.save_shards(tensors, temporary / "optimizer", group)
                 if averages:
-                    save_shards(averages, temporary / "average", group)
+                    folders.save_shards(averages, temporary / "average", group)
                 # No rank waits for another from here on, so the main process may raise alone.
                 if self.accelerator.is_main_process:
-                    check_complete(temporary / "optimizer", tensors)
-                    check_complete(temporary / "average", averages)
+                    folders.check_complete(temporary / "optimizer", tensors)
+                    folders.check_complete(temporary / "average", averages)
                     model.save_pretrained(temporary, state_dict={}, save_original_format=False)
-                    take_weights(owned, temporary)
+                    folders.take_weights(owned, temporary / "weights")
                     write_rest(temporary)
 
         return write_together

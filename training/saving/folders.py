@@ -11,7 +11,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list, gather_object
@@ -25,7 +24,6 @@ from utils.files import hash_file, readable
 from utils.pretrained import WEIGHTS
 
 TEMPORARY_PREFIX = ".tmp-"  # not yet a checkpoint, or no longer one; the next start or save removes it
-MERGING = "weights"  # the sub-folder in which torch merges the shards of the weights
 
 
 @contextmanager
@@ -40,7 +38,12 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        (temporary / "manifest.json").write_text(json.dumps(_describe_files(temporary), indent=2), encoding="utf-8")
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files = {
+            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+            for path in paths
+        }
+        (temporary / "manifest.json").write_text(json.dumps(files, indent=2), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             _flush_to_disk(path)
         if target.exists():  # one that a resume passed over as damaged
@@ -70,8 +73,7 @@ def remove_old_checkpoints(folder: Path, keep_last: int, archive_every_steps: in
     found = list_checkpoints(folder)
     kept |= {path.name for path in found[-keep_last:]}
     for path in found:
-        archived = archive_every_steps and step_of(path) % archive_every_steps == 0
-        if path.name not in kept and not archived:
+        if path.name not in kept and not (archive_every_steps and step_of(path) % archive_every_steps == 0):
             _remove(path)
     remove_leftovers(folder)
 
@@ -80,11 +82,6 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what a killed save or removal has left."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": hash_file(path)} for path in files}
 
 
 def _flush_to_disk(path: Path) -> None:
@@ -127,8 +124,7 @@ def check_shards(run: Path, model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if value.ndim == 0 or not value.is_floating_point():
             raise UserError(
-                f"with FSDP a model with {name} cannot be saved: torch merges shards only of floating-point tensors that "
-                "have dimensions; use DDP"
+                f"with FSDP a model with {name} cannot be saved: it has no dimensions or is not floating-point; use DDP"
             )
     token, is_main = [f".seen-{uuid.uuid4().hex}"], dist.get_rank() == 0
     if is_main:
@@ -139,8 +135,7 @@ def check_shards(run: Path, model: nn.Module) -> None:
         (run / token[0]).unlink()
     if not all(seen):
         raise UserError(
-            f"{run} is not on a disk that all machines share, but with FSDP each rank writes its shard of a checkpoint "
-            "there; choose another --output"
+            f"{run} is not on a disk that all machines share; FSDP's ranks write checkpoints there; choose another --output"
         )
 
 
@@ -159,30 +154,24 @@ def shared_checkpoint(folder: Path, step: int, group: dist.ProcessGroup) -> Iter
         yield begun[0]
 
 
-def save_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write each rank's shard to its own file in `folder`; takes twice the shard's memory for a moment."""
+def save_shards(tensors: Tensors, folder: Path, group: dist.ProcessGroup, *, merge: bool = False) -> None:
+    """Write each rank's shard to its own file in `folder`; takes twice the shard's memory for a moment.
+
+    With `merge` the main process merges the files on the disk. No rank ever holds the whole model.
+    """
     import torch.distributed.checkpoint as dcp
 
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True, enable_consolidation=merge)
     dcp.save(tensors, storage_writer=writer, process_group=group)
+    if merge and dist.get_rank() == 0:
+        shutil.rmtree(folder / "sharded", ignore_errors=True)  # else the weights take the disk twice
 
 
-def save_weights(weights: Tensors, folder: Path, group: dist.ProcessGroup) -> None:
-    """Write each rank's shard; the main process merges them on the disk. No rank ever holds the whole model."""
-    import torch.distributed.checkpoint as dcp
-
-    merged = folder / MERGING
-    writer = dcp.HuggingFaceStorageWriter(str(merged), save_distributed=True, enable_consolidation=True)
-    dcp.save(weights, storage_writer=writer, process_group=group)
-    if dist.get_rank() == 0:
-        shutil.rmtree(merged / "sharded", ignore_errors=True)  # else the weights take the disk twice
-
-
-def take_weights(expected: Tensors, folder: Path) -> None:
+def take_weights(expected: Tensors, merged: Path) -> None:
     """Move the merged file to where transformers looks for it (main process); `OSError` unless it is complete."""
-    check_complete(folder / MERGING, expected)
-    (folder / MERGING / "model-00001-of-00001.safetensors").replace(folder / WEIGHTS)
-    shutil.rmtree(folder / MERGING)  # only an index is left in it
+    check_complete(merged, expected)
+    (merged / "model-00001-of-00001.safetensors").replace(merged.parent / WEIGHTS)
+    shutil.rmtree(merged)  # only an index is left in it
 
 
 def check_complete(folder: Path, expected: Tensors) -> None:
