@@ -260,7 +260,9 @@ def test_a_tokenizer_that_is_none_is_refused(values, dataset, tmp_path):
     change(changed / "tokenizer" / "tokenizer.json", **values)
     settings = SMALL | {"output": tmp_path / "run", "data.dataset": changed}
     assert "no tokenizer can be loaded from here" in error_line("train.py", *flags(settings))
-    options = ["--output", tmp_path / "data", "--sources", "[README.md, docs/]", "--validation_fraction", "0.3"]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": f"This is text {i}."}) for i in range(20)))
+    options = ["--output", tmp_path / "data", "--sources", f"[{tmp_path}/texts.jsonl]", "--validation_fraction", "0.3"]
+    options += ["--deduplication.near_threshold", "null"]
     line = error_line("prepare_data.py", *options, "--tokenizer.pretrained", changed / "tokenizer")
     assert "no tokenizer can be loaded from here" in line
     assert not (tmp_path / "run").exists() and not (tmp_path / "data").exists()

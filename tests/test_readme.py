@@ -29,7 +29,9 @@ def make_copy(folder: Path, max_steps: int | None) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name in ("utils/config.py", "configs/demo.yaml") if max_steps is not None else ():
-        text, changes = re.subn(r"(max_steps: (int \| None = )?)\d+", rf"\g<1>{max_steps}", (folder / name).read_text())
+        text, changes = re.subn(
+            r"(max_steps: (PositiveInt \| None = )?)\d+", rf"\g<1>{max_steps}", (folder / name).read_text()
+        )
         assert changes == 1
         (folder / name).write_text(text)
     (folder / "my_texts").mkdir()

@@ -17,6 +17,7 @@ from conftest import LAUNCH_TWO, ROOT, SMALL, error_line, flags, metrics, run, s
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from processes import changed_copy
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train as train_module
@@ -100,6 +101,39 @@ def test_muon_on_two_processes_follows_one(small_dataset, tmp_path):
     one = train_losses(train(tmp_path / "one", **options))
     two = train_losses(train(tmp_path / "two", processes=2, **options))
     assert one[0] - one[-1] > 0.1 and two == pytest.approx(one, abs=5e-3)
+
+
+# A gradient scaler as fp16 has it, here on the CPU.
+SCALER = (
+    ("    optimizer = build_optimizer(", "    accelerator.scaler = torch.amp.GradScaler('cpu', init_scale=2.0**10)\n"
+     "    optimizer = build_optimizer("),
+    ("    average = WeightAverage(", "    accelerator.native_amp, accelerator.state._mixed_precision = True, 'fp16'\n"
+     "    average = WeightAverage("),
+)  # fmt: skip
+
+
+def test_gradient_norms_and_sgd_weights_are_those_of_every_split(small_dataset, tmp_path):
+    """SGD shows the size of the gradients, which AdamW and clipping hide. With and without a gradient scaler."""
+    norms, weights = {}, {}
+    with changed_copy(*SCALER, name="scaled") as scaled:
+        for name, processes, micro_batch in [
+            ("train.py", 1, 8), ("train.py", 2, 1), (scaled, 1, 2), (scaled, 2, 4),
+        ]:  # fmt: skip
+            output = tmp_path / f"{name}-{processes}-{micro_batch}"
+            options = SMALL | {
+                "output": output, "data.dataset": small_dataset, "batch.per_device_batch_size": micro_batch,
+                "optimizer.name": "sgd", "optimizer.learning_rate": 0.1, "optimizer.max_grad_norm": 0,
+                "schedule.max_steps": 4,
+            }  # fmt: skip
+            script(name, *flags(options), processes=processes)
+            norms[output.name] = [record["train/grad_norm"] for record in metrics(output) if "train/loss" in record]
+            weights[output.name] = load_file(output / "checkpoints/last/model.safetensors")
+    start, *others = norms
+    assert len(norms[start]) == 4 and norms[start][0] > 0.1
+    for other in others:
+        assert norms[other] == pytest.approx(norms[start], rel=1e-5), other
+        for name, tensor in weights[start].items():
+            torch.testing.assert_close(weights[other][name], tensor, atol=1e-6, rtol=0, msg=f"{other}: {name}")
 
 
 def test_each_step_and_rank_has_its_own_random_numbers():

@@ -220,16 +220,6 @@ def _bound_of(kind: Any) -> str:
     return str(kinds[0].__metadata__[0]) if kinds else ""
 
 
-def at_least(section: str, config: object, **minimum: float) -> list[str]:
-    """One line per field of `config` that is set and below its minimum."""
-    prefix = section + "." if section else ""
-    return [
-        f"{prefix}{name} is {getattr(config, name)}; it must be at least {low}"
-        for name, low in minimum.items()
-        if getattr(config, name) is not None and getattr(config, name) < low
-    ]
-
-
 def parse_sections(cls: type[Config], values: Any, where: Path) -> Config:
     """The sections of a run's configuration, from the file `where`, that `cls` has; options it lacks get defaults."""
     if not isinstance(values, dict) or not isinstance(values.get("data"), dict):

@@ -1,6 +1,6 @@
 """Small files: read as plain data, replaced in one step, hashed, locked.
 
-A file that is read may have been written by somebody else. Whatever is wrong with it is a `UserError`.
+Somebody else may have written a file that is read: every fault in it is a `UserError`.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ def short(error: Exception) -> str:
 
 
 class PlainLoader(yaml.SafeLoader):
-    """Plain values only. Refuses aliases, by which a kilobyte becomes gigabytes, and duplicate keys, of which YAML
-    silently takes the last."""
+    """Plain values only. Refuses aliases, which can turn a kilobyte into gigabytes, and duplicate keys, which YAML
+    silently resolves to the last."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -49,7 +49,7 @@ class PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; `yaml.YAMLError` whatever is wrong with it."""
+    """The value of a YAML text; every fault is a `yaml.YAMLError`."""
     try:
         return yaml.load(text, Loader=PlainLoader)
     except RecursionError:

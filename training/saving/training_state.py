@@ -95,8 +95,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         if parameter not in parameters:
             raise ValueError("it has the state of a parameter that the model lacks")
         for name, value in state.items():
-            if name == "step":
+            if not isinstance(value, torch.Tensor) or value.ndim == 0:  # a step, or a running product of rates
                 if not 0 <= float(value) < math.inf:
-                    raise ValueError(f"step {value}")
+                    raise ValueError(f"{name} {value}")
             elif not name.startswith(OTHER_SHAPES) and value.shape != parameter.shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")

@@ -50,10 +50,10 @@ class PackedLayout:
         spans = [row * length if row != PADDING_SAMPLE else end for row in indices]
         stops = [start + length + 1 for start in spans]
         starts = np.array(spans)
-        # The documents that begin after a row's first position, up to just behind its last; empty ones included.
+        # The documents that begin after a row's first position and at most one position after its last, empty ones too.
         first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
         counts = last - first
-        ends = offsets[np.arange(counts.sum()) + (first - counts.cumsum() + counts).repeat(counts)]
+        ends = offsets[ranges(first, counts)]
         ends += (np.arange(len(starts)) * length - starts).repeat(counts)
         return self._batch(spans, stops, end - starts, ends)
 

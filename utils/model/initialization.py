@@ -63,5 +63,5 @@ INITIALIZATIONS: dict[str, Callable[[PreTrainedModel], None]] = {
 
 
 def is_norm(module: nn.Module) -> bool:
-    """LayerNorm or one of the RMSNorms, of which each architecture in transformers has its own class."""
+    """LayerNorm or an RMSNorm; each architecture in transformers has its own class of the latter."""
     return isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))

@@ -24,7 +24,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def fake_copy(module: Module, device: str) -> Module:
     """`module` with parameters and buffers that have no memory. Call it, and use the result, in a `FakeTensorMode`."""
-    memo: dict[int, Any] = {}  # what stands here is not copied: nothing is read, and shared parameters stay shared
+    memo: dict[int, Any] = {}  # deepcopy takes these as copied: it reads nothing, and shared parameters stay shared
     for tensor in [*module.parameters(), *module.buffers()]:
         fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

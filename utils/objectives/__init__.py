@@ -100,7 +100,7 @@ class Objective(nn.Module):
         return self.model.generate(*inputs, **options)  # type: ignore[operator]
 
     def tie_weights(self) -> None:
-        """accelerate calls this after it has made the parameters anew to shard them."""
+        """For accelerate, which calls this after it has replaced the parameters by shards."""
         self.model.tie_weights()  # type: ignore[operator]
 
 
