@@ -50,7 +50,7 @@ def test_what_short_rows_would_not_show_is_refused(architecture, options, named)
 
 @pytest.mark.parametrize(("sizes", "said"), [
     ({"cp": 2}, None), ({}, "all its sizes are 1"), ({"dp_shard": 2, "cp": 2}, "dp_shard_size 2 × cp_size 2 must"),
-    ({"tp": 2}, "tp_size 2 is not supported"), ({"dp_replicate": 2}, "dp_shard_size of 2 or more"), ({"cp": 0}, "1 or more"),
+    ({"tp": 2}, "tp_size 2 is not supported"), ({"dp_replicate": 2}, "dp_shard_size above 1"), ({"cp": 0}, "1 or more"),
 ])  # fmt: skip
 def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypatch):
     launch = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_GPU)

@@ -1,8 +1,8 @@
 """What a training will need, before it starts: parameters, data, memory, work and time.
 
-Memory and work are estimated without running a step. The loop's step runs on fake tensors, which have shape, type and
-device but no memory: its operations are counted, and its tensors followed through forward pass, backward pass and update.
-This takes seconds for seven billion parameters. Models whose operations depend on values cannot be estimated.
+The step of the loop runs on fake tensors, which have shape, type and device but no memory. Its operations are counted,
+and its tensors followed through forward pass, backward pass and update. This takes seconds for seven billion
+parameters. Models whose operations depend on values cannot be estimated.
 """
 
 import time
@@ -53,7 +53,6 @@ HARDWARE: dict[str, dict[str, float]] = {
 # PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
 UTILISATION = 0.4
 MATMUL_SECONDS = 0.5
-MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
@@ -93,7 +92,7 @@ def dry_run_report(
         f"{rows * length:,} positions{epochs}",
     ]
     precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
-    processes = plan.num_processes
+    processes, evaluation_rows = plan.num_processes, config.evaluation.per_device_batch_size
     try:
         memory = estimate_memory(
             objective, resized(example, plan.micro_batch, longest, share), config.optimizer, num_processes=processes,
@@ -102,8 +101,8 @@ def dry_run_report(
         if ranks_per_copy > 1:
             memory = share_out(memory, objective.model, ranks_per_copy, 4 if mixed_precision == "no" else 2)
         evaluation = estimate_evaluation_activations(
-            objective, resized(example, config.evaluation.per_device_batch_size, longest, share),
-            mixed_precision=mixed_precision, device=device.type,
+            objective, resized(example, evaluation_rows, longest, share), mixed_precision=mixed_precision,
+            device=device.type,
         )  # fmt: skip
         flops = count_step_flops(objective, example, config, plan)
     except RuntimeError as error:  # an operation of this model needs values, which fake tensors lack
@@ -111,11 +110,11 @@ def dry_run_report(
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
     step = sum(memory.values())
     lines += [
-        f"memory on each device: {readable(step)} at the peak of a step (micro-batch {plan.micro_batch}, precision "
-        f"{mixed_precision}), {readable(evaluation)} in an evaluation (batch {config.evaluation.per_device_batch_size})",
+        f"memory on each device: {readable(step)} at the peak of a step (micro-batch {plan.micro_batch}, "
+        f"precision {mixed_precision}), {readable(evaluation)} in an evaluation (batch {evaluation_rows})",
         *(f"  {part:<15} {readable(size, of=step):>10}" for part, size in memory.items() if size),
         f"work: {flops:.3g} FLOPs a step, {flops * max_steps:.3g} in all",
-        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}, which small models do not reach:",
+        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}; small models do not reach it:",
     ]
     for name, figures in HARDWARE.items():
         seconds, size = estimate_time(flops * max_steps, figures[precision], processes), figures["memory"]
@@ -150,8 +149,8 @@ def shapes_of(batch: BatchShapes) -> dict[str, Sequence[int]]:
 def resized(batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1) -> dict[str, tuple[int, int]]:
     """The shapes of `batch` with `rows` rows; with `longest`, scaled to that many positions.
 
-    `share` devices share the positions, and the shapes are those of one of them. The keys and values that it gathers from
-    the others do not count.
+    `share` devices share the positions, and the shapes are those of one of them. The keys and values that it gathers
+    from the others do not count.
     """
     shapes = shapes_of(batch)
     length = max(shape[1] for shape in shapes.values())
@@ -298,7 +297,7 @@ def share_out(parts: dict[str, int], model: torch.nn.Module, ranks: int, itemsiz
 def _prepare_update(
     fake: Objective, live: LiveTensors, config: OptimizerConfig, mixed_precision: str
 ) -> Callable[[], Any]:
-    """Make the optimizer's state by a first update; returns a function that makes another, to be called under `live`."""
+    """Make the optimizer's state by a first update; returns a function that makes another, to call under `live`."""
     trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
     if OPTIMIZERS[config.name].library:  # bitsandbytes takes no fake tensors: a byte per number, a scale per 256
         sizes = [parameter.numel() for parameter in trainable]
@@ -355,7 +354,7 @@ def measure_flops_per_second(device: torch.device, mixed_precision: str) -> floa
     fp32 is computed as `torch.set_float32_matmul_precision` says at the time; a CPU with this process's threads.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-    size = MATMUL_SIZE.get(device.type, 2048)
+    size = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
     left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
     product = left @ right  # the first one chooses and prepares a kernel
     count, started = 0, time.perf_counter()

@@ -41,7 +41,6 @@ SECTIONS = {
     "mpirun_config": ("MPI Arguments", ""),
     "dynamo_config": ("Resource Selection Arguments", "dynamo_"),
 }
-OLD_KEYS = ("fp16", "dynamo_backend")  # accelerate still reads them
 NEEDS_FSDP2 = "fsdp_config.fsdp_version must be 2: version 1 silently trains nothing without use_orig_params"
 UNSUPPORTED = "distributed_type {} is not supported; use NO, MULTI_GPU or FSDP"
 
@@ -54,8 +53,7 @@ class BatchPlan:
     micro_batch: int
     data_parallel_size: int
     accumulation: int
-    context_parallel_size: int = 1
-    """Ranks that read the same rows, each its part of their positions."""
+    context_parallel_size: int = 1  # ranks that read the same rows, each its part of their positions
 
     @property
     def num_processes(self) -> int:
@@ -95,8 +93,8 @@ def check_launch(accelerator: Accelerator, plan: BatchPlan, config: TrainConfig)
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation != "1":
         raise UserError(
-            f"the launch sets gradient_accumulation_steps {accumulation}: leave it out; train.py accumulates by itself, "
-            f"here {plan.accumulation} micro-batches, from batch.global_batch_size and batch.per_device_batch_size"
+            f"the launch sets gradient_accumulation_steps {accumulation}: leave it out; train.py accumulates by itself "
+            f"({plan.accumulation} micro-batches, from batch.global_batch_size and batch.per_device_batch_size)"
         )
     for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # asked for by a variable; accelerate may do something else
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}") and active.value != kind:
@@ -145,10 +143,9 @@ def context_problems(config: TrainConfig, size: int) -> list[str]:
 
 
 def context_parallel_size(launch: PartialState) -> int:
-    """How many ranks share each row, by accelerate's parallelism_config.
+    """How many ranks share each row, by accelerate's parallelism_config; `UserError` for sizes that do not work.
 
-    Call it before the Accelerator is made, whose own errors do not name the option. `UserError` for sizes that are not
-    supported or do not fit the launch.
+    Call it before the Accelerator is made, whose own errors do not name the option.
     """
     if not parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"):
         return 1
@@ -166,13 +163,13 @@ def context_parallel_size(launch: PartialState) -> int:
 
 
 def check_process_count(num_processes: int) -> None:
-    """`UserError` if accelerate started fewer processes than asked for, or a scheduler started several that are alone."""
+    """`UserError` if accelerate started fewer processes than asked for, or a scheduler several that are alone."""
     asked = asked_processes()
     if asked is not None and asked != num_processes:
         raise UserError(
-            f"the launch asked for {asked} processes and got {num_processes}: on CPUs accelerate starts several only with "
-            f"--config_file accelerate_configs/cpu_2_processes.yaml --num_processes {asked}, on GPUs with --multi_gpu; "
-            "for one process give --num_processes 1"
+            f"the launch asked for {asked} processes and got {num_processes}: on CPUs accelerate starts several only "
+            f"with --config_file accelerate_configs/cpu_2_processes.yaml --num_processes {asked}, on GPUs with "
+            "--multi_gpu; for one process give --num_processes 1"
         )
     for name in TASK_COUNTS:
         if num_processes == 1 and int(os.environ.get(name) or 1) > 1:
@@ -198,9 +195,7 @@ def asked_processes() -> int | None:
         return None
     options = launch_command_parser().parse_args(words[start:])
     count, file = options.num_processes, options.config_file
-    if file is None and not options.cpu and os.path.isfile(default_config_file):
-        file = default_config_file
-    if count is None and file is not None:
+    if count is None and (file or (not options.cpu and os.path.isfile(default_config_file))):
         count = load_config_from_file(file).num_processes
     return int(count) if count and count > 0 else None
 
@@ -211,8 +206,8 @@ def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
     each = "process(es)" if context == 1 else f"group(s) of {context} processes, which share each row,"
     processes, threads, cores = accelerator.num_processes, torch.get_num_threads(), os.cpu_count() or 1
     lines = [
-        f"launch: {processes} process(es) on {accelerator.device.type}, {accelerator.distributed_type.value}, precision "
-        f"{accelerator.mixed_precision}, {threads} thread(s) each",
+        f"launch: {processes} process(es) on {accelerator.device.type}, {accelerator.distributed_type.value}, "
+        f"precision {accelerator.mixed_precision}, {threads} thread(s) each",
         f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} {each} × "
         f"{plan.accumulation} micro-batch(es) × {plan.micro_batch}",
     ]
@@ -262,7 +257,7 @@ def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: in
 
 def find_problems(file: dict[str, Any]) -> list[str]:
     """What is wrong with the values of a launch file, each with the key and what to write."""
-    known = [field.name for field in dataclasses.fields(ClusterConfig)] + list(OLD_KEYS)
+    known = [*(field.name for field in dataclasses.fields(ClusterConfig)), "fp16", "dynamo_backend"]  # two old ones
     found = [_unknown(name, known) for name in file if name not in known]
     groups = {group.title: group for group in launch_command_parser()._action_groups}
     sections = {section: file.get(section) or {} for section in SECTIONS}

@@ -27,6 +27,5 @@ def read_options(description: str | None) -> TrainConfig:
 def check_resume(config: TrainConfig) -> None:
     """`UserError` if the run folder holds a run, which this launch must not continue."""
     if (Path(config.output) / "config.yaml").is_file() and config.checkpoint.resume == "never":
-        raise UserError(
-            f"{config.output} already holds a run; continue it with --checkpoint.resume auto, or choose another --output"
-        )
+        remedy = "continue it with --checkpoint.resume auto, or choose another --output"
+        raise UserError(f"{config.output} already holds a run; {remedy}")

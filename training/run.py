@@ -34,11 +34,8 @@ END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run 
 class Run:
     """One launch of a run. It owns neither model nor optimizer nor loaders, and every rank has one.
 
-    Attributes:
-        checkpoint: the folder to resume from; None for a new run.
-        state: where the run stands.
-        tracker: console, log files, trackers (main process).
-        saved_step: step of the newest checkpoint.
+    `checkpoint` is the folder to resume from (None for a new run), `state` says where the run stands, and `saved_step`
+    is the step of the newest checkpoint.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, data: TrainingData, tokenizer: Any) -> None:

@@ -1,9 +1,9 @@
 """Batches of documents that are not stored: a state determines the next global batch, as it does for stored data.
 
-A stream has a fixed number of lanes, each an endless sequence of documents. Every global batch takes the same number of
-rows from each lane. So its rows depend neither on the number of processes (each packs the lanes with number % processes
-== rank) nor on the number of loader workers (which split the lanes of their process in the same way). A lane's cursor is
-where its next row begins; a checkpoint holds the cursors of all lanes.
+A stream has a fixed number of lanes, each an endless sequence of documents. Every global batch takes the same number
+of rows from each lane. So its rows depend neither on the number of processes (each packs the lanes with number %
+processes == rank) nor on the number of loader workers (which split the lanes of their process in the same way). A
+lane's cursor is where its next row begins; a checkpoint holds the cursors of all lanes.
 """
 
 from __future__ import annotations
@@ -113,10 +113,8 @@ class _Lanes(IterableDataset):
 class StreamLoader:
     """Endless micro-batches of this process's share of each global batch, on `device`.
 
-    `accelerator.prepare` leaves it as it is: the lanes already split the batch over the processes.
-
-    Attributes:
-        cursors: lane → where the next step begins, after the one whose micro-batches were handed out last.
+    `accelerator.prepare` leaves it as it is: the lanes already split the batch over the processes. `cursors` say where
+    each lane's next step begins, after the one whose micro-batches were handed out last.
     """
 
     def __init__(

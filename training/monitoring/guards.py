@@ -22,9 +22,9 @@ def check_update(state: TrainState, config: GuardConfig, loss: float, grad_norm:
     `loss` is in nats per token, `grad_norm` that before clipping. If gradients are `scaled` (fp16), the scaler handles
     those that are not finite.
 
-    A spike lies more than `spike_deviations` standard deviations above the mean of the updates in the window. The rule is
-    that of OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), except that a
-    skipped spike does not enter the window.
+    A spike lies more than `spike_deviations` standard deviations above the mean of the updates in the window. The rule
+    is that of OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), except
+    that a skipped spike does not enter the window.
     """
     if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
         state.nonfinite += 1
@@ -47,16 +47,15 @@ def check_limits(state: TrainState, config: GuardConfig, fault: str) -> None:
     for name, count in {"max_nonfinite": state.nonfinite, "max_spikes": state.spikes}.items():
         if count > (limit := getattr(config, name)):
             raise UserError(
-                f"step {state.optimizer_step + 1} is {fault}; its update was skipped, and the run may skip at most {limit} "
+                f"step {state.optimizer_step + 1} is {fault}; the run may skip at most {limit} such updates "
                 f"(guards.{name}). bad_batches/ holds its texts. Continue from the last checkpoint with "
-                f"--checkpoint.resume auto and a higher --guards.{name}, or start again with a lower "
-                "optimizer.learning_rate"
+                f"--checkpoint.resume auto and a higher --guards.{name}, or start again with a lower learning rate"
             )
 
 
 def write_bad_batch(
-    accelerator: Accelerator, run: Path, state: TrainState, micro_batches: list[dict[str, torch.Tensor]], tokenizer: Any,
-    fault: str, warn: Callable[[str], None],
+    accelerator: Accelerator, run: Path, state: TrainState, micro_batches: list[dict[str, torch.Tensor]],
+    tokenizer: Any, fault: str, warn: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Write the rows of a global batch to `bad_batches/`, as ids and as text. All ranks call, the main process writes.
 

@@ -32,12 +32,8 @@ class StopRequests:
     """Signals, a file `stop` in the run folder, a time limit, a launcher that has died.
 
     Each rank has one. A signal is only noted, however often it comes, so that a write in progress is completed. `vote`
-    tells all ranks at the same step boundary.
-
-    Attributes:
-        reason: one of `REASONS`, once the ranks have agreed to stop.
-        longest_gap_seconds: longest time between two votes, during which no rank can react.
-        save_seconds: how long a save takes; an estimate until the first one.
+    tells all ranks at the same step boundary; then `reason` is one of `REASONS`. No rank can react between two votes,
+    `longest_gap_seconds` at most. `save_seconds` is how long a save takes, an estimate until the first one.
     """
 
     def __init__(self, accelerator: Accelerator, run: Path, max_minutes: float | None, bytes_to_save: int) -> None:
@@ -113,6 +109,6 @@ class StopRequests:
         self._warned = True
         return (
             f"a step and two saves take {seconds:.0f} s, but after SIGTERM the launcher kills its processes in "
-            f"{LAUNCHER_SECONDS} s, which loses the steps since the last checkpoint. `touch {self.stop_file}` stops without "
-            "a limit, --max_minutes stops in time"
+            f"{LAUNCHER_SECONDS} s, which loses the steps since the last checkpoint. `touch {self.stop_file}` stops "
+            "without a limit, --max_minutes stops in time"
         )

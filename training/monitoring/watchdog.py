@@ -10,15 +10,14 @@ from pathlib import Path
 
 HEARTBEATS = ".heartbeats"
 LINE_BYTES = 60
-HANG_EXIT_CODE = 1
 BACKSTOP_SECONDS = 60
 
 
 class Watchdog:
     """Writes what this rank does to `.heartbeats/rank-N` of the run folder, and ends a rank that makes no progress.
 
-    The file has two lines: the training with the time, and the writing of checkpoints. It survives a kill. A beat costs
-    some microseconds. If no thread of the interpreter runs any more, `faulthandler` ends the rank and leaves its stacks.
+    The file has two lines: the training with the time, and the writing of checkpoints. It survives a kill. A beat takes
+    microseconds. If no thread of the interpreter runs any more, `faulthandler` ends the rank, leaving its stacks.
     """
 
     def __init__(self, run: Path, rank: int, limit_seconds: float) -> None:
@@ -73,4 +72,4 @@ class Watchdog:
             )  # fmt: skip
             faulthandler.dump_traceback(self._stacks, all_threads=True)
         finally:
-            os._exit(HANG_EXIT_CODE)
+            os._exit(1)

@@ -26,7 +26,7 @@ class WeightAverage:
         """Include the weights after optimizer step `step` (1, 2, …).
 
         The decay is min(decay, (1 + step) / (10 + step)), so that the initial weights are soon forgotten, as in
-        TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. It follows from the step and needs no state.
+        TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. It follows from the step alone.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
@@ -36,7 +36,7 @@ class WeightAverage:
     def swapped(self) -> Iterator[None]:
         """Within the block, the model's weights are the average, to evaluate or save, not to train.
 
-        The values are exchanged in place, because optimizer, DDP and FSDP hold the parameters. It copies one at a time.
+        The values are exchanged in place, one by one, because optimizer, DDP and FSDP hold the parameters.
         """
         self._swap()
         try:

@@ -8,9 +8,6 @@ import torch
 
 from training.hardware import fast_bf16
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Jordan's post
-ITERATIONS = 5
-
 
 class Muon(torch.optim.Muon):
     """torch's Muon with one group. On a CPU that emulates bf16, its matrix products run in fp32, which is faster there.
@@ -41,10 +38,10 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
 
     Newton-Schulz iterations as in Jordan, 2024 (kellerjordan.github.io/posts/muon).
     """
-    linear, cubic, quintic = COEFFICIENTS
+    linear, cubic, quintic = 3.4445, -4.7750, 2.0315  # of Jordan's post
     wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     wide = wide / wide.norm().clamp(min=1e-7)  # now no singular value exceeds 1
-    for _ in range(ITERATIONS):
+    for _ in range(5):
         gram = wide @ wide.T
         wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=cubic, alpha=quintic), wide, beta=linear)
     return wide.T if matrix.shape[0] > matrix.shape[1] else wide
@@ -56,9 +53,9 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon's update is scaled by 0.2 √max(rows, columns), which makes it as large as AdamW's, so that both use the same
     learning rate and weight decay (Liu et al., 2025, arXiv 2502.16982).
 
-    This optimizer shares its parameter groups and its state with the two, so a scheduler, a gradient scaler or accelerate
-    that works on it works on both. AdamW may be fused under a gradient scaler, because the scaler asks this optimizer,
-    which does not unscale by itself.
+    This optimizer shares its parameter groups and its state with the two, so a scheduler, a gradient scaler or
+    accelerate that works on it works on both. AdamW may be fused under a gradient scaler, because the scaler asks this
+    optimizer, which does not unscale by itself.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:

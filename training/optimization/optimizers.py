@@ -24,16 +24,11 @@ if TYPE_CHECKING:
 class Entry:
     """What the rest of the code has to know about an optimizer."""
 
-    build: Callable[[nn.Module, OptimizerConfig, bool], torch.optim.Optimizer]
-    """(model, config, fused) → the optimizer of the model's trainable parameters."""
-    state_size: float
-    """Bytes of state per byte of trainable weights."""
-    shards: bool = True
-    """Whether its state follows the sharding of the parameters, so that FSDP can use it."""
-    library: str | None = None
-    """A library that only this optimizer needs."""
-    extra: str | None = None
-    """The extra of pyproject.toml that installs `library`."""
+    build: Callable[[nn.Module, OptimizerConfig, bool], torch.optim.Optimizer]  # (model, config, fused)
+    state_size: float  # bytes of state per byte of trainable weights
+    shards: bool = True  # whether its state follows the sharding of the parameters, so that FSDP can use it
+    library: str | None = None  # that only this optimizer needs
+    extra: str | None = None  # of pyproject.toml, which installs `library`
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
@@ -130,8 +125,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 
     Weight decay applies to parameters of two or more dimensions (linear maps, embeddings) that belong to no norm and
     are no bias. The choice goes by what a parameter is, because lists of names miss GPT-2's `ln_1` and many an RMSNorm.
-    Only two-dimensional biases are recognised by name: those of a mixture's experts, and T5's `relative_attention_bias`,
-    which is stored as an embedding but added to attention scores.
+    Only two-dimensional biases are recognised by name: those of a mixture's experts, and T5's
+    `relative_attention_bias`, which is stored as an embedding but added to attention scores.
     """
     from utils.model.initialization import is_norm
 

@@ -37,8 +37,8 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, ma
 def learning_rate_factor(config: ScheduleConfig, max_steps: int) -> Callable[[int], float]:
     """Optimizer steps done → share of the peak learning rate for the next step.
 
-    The warm-up is linear from 0 over `warmup_steps`. Then `shape` falls to `min_learning_rate_ratio` at `max_steps`. The
-    numbers are those of transformers' schedules with warm-up. warmup_stable_decay is its `get_wsd_schedule` with
+    The warm-up is linear from 0 over `warmup_steps`. Then `shape` falls to `min_learning_rate_ratio` at `max_steps`.
+    The numbers are those of transformers' schedules with warm-up. warmup_stable_decay is its `get_wsd_schedule` with
     decay_type 1-sqrt, except that the warm-up begins at 0 and not at the ratio. Hägele et al., 2024 (arXiv 2405.18392)
     found this decay better than a linear one and, over the last fifth, as good as a cosine over all steps.
     """

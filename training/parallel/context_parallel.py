@@ -1,10 +1,10 @@
 """Context parallelism: the ranks of a group share the positions of each row, for rows too long for one device.
 
-A row is cut into two pieces per rank, and rank r of n holds the pieces r and 2n - 1 - r. Since a causal query reads only
-what precedes it, this gives every rank the same work. In each layer the ranks gather all keys and values of the row, and
-each computes the attention of its own queries. Llama 3 was trained this way (Grattafiori et al., 2024, arXiv 2407.21783,
-section 3.3.2). Unlike ring attention it allows any mask, which packed documents need. All other operations of a decoder
-work position by position. The loss is a sum over targets, so a rank's part of a row counts like a row of its own.
+A row is cut into two pieces per rank, and rank r of n holds the pieces r and 2n - 1 - r. Since a causal query reads
+only what precedes it, this gives every rank the same work. In each layer the ranks gather all keys and values of the
+row, and each computes the attention of its own queries. Llama 3 was trained this way (Grattafiori et al., 2024, arXiv
+2407.21783, section 3.3.2). Unlike ring attention it allows any mask, which packed documents need. All other operations
+of a decoder work position by position. The loss is a sum over targets, so a rank's part counts like a row of its own.
 """
 
 from collections.abc import Sequence
@@ -61,11 +61,9 @@ class ContextGroup:
     def masks(self, row_position_ids: torch.Tensor | None) -> list[torch.Tensor] | list[None]:
         """The additive masks of this rank's two pieces, (B, 1, L, E) with E where the piece ends; once for all layers.
 
-        0 where a query reads the key, else the lowest number, in autocast's precision. torch would convert a boolean mask
-        in every layer and keep each copy. Both are None if a row is one document.
-
-        Args:
-            row_position_ids: (B, T); they restart at 0 with each document.
+        0 where a query reads the key, else the lowest number, in autocast's precision. torch would convert a boolean
+        mask in every layer and keep each copy. `row_position_ids` (B, T) restart at 0 with each document; without them
+        a row is one document, and both masks are None.
         """
         if row_position_ids is None:
             return [None, None]
@@ -92,12 +90,9 @@ class ContextGroup:
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Attention as transformers asks for it, over the keys of all ranks (which all call).
 
-        Args:
-            query, key, value: (B, H, T / size, D); keys and values may have fewer heads.
-            context_masks: from `masks`. Without them this rank has the whole row: a text that is being generated.
-
-        Returns:
-            (B, T / size, H, D), and no attention weights.
+        `query`, `key` and `value` are (B, H, T / size, D), keys and values perhaps with fewer heads; the result is
+        (B, T / size, H, D), without attention weights. `context_masks` are those of `masks`; without them this rank has
+        the whole row, a text that is being generated.
         """
         if not context_masks:
             given = (query, key, value, attention_mask, dropout, scaling, is_causal)

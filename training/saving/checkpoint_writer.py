@@ -208,6 +208,5 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         """A copy in this process's memory, in the same buffer each time; from a GPU it is asynchronous."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            pinned = tensor.device.type == "cuda"
-            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         return buffer.copy_(tensor, non_blocking=True)

@@ -113,8 +113,7 @@ def check_disk(folder: Path, config: CheckpointConfig, bytes_each: int, steps_le
     if number * bytes_each > free + freed:
         raise UserError(
             f"{folder} will need {readable(number * bytes_each)} for {number} checkpoints of {readable(bytes_each)}, "
-            f"but the disk has {readable(free + freed)} for them; free some, choose another --output, or lower "
-            "checkpoint.keep_last"
+            f"but the disk has {readable(free + freed)}; free some, change --output, or lower checkpoint.keep_last"
         )
     return f"checkpoints: about {readable(bytes_each)} each, at most {number}; the disk has {readable(free)} free"
 
@@ -135,7 +134,7 @@ def check_shards(run: Path, model: nn.Module) -> None:
         (run / token[0]).unlink()
     if not all(seen):
         raise UserError(
-            f"{run} is not on a disk that all machines share; FSDP's ranks write checkpoints there; choose another --output"
+            f"{run} is not on a disk that all machines share, but FSDP's ranks all write there; choose another --output"
         )
 
 

@@ -39,7 +39,7 @@ def split_tensors(value: Any) -> tuple[Any, Tensors]:
 
 
 def join_tensors(value: Any, tensors: Tensors) -> Any:
-    """The inverse of `split_tensors`, with two differences: keys that are digits become numbers, tuples become lists."""
+    """The inverse of `split_tensors`, but keys that are digits become numbers, and tuples become lists."""
     if isinstance(value, dict):
         if value.keys() == {"tensor"}:
             return tensors[value["tensor"]]
