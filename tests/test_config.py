@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
-from training.saving.run_folder import _differences
+from training.saving.folders import _differences
 from utils.cli import _bound_of, parse_config
 from utils.config import TrainConfig
 

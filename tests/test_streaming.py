@@ -340,7 +340,7 @@ def test_options_that_cannot_go_with_a_stream_are_refused(streamed, tmp_path):
         ({"schedule__num_epochs": 1, "schedule__max_steps": "null"}, "give schedule.max_steps"),
     ):
         assert expected in refused(streamed, tmp_path / "run", **options)
-    with pytest.raises(UserError, match="number of processes, 3, .* 3, 6, 12 would fit"):
+    with pytest.raises(UserError, match="3, 6, 12 would fit"):
         check_stream_options(set_lanes(4), BatchPlan(12, 4, 3, 1))
     check_stream_options(set_lanes(6), BatchPlan(12, 4, 3, 1))
 

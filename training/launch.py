@@ -237,10 +237,7 @@ def find_size_problem(sizes: dict[str, Any], *, sharded: bool, num_processes: in
         if name in ("tp", "sp"):
             return f"parallelism_config_{name}_size {size} is not supported; leave it out"
         if not sharded:
-            return (
-                f"parallelism_config_{name}_size {size} needs distributed_type: FSDP with fsdp_version: 2, as in "
-                "accelerate_configs/fsdp2_context_parallel.yaml"
-            )
+            return f"parallelism_config_{name}_size {size} needs distributed_type: FSDP with fsdp_version: 2"
     if sizes["dp_replicate"] > 1 and sizes["dp_shard"] == 1:
         return (
             "parallelism_config_dp_replicate_size needs a dp_shard_size above 1; for DDP leave parallelism_config out"

@@ -17,8 +17,7 @@ from training.monitoring.watchdog import Watchdog
 from training.optimization.optimizers import OPTIMIZERS
 from training.parallel.sharding import full_tensor, is_sharded
 from training.saving.checkpoint_writer import CheckpointWriter
-from training.saving.folders import check_disk, check_shards
-from training.saving.run_folder import open_run, record_launch
+from training.saving.folders import check_disk, check_shards, open_run, record_launch
 from training.saving.training_state import load_training_state
 from training.stream_loader import describe_stream
 from utils.checkpoints import TrainState, load_state
@@ -70,10 +69,11 @@ class Run:
         self.tracker = at_exit.enter_context(RunTracker(accelerator, config, self.state, data.max_steps))
         hang_seconds = 60 * config.guards.hang_minutes + 2 * self.stops.save_seconds  # ranks may wait for a save
         self.watchdog = at_exit.enter_context(Watchdog(self.folder, accelerator.process_index, hang_seconds))
-        self.writer = at_exit.enter_context(CheckpointWriter(
-            accelerator, self.folder / "checkpoints", config.checkpoint, self.tokenizer,
-            warn=self.tracker.warn, note=self.watchdog.note_writing,
-        ))  # fmt: skip
+        self.writer = CheckpointWriter(
+            accelerator, self.folder / "checkpoints", config.checkpoint, self.tokenizer, warn=self.tracker.warn,
+            note=self.watchdog.note_writing,
+        )  # fmt: skip
+        at_exit.callback(self.writer.close)
         at_exit.callback(end_workers)
         for line in [*describe_launch(accelerator, data.plan), *self.notes, *lines, data.describe()]:
             self.tracker.say(line)
@@ -94,10 +94,9 @@ class Run:
         self.beat("evaluating")
         self.stops.poll()
 
-    def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[float, float]:
+    def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
         """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
-        total, mean = self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
-        return total, mean
+        return self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
 
     def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`."""

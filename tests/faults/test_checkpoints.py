@@ -189,7 +189,11 @@ def test_a_checkpoint_is_of_its_moment_whatever_is_trained_while_it_is_written(d
     average = WeightAverage(model, 0.9)
     model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
     optimizer.step()
-    tensors = [*model.parameters(), *average.averages, *(state["exp_avg"] for state in optimizer.state.values())]
+    tensors = [
+        *model.parameters(),
+        *average.averages.values(),
+        *(state["exp_avg"] for state in optimizer.state.values()),
+    ]
     before = sorted(float(tensor.detach().double().sum()) for tensor in tensors)
     trained = threading.Event()
     writer = CheckpointWriter(

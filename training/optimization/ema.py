@@ -16,10 +16,10 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Starts as a copy of the weights on their device, so move the model there first."""
         self.decay = decay
-        named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.names = list(named)
-        self.parameters: list[torch.Tensor] = list(named.values())
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.parameters: dict[str, torch.Tensor] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -29,7 +29,7 @@ class WeightAverage:
         TensorFlow's `tf.train.ExponentialMovingAverage` with `num_updates`. It follows from the step alone.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
     @contextmanager
@@ -45,15 +45,15 @@ class WeightAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.averages, strict=True):
-            weight = parameter.detach().clone()
-            parameter.copy_(average)
+        for name, average in self.averages.items():
+            weight = self.parameters[name].detach().clone()
+            self.parameters[name].copy_(average)
             average.copy_(weight)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameter name → average, not copied; under FSDP this rank's part of it."""
-        return dict(zip(self.names, self.averages, strict=True))
+        return dict(self.averages)
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        for name, average in zip(self.names, self.averages, strict=True):
+        for name, average in self.averages.items():
             average.copy_(state[name])

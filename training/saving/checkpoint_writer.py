@@ -1,6 +1,5 @@
 """Writing checkpoints while training continues."""
 
-import contextlib
 import json
 import tempfile
 import threading
@@ -31,7 +30,7 @@ from utils.config import CheckpointConfig
 from utils.model.adapters import has_adapters, save_base
 
 
-class CheckpointWriter(contextlib.AbstractContextManager):
+class CheckpointWriter:
     """Writes the checkpoints of a run: training pauses for a copy to memory, a thread writes the copy to the disk.
 
     Every rank has one. Only the main process writes, except under FSDP, where each rank writes its shard. The buffers
@@ -73,9 +72,6 @@ class CheckpointWriter(contextlib.AbstractContextManager):
                 files = [path for path in Path(temporary).rglob("*") if path.is_file()]
                 self._tokenizer_files = {path.relative_to(temporary): path.read_bytes() for path in files}
 
-    def __exit__(self, *_: object) -> None:
-        self._wait()
-
     def save(
         self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, wait: bool,
@@ -87,7 +83,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         """
         started = time.perf_counter()
         wait = wait or not self.config.asynchronous
-        self._wait()
+        self.close()
         target = self.folder / checkpoint_name(state.optimizer_step)
         needed = [self.accelerator.is_main_process and (not target.exists() or find_problem(target) is not None)]
         if self._group is not None:
@@ -112,7 +108,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         if failure[0]:
             raise UserError(f"cannot write the last checkpoint in {self.folder}: {failure[0]}")
 
-    def _wait(self) -> None:
+    def close(self) -> None:
         """Wait for a save in progress; its failure is a warning."""
         if failure := self._join():
             self.warn(f"a checkpoint could not be written: {failure}, and the next save tries again")
