@@ -98,7 +98,5 @@ class TrainingData:
         if self.train_rows is None:
             return f"data: a stream of {self.config.data.stream_lanes} lanes, rows of {length}; {self.max_steps} steps"
         epochs = self.max_steps * self.plan.global_batch_size / len(self.train_rows)
-        return (
-            f"data: {len(self.train_rows):,} rows of {length}, {self.train_rows.utilisation:.2%} used; "
-            f"{self.max_steps} steps, {epochs:.2f} epochs"
-        )
+        rows = f"{len(self.train_rows):,} rows of {length}, {self.train_rows.utilisation:.2%} used"
+        return f"data: {rows}; {self.max_steps} steps, {epochs:.2f} epochs"

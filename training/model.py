@@ -21,8 +21,6 @@ from utils.model.modules import evaluating
 from utils.objectives import Objective, build_objective
 from utils.pretrained import read_tokenizer
 
-PARTS = ("embeddings", "attention", "MLP", "norms", "head", "other")
-
 
 def build_training_objective(
     model: Any, config: TrainConfig, accelerator: Accelerator, data: TrainingData
@@ -80,7 +78,7 @@ def check_documents_stay_apart(objective: Objective) -> None:
 
 
 def count_parameters_by_part(model: nn.Module) -> dict[str, list[int]]:
-    """Part (of `PARTS`) → trainable and frozen parameters; a shared one counts once, in its first place.
+    """Part → trainable and frozen parameters; a shared one counts once, in its first place.
 
     attention: modules of that name within a block. MLP: the rest of the blocks, with routers and experts. norms: all
     norms, wherever they are. head: everything outside the base model. A block is an entry of a module list.
@@ -88,7 +86,7 @@ def count_parameters_by_part(model: nn.Module) -> dict[str, list[int]]:
     bare = without_adapters(model)
     backbone = getattr(bare, bare.base_model_prefix, None)
     head = [bare.get_output_embeddings()] if backbone is None else set(bare.modules()) - set(backbone.modules())
-    counts = {part: [0, 0] for part in PARTS}
+    counts = {part: [0, 0] for part in ("embeddings", "attention", "MLP", "norms", "head", "other")}
     for name, parameter in bare.named_parameters():
         part, module = "other", bare
         for child in name.split(".")[:-1]:

@@ -85,7 +85,7 @@ def build_sgd(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.o
     """SGD with Nesterov momentum, as in Sutskever et al., 2013."""
     import torch
 
-    options = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.momentum > 0}
     return torch.optim.SGD(decay_groups(model, config), **options, fused=fused)
 
 

@@ -166,11 +166,9 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
-        files = {
-            str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": hash_file(path)}
-            for path in paths
-        }
+        files: dict[str, Any] = {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}
         (temporary / "manifest.json").write_text(json.dumps(files, indent=2), encoding="utf-8")
         for path in [*temporary.rglob("*"), temporary]:
             _flush_to_disk(path)
