@@ -31,7 +31,6 @@ class WeightAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
 
-    @torch.no_grad()
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the block, the model's weights are the average, to evaluate or save, not to train.
@@ -44,6 +43,7 @@ class WeightAverage:
         finally:
             self._swap()
 
+    @torch.no_grad()
     def _swap(self) -> None:
         for name, average in self.averages.items():
             weight = self.parameters[name].detach().clone()
