@@ -25,7 +25,7 @@ def resolve_max_steps(
     if config.max_tokens is not None:
         return -(-config.max_tokens // (global_batch_size * sequence_length))
     if num_rows is None:
-        raise UserError("schedule.num_epochs needs stored data; give schedule.max_steps, and null for num_epochs")
+        raise UserError("schedule.num_epochs is not for a stream; give schedule.max_steps, and null for num_epochs")
     return math.ceil(config.num_epochs * num_rows / global_batch_size)  # type: ignore[operator]
 
 
