@@ -334,13 +334,13 @@ def test_options_that_cannot_go_with_a_stream_are_refused(streamed, tmp_path):
     for options, expected in (
         (
             {"data__stream_lanes": 3},
-            "data.stream_lanes 3 does not divide batch.global_batch_size 8; 1, 2, 4, 8 would fit",
+            "divide batch.global_batch_size 8; 1, 2, 4, 8 would fit",
         ),
         ({"data__layout": "padded"}, "data.layout padded needs stored documents; a stream is always packed"),
         ({"schedule__num_epochs": 1, "schedule__max_steps": "null"}, "give schedule.max_steps"),
     ):
         assert expected in refused(streamed, tmp_path / "run", **options)
-    with pytest.raises(UserError, match="4 cannot be split over 3 processes; 3, 6, 12 would fit"):
+    with pytest.raises(UserError, match="number of processes, 3, .* 3, 6, 12 would fit"):
         check_stream_options(set_lanes(4), BatchPlan(12, 4, 3, 1))
     check_stream_options(set_lanes(6), BatchPlan(12, 4, 3, 1))
 

@@ -71,8 +71,8 @@ class TrainingData:
         config, plan = self.config, self.plan
         if self.train_rows is not None:
             return loaders.build_train_loader(
-                self.train_rows, self._collate, plan.micro_batch * plan.data_parallel_size, samples_seen=state.samples_seen, seed=config.seed,
-                num_workers=config.data.num_workers,
+                self.train_rows, self._collate, plan.micro_batch * plan.data_parallel_size,
+                samples_seen=state.samples_seen, seed=config.seed, num_workers=config.data.num_workers,
             )  # fmt: skip
         from preparation.stream import TextStream  # here: stored tokens need nothing that reads text
 

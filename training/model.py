@@ -79,7 +79,7 @@ def check_documents_stay_apart(objective: Objective) -> None:
         raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
 
 
-def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
+def count_parameters_by_part(model: nn.Module) -> dict[str, list[int]]:
     """Part (of `PARTS`) → trainable and frozen parameters; a shared one counts once, in its first place.
 
     attention: modules of that name within a block. MLP: the rest of the blocks, with routers and experts. norms: all
@@ -104,7 +104,7 @@ def count_parameters_by_part(model: nn.Module) -> dict[str, tuple[int, int]]:
         elif part == "other" and isinstance(module, nn.Embedding):
             part = "embeddings"
         counts[part][0 if parameter.requires_grad else 1] += parameter.numel()
-    return {part: (trainable, frozen) for part, (trainable, frozen) in counts.items()}
+    return counts
 
 
 def describe_model(model: nn.Module) -> list[str]:

@@ -113,18 +113,13 @@ class Run:
             self.accelerator.scaler.update()  # else its next `unscale_` raises
 
     def count_overflow(self) -> bool:
-        """Whether fp16's scaler skipped this update for an overflow and halved its scale; counts it.
-
-        `UserError` if no scale is left.
-        """
+        """Whether fp16's scaler skipped this update for an overflow; counts it. `UserError` if no scale is left."""
         if not self.accelerator.optimizer_step_was_skipped:
             return False
         self.state.skipped += 1
         if self.accelerator.scaler.get_scale() < 1:
-            raise UserError(
-                f"fp16 overflows at every scale after step {self.state.optimizer_step}; try bf16, or a lower "
-                "optimizer.learning_rate from the last checkpoint"
-            )
+            step = self.state.optimizer_step
+            raise UserError(f"fp16 overflows at every scale after step {step}; try bf16 or a lower learning rate")
         return True
 
     def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
@@ -153,10 +148,10 @@ class Run:
     def finish(self, reason: str, evaluation: Evaluation | None, look: Callable[..., Evaluation], model: Any) -> None:
         """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it.
 
-        `look` evaluates the model, for a launch that had no step left to make.
+        `look` evaluates the model if this launch had no step left to make.
         """
-        state = self.state
-        if reason in END_REASONS and evaluation is None:
+        state, finished = self.state, reason in END_REASONS
+        if finished and evaluation is None:
             self.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
             evaluation = look(lambda: self.beat("evaluating"))
             if state.best_loss is None:
@@ -166,7 +161,7 @@ class Run:
         num_bytes = self.data.validation_bytes
         bits = None if evaluation is None or num_bytes is None else evaluation.bits_per_byte(num_bytes)
         self.tracker.finish({
-            "finished": reason in END_REASONS, "reason": reason, "optimizer_step": state.optimizer_step,
+            "finished": finished, "reason": reason, "optimizer_step": state.optimizer_step,
             "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
             "eval_loss": evaluation and evaluation.loss, "perplexity": evaluation and evaluation.perplexity,
             "bits_per_byte": bits, "best_loss": state.best_loss, "best_step": state.best_step,
@@ -174,14 +169,12 @@ class Run:
         })  # fmt: skip
         if state.stream is not None:
             self.tracker.say(describe_stream(state.stream))
-        if reason in END_REASONS:
+        if finished:
             best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
             self.tracker.say(f"finished ({reason}); {best}; see {self.config.output}")
         else:
-            self.tracker.say(
-                f"stopped ({reason}) at step {state.optimizer_step}, which is saved; to continue, repeat the command "
-                "with --checkpoint.resume auto"
-            )
+            remedy = "to continue, repeat the command with --checkpoint.resume auto"
+            self.tracker.say(f"stopped ({reason}) at step {state.optimizer_step}, which is saved; {remedy}")
 
 
 def checkpoint_bytes(model: Any, config: TrainConfig) -> int:

@@ -39,10 +39,10 @@ def check_stream_options(config: TrainConfig, plan: BatchPlan) -> None:
     lanes, ranks, rows = config.data.stream_lanes, plan.data_parallel_size, plan.global_batch_size
     if lanes % ranks or rows % lanes:
         fitting = ", ".join(str(size) for size in range(ranks, rows + 1, ranks) if rows % size == 0)
-        problem = f"does not divide batch.global_batch_size {rows}"
-        if lanes % ranks:
-            problem = f"cannot be split over {ranks} processes"
-        raise UserError(f"data.stream_lanes {lanes} {problem}; {fitting} would fit")
+        raise UserError(
+            f"data.stream_lanes {lanes} must be a multiple of the number of processes, {ranks}, and divide "
+            f"batch.global_batch_size {rows}; {fitting} would fit"
+        )
 
 
 def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token: int) -> Iterator[tuple[Row, Cursor]]:
@@ -74,12 +74,11 @@ def iter_rows(documents: Iterator[EncodedDocument], sequence_length: int, token:
 
 
 class LaneRows(NamedTuple):
-    """The rows of one lane for one optimizer step."""
+    """The rows of one lane for one optimizer step, and where its next row begins."""
 
     lane: int
     rows: list[Row]
     cursor: Cursor
-    """Where the next row begins."""
 
 
 class _Lanes(IterableDataset):

@@ -176,7 +176,7 @@ def test_what_the_machine_could_do_beside_the_launch_is_hinted_at(monkeypatch):
 
     assert hints("no", threads, False) == hints("bf16", threads, True) == []
     (line,) = hints("no", threads + 3, False)
-    assert f"{threads} of {threads + 3} cores" in line and f"--num_cpu_threads_per_process {threads + 3} " in line
+    assert f"{threads} of {threads + 3} cores" in line and f"--num_cpu_threads_per_process {threads + 3}`" in line
     (line,) = hints("no", threads, True)
     assert "--mixed_precision bf16" in line
     assert len(hints("no", threads + 3, True)) == 2

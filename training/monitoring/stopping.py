@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from utils.cli import LAUNCHER_PID
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# The reasons to stop, in the order of `StopRequests.flags`.
+# The reasons to stop, in the order of `StopRequests._flags`.
 REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "max_minutes")
 STOP_FILE = "stop"
 SLOW_DISK = 100e6  # bytes per second, assumed until the first save is measured
@@ -53,7 +53,7 @@ class StopRequests:
         self._last_time, self._warned = 0.0, False
 
     def __enter__(self) -> "StopRequests":
-        """Note signals from here on; before, they end the process as usual. A signal that nohup ignores stays ignored."""
+        """Note signals from here on; before, they end the process. A signal that nohup ignores stays ignored."""
         noted = [signum for signum in SIGNALS if signal.getsignal(signum) is not signal.SIG_IGN]
         self._before = {signum: signal.signal(signum, self._note) for signum in noted}
         return self
@@ -73,13 +73,13 @@ class StopRequests:
             with contextlib.suppress(OSError):  # `| tee` has got the signal, too, and may be gone
                 os.write(2, f"{signal.Signals(signum).name}: saving after this step, then ending\n".encode())
 
-    def flags(self) -> list[float]:
-        """1.0 for each of `REASONS` that this rank knows of."""
+    def _flags(self) -> list[bool]:
+        """Which of `REASONS` this rank knows of."""
         is_main = self.accelerator.is_main_process
         launcher_gone = self._launched and os.getppid() != LAUNCHER_PID
         end = time.time() + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS
         asked, late = is_main and self.stop_file.exists(), is_main and end > self._deadline
-        return [float(flag) for flag in (*(signum in self._noted for signum in SIGNALS), launcher_gone, asked, late)]
+        return [*(signum in self._noted for signum in SIGNALS), launcher_gone, asked, late]
 
     def vote(self, *figures: torch.Tensor) -> list[float]:
         """All-reduce: the sums of scalars over all ranks, and of the flags. All ranks call it; it waits for the device.
@@ -90,7 +90,7 @@ class StopRequests:
         self.longest_gap_seconds = max(self.longest_gap_seconds, now - (self._last_time or now))
         self._last_time = now
         device = self.accelerator.device
-        flags = torch.tensor(self.flags(), dtype=torch.float32, device=device)
+        flags = torch.tensor(self._flags(), dtype=torch.float32, device=device)
         # With offloaded parameters the gradient norm is in the host's memory.
         values = torch.cat([*(figure.to(device).float().reshape(1) for figure in figures), flags])
         sums = self.accelerator.reduce(values, "sum").tolist()
@@ -112,7 +112,7 @@ class StopRequests:
             return None
         self._warned = True
         return (
-            f"a step, the save in progress and another one take {seconds:.0f} s, but after SIGTERM the launcher kills its "
-            f"processes in {LAUNCHER_SECONDS} s, which loses the steps since the last checkpoint. "
-            f"`touch {self.stop_file}` stops without a limit, --max_minutes stops in time"
+            f"a step and two saves take {seconds:.0f} s, but after SIGTERM the launcher kills its processes in "
+            f"{LAUNCHER_SECONDS} s, which loses the steps since the last checkpoint. `touch {self.stop_file}` stops without "
+            "a limit, --max_minutes stops in time"
         )

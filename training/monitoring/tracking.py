@@ -213,14 +213,12 @@ def _cut_metrics(path: Path, step: int, looked: int) -> int:
         return 0
     kept, last = [], 0
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError, StopIteration):
             record = json.loads(line)
             name = next(name for name in record if name != "step")
             if record["step"] <= (looked if name.startswith("eval/") else step):
                 kept.append(line + "\n")
             last = max(last, record["step"])
-        except (ValueError, TypeError, KeyError, StopIteration):
-            continue
     replace_text(path, "".join(kept))
     return last
 

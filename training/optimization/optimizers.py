@@ -70,9 +70,8 @@ def build_muon(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.
 
     matrices = hidden_matrices(model)
     groups = decay_groups(model, config)
-    decayed = groups[0]["params"]
-    hidden = [parameter for parameter in decayed if id(parameter) in matrices]
-    groups[0]["params"] = [parameter for parameter in decayed if id(parameter) not in matrices]
+    hidden = [parameter for parameter in groups[0]["params"] if id(parameter) in matrices]
+    groups[0]["params"] = [parameter for parameter in groups[0]["params"] if id(parameter) not in matrices]
     muon = Muon(
         [{"params": hidden}], lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum,
         nesterov=True, adjust_lr_fn="match_rms_adamw",
@@ -91,9 +90,8 @@ def build_sgd(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.o
     """SGD with Nesterov momentum, as in Sutskever et al., 2013."""
     import torch
 
-    momentum = config.momentum
-    groups = decay_groups(model, config)
-    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    options = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.momentum > 0}
+    return torch.optim.SGD(decay_groups(model, config), **options, fused=fused)
 
 
 def build_adamw_8bit(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
@@ -130,10 +128,10 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters with and without weight decay, each shared one once.
 
-    Weight decay applies to parameters of two or more dimensions (linear maps, embeddings) that belong to no norm and are
-    no bias. The choice goes by what a parameter is, because lists of names miss GPT-2's `ln_1` and many an RMSNorm. Only
-    two-dimensional biases are recognised by name: the biases of a mixture's experts, and T5's `relative_attention_bias`.
-    The latter is stored as an embedding but added to attention scores, and decay would level their differences.
+    Weight decay applies to parameters of two or more dimensions (linear maps, embeddings) that belong to no norm and
+    are no bias. The choice goes by what a parameter is, because lists of names miss GPT-2's `ln_1` and many an RMSNorm.
+    Only two-dimensional biases are recognised by name: those of a mixture's experts, and T5's `relative_attention_bias`,
+    which is stored as an embedding but added to attention scores.
     """
     from utils.model.initialization import is_norm
 
@@ -154,9 +152,6 @@ def hidden_matrices(model: nn.Module) -> set[int]:
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()  # type: ignore[operator]
-    outer = {
-        id(parameter)
-        for module in model.modules() if isinstance(module, nn.Embedding) or module is head
-        for parameter in module.parameters()
-    }  # fmt: skip
+    ends = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
+    outer = {id(parameter) for module in ends for parameter in module.parameters()}
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | Conv1D)} - outer

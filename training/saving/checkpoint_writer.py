@@ -34,14 +34,13 @@ from utils.model.adapters import has_adapters, save_base
 class CheckpointWriter(contextlib.AbstractContextManager):
     """Writes the checkpoints of a run: training pauses for a copy to memory, a thread writes the copy to the disk.
 
-    Every rank has one. Only the main process writes, except under FSDP, where each rank writes its shard. The buffers of
-    the copy are kept for the next save; they take as much host memory as the process writes to the disk (under FSDP more
-    for a moment, see `save_shards`). A save that fails leaves the earlier checkpoints untouched. `warn` reports it and
-    the next save tries again; if the caller waits for the save, it raises instead.
+    Every rank has one. Only the main process writes, except under FSDP, where each rank writes its shard. The buffers
+    of the copy are kept for the next save; they take as much host memory as the process writes to the disk (under FSDP
+    more for a moment, see `save_shards`). A save that fails leaves the earlier checkpoints untouched. `warn` reports it
+    and the next save tries again; if the caller waits for the save, it raises instead.
 
     Attributes:
-        pause_seconds: how long training paused for the latest save.
-        write_seconds: how long the latest save took in all.
+        pause_seconds, write_seconds: how long training paused for the latest save, and how long it took in all.
     """
 
     def __init__(
@@ -151,8 +150,7 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         """A function that writes the checkpoint, with `snapshot` from a copy of everything that training changes."""
         weights = model.state_dict(keep_vars=True)
         if hasattr(model, "peft_config"):  # only the adapters are saved
-            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-            weights = {name: tensor for name, tensor in weights.items() if name in trained}
+            weights = {name: tensor for name, tensor in weights.items() if tensor.requires_grad}
         owners: dict[int, str] = {}  # the first name of a tensor that has two
         shared = {name: owners.setdefault(id(tensor), name) for name, tensor in weights.items()}
         owned = {name: weights[name].detach() for name in owners.values()}

@@ -32,7 +32,8 @@ from utils.files import flatten, hold_lock, read_json, read_yaml, replace_text
 # bends a decaying schedule from the resumed step on. Every change is printed.
 FREE_TO_CHANGE = (
     "output", "max_minutes", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.",
-    "checkpoint.", "guards.", "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens", "schedule.decay_steps", "model.activation_checkpointing",
+    "checkpoint.", "guards.", "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens",
+    "schedule.decay_steps", "model.activation_checkpointing",
 )  # fmt: skip
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy")
 
