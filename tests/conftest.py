@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -154,7 +155,8 @@ def call(name: str, *arguments: str | Path) -> tuple[int, str, str]:
     out, err, argv, sys.argv = io.StringIO(), io.StringIO(), sys.argv, [name, *map(str, arguments)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run_script(module.main, parse_config(cls, module.__doc__))
+            read = getattr(module, "read_options", partial(parse_config, cls))
+            run_script(module.main, read(module.__doc__))
         code = 0
     except SystemExit as ended:
         code = int(ended.code or 0)
