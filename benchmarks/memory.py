@@ -72,19 +72,18 @@ def train(name: str, dataset: Path, folder: Path, **changes: Any) -> None:
 
 def estimate(name: str, dataset: Path, folder: Path) -> dict[str, int]:
     """Bytes by part, from what train.py passes to its dry run."""
-    import train as script
-    from training.dry_run import estimate_memory, resized
+    from training import dry_run
 
     found: dict[str, int] = {}
 
     def capture(objective: Any, example: Any, config: Any, plan: Any, *, mixed_precision: str, **_: Any) -> list[str]:
-        found.update(estimate_memory(
-            objective, resized(example, plan.micro_batch), config.optimizer, accumulation=plan.accumulation,
+        found.update(dry_run.estimate_memory(
+            objective, dry_run.resized(example, plan.micro_batch), config.optimizer, accumulation=plan.accumulation,
             mixed_precision=mixed_precision,
         ))  # fmt: skip
         return []
 
-    script.dry_run_report = capture
+    dry_run.dry_run_report = capture  # type: ignore[assignment]
     train(name, dataset, folder, dry_run=True)
     return found
 
