@@ -75,8 +75,7 @@ class Stages:
 
 def text_bytes(documents: datasets.Dataset) -> np.ndarray:
     """(N,) int64: UTF-8 bytes of each document's `text`. Reads only the offsets."""
-    lengths = [pa.compute.binary_length(chunk).to_numpy() for chunk in documents.data.column("text").chunks]
-    return np.concatenate([np.empty(0, np.int64), *lengths])
+    return pa.compute.binary_length(documents.data.column("text")).to_numpy()
 
 
 def iter_slices(
@@ -101,18 +100,17 @@ def map_slices(
 
     `datasets.map` does the work, over slices of bounded size instead of documents, whose lengths vary a lot.
     """
-    slices = np.array(list(iter_slices(lengths)), dtype=np.int64).reshape(-1, 2)
-    table = datasets.Dataset.from_dict({"start": slices[:, 0], "stop": slices[:, 1]}).with_format("arrow")
+    slices = datasets.Dataset.from_dict({"slice": list(iter_slices(lengths))}).with_format("arrow")
     tables = documents.with_format("arrow")
     parent = os.getpid()
 
     def run(batch: pa.Table) -> pa.Table:
         if os.getpid() != parent and sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # otherwise workers outlive a killed parent
-        return function(tables[batch["start"][0].as_py() : batch["stop"][0].as_py()])
+        return function(tables[slice(*batch["slice"][0].as_py())])
 
-    table.map(
-        run, batched=True, batch_size=1, remove_columns=["start", "stop"], features=features, desc=description,
+    slices.map(
+        run, batched=True, batch_size=1, remove_columns=["slice"], features=features, desc=description,
         num_proc=num_proc if num_proc > 1 and len(slices) > 1 else None, cache_file_name=str(path),
         new_fingerprint=path.stem,  # otherwise `datasets` hashes the function and everything it refers to
     )  # fmt: skip

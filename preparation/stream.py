@@ -46,30 +46,24 @@ ENCODED_DOCUMENTS = 64  # cleaned and encoded at a time, or
 ENCODED_CHARACTERS = 1 << 17
 SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 300, 5_000  # to test the encoder on
 
-# A place in a lane, as JSON: `epoch`, `block` (its number), `reader` (the state of the EpochReader at the beginning of
-# the block, or None at the beginning of the epoch) and `document` (how many of the permuted block are done). For logs
-# it also holds how many broken records have been skipped so far, and the last one: `broken`, `last_broken`.
+# A place in a lane, as JSON: the epoch, the number of the block, the state of the EpochReader at the beginning of the
+# block (None at the beginning of the epoch), how many documents of the permuted block are done; for logs, how many
+# broken records have been skipped so far, and the last one.
 Position = dict[str, Any]
 BEGINNING: Position = {"epoch": 0, "block": 0, "document": 0, "reader": None, "broken": 0, "last_broken": None}
 
 
 class EncodedDocument(NamedTuple):
-    input_ids: np.ndarray
-    """(n,) with n ≥ 1."""
-    here: Position
-    """The position from which `documents` begins with this document."""
-    after: Position
-    """The position from which it begins with the next one."""
+    input_ids: np.ndarray  # (n,) with n ≥ 1
+    here: Position  # from which `documents` begins with this document
+    after: Position  # from which it begins with the next one
 
 
 class TextStream:
     """The sources of a recipe as lanes of encoded documents, for `training.stream_loader.StreamLoader`.
 
-    It is sent to the loader's workers, so it opens nothing before `documents` is called.
-
-    Attributes:
-        num_lanes: independent sequences of documents.
-        identity: changes with the documents or their order. A position is valid only in a stream of the same identity.
+    It is sent to the loader's workers, so it opens nothing before `documents` is called. `identity` changes with the
+    documents or their order; a position is valid only in a stream of the same identity.
     """
 
     def __init__(self, options: dict[str, Any], dataset: Path, num_lanes: int, seed: int) -> None:
@@ -93,12 +87,11 @@ class TextStream:
         at: Position = dict(position or BEGINNING)
         while True:
             epoch, resumed = at["epoch"], at["reader"] is not None
-            seeds = np.random.SeedSequence([self.seed, epoch, lane]).generate_state(2, np.uint64)
-            lane_seed, block_seed = seeds.tolist()
-            epoch_seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0] >> 1)
-            reader = EpochReader(
-                self._opened, lane, self.num_lanes, epoch_seed=epoch_seed, lane_seed=lane_seed, state=at["reader"]
+            lane_seed, block_seed = (
+                np.random.SeedSequence([self.seed, epoch, lane]).generate_state(2, np.uint64).tolist()
             )
+            epoch_seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0] >> 1)
+            reader = EpochReader(self._opened, lane, self.num_lanes, epoch_seed, lane_seed, at["reader"])
             read, used = 0, resumed
             for number in itertools.count(at["block"]):
                 start = reader.state()
@@ -118,8 +111,10 @@ class TextStream:
                 at["document"] = 0
             if not used:
                 reason = f"its {read} documents are all dropped or held out" if read else "no document is left"
-                problem = f"lane {lane} has nothing to train on ({reason}); use fewer lanes, or more text"
-                raise UserError(f"data.stream_lanes {self.num_lanes}: {problem}")
+                raise UserError(
+                    f"data.stream_lanes {self.num_lanes}: lane {lane} has nothing to train on ({reason}); use fewer "
+                    "lanes, or more text"
+                )
             at |= {"epoch": epoch + 1, "block": 0, "reader": None}
 
     def _encode(self, block: list["Taken"], first: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -137,9 +132,8 @@ class TextStream:
             used = [number for number, times in zip(kept, uses, strict=True) if part[number].again < times]
             if used:
                 input_ids, offsets = self._encoder([cleaned["text"][number] for number in used])
-                yield from zip(
-                    (first + start + number for number in used), np.split(input_ids, offsets[1:-1]), strict=True
-                )
+                for number, document in zip(used, np.split(input_ids, offsets[1:-1]), strict=True):
+                    yield first + start + number, document
 
     @cached_property
     def _encoder(self) -> Encoder:
@@ -157,15 +151,12 @@ class TextStream:
         ]
 
 
-@dataclass
-class OpenedSource:
+class OpenedSource(NamedTuple):
     config: SourceConfig
-    dataset: datasets.IterableDataset
-    """Rows of a table, or {"record": Document | Broken} from files."""
+    dataset: datasets.IterableDataset  # rows of a table, or {"record": Document | Broken} from files
     is_table: bool
     is_divided: bool
-    bytes: int
-    """Its approximate size, which decides the order of reading; 0 if unknown."""
+    bytes: int  # approximate, which decides the order of reading; 0 if unknown
 
 
 def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: int) -> OpenedSource:
@@ -184,8 +175,8 @@ def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: in
         pairs = [pair for number, part in enumerate(rounds) for pair in (reversed(part) if number % 2 else part)]
         sizes = [size * (COMPRESSION if Path(path).suffix.lower() in OPENERS else 1) for size, path in pairs]
         total = sum(sizes)
-        options = {"source": config, "paths": [path for _, path in pairs]}
-        table = datasets.IterableDataset.from_generator(_iter_rows, gen_kwargs=options)
+        paths = [path for _, path in pairs]
+        table = datasets.IterableDataset.from_generator(_iter_rows, gen_kwargs={"source": config, "paths": paths})
     shares = [sum(sizes[lane::num_lanes]) for lane in range(num_lanes)]
     return OpenedSource(config, table, is_table, 0 < max(shares) <= UNEVEN * min(shares), total)
 
@@ -197,12 +188,9 @@ def _iter_rows(source: SourceConfig, paths: list[str]) -> Iterator[dict[str, Any
 
 
 class Taken(NamedTuple):
-    """A document of the lane."""
-
     document: Document
     source: SourceConfig
-    again: int
-    """How often this epoch has read the source before; documents of weight 1 are used only when it is 0."""
+    again: int  # how often this epoch has read the source before; documents of weight 1 are used only when it is 0
 
 
 @dataclass
@@ -213,8 +201,7 @@ class _Reading:
     again: int
     dataset: datasets.IterableDataset
     batches: Iterator[dict[str, list]]
-    position: dict[str, Any] | None
-    """`dataset.state_dict()` after the last batch; None before the first."""
+    position: dict[str, Any] | None  # `dataset.state_dict()` after the last batch; None before the first
     records: int
     characters: int
 
@@ -226,9 +213,14 @@ class EpochReader:
     """
 
     def __init__(
-        self, sources: list[OpenedSource], lane: int, num_lanes: int, *, epoch_seed: int, lane_seed: int,
-        state: dict[str, Any] | None,
-    ) -> None:  # fmt: skip
+        self,
+        sources: list[OpenedSource],
+        lane: int,
+        num_lanes: int,
+        epoch_seed: int,
+        lane_seed: int,
+        state: dict | None,
+    ) -> None:
         """`state` is an earlier `state()` with the same sources and seeds; None is the beginning of the epoch.
 
         `epoch_seed` (31 bits) orders files and shards, the same in all lanes because lanes may count the same records.

@@ -19,10 +19,19 @@ import pytest
 from conftest import ROOT, run
 from growth import growth
 
-from preparation.selection import contamination, duplicates, shingles
-from preparation.selection.contamination import build_index, find_contaminated
-from preparation.selection.duplicates import digest, find_near_duplicates, first_of_each, sketch_documents
-from preparation.selection.shingles import hash_ngrams, hash_words, normalize, split_words
+from preparation.selection import duplicates
+from preparation.selection.duplicates import (
+    build_index,
+    digest,
+    find_contaminated,
+    find_near_duplicates,
+    first_of_each,
+    hash_ngrams,
+    hash_words,
+    normalize,
+    sketch_documents,
+    split_words,
+)
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]
 LONG = [text for text in TEXTS if len(text.split()) >= 40]
@@ -403,9 +412,7 @@ def test_contamination_in_a_language_without_spaces():
 
 def test_the_index_is_bounded():
     index = build_index([[" ".join(VOCABULARY)] * 2])
-    assert (
-        index.sizes.tolist() == [contamination.SKETCH_SIZE] * 2 and len(index.hashes) == 2 * contamination.SKETCH_SIZE
-    )
+    assert index.sizes.tolist() == [duplicates.SKETCH_SIZE] * 2 and len(index.hashes) == 2 * duplicates.SKETCH_SIZE
 
 
 # ---- Reproducible, and at any size.
@@ -442,9 +449,9 @@ def test_results_depend_on_no_hash_seed_batch_size_or_process():
 
 def test_the_cache_of_words_is_bounded_and_changes_nothing(monkeypatch):
     whole = hash_words(TEXTS[:300])[0]
-    assert shingles.hash_word.cache_info().maxsize == 2**17
-    small = lru_cache(maxsize=100)(shingles.hash_word.__wrapped__)
-    monkeypatch.setattr(shingles, "hash_word", small)
+    assert duplicates.hash_word.cache_info().maxsize == 2**17
+    small = lru_cache(maxsize=100)(duplicates.hash_word.__wrapped__)
+    monkeypatch.setattr(duplicates, "hash_word", small)
     assert (hash_words(TEXTS[:300])[0] == whole).all() and small.cache_info().currsize == 100
 
 

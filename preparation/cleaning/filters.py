@@ -8,7 +8,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from itertools import count
+from itertools import count, islice
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?!\S)(?!\s
 # Gopher, Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: quality...
 GOPHER_MIN_WORDS, GOPHER_MAX_WORDS = 50, 100_000
 GOPHER_MIN_MEAN_WORD_LENGTH, GOPHER_MAX_MEAN_WORD_LENGTH = 3, 10
-GOPHER_MAX_SYMBOLS_PER_WORD = 0.1  # hash signs, or ellipses
+GOPHER_MAX_SYMBOLS_PER_WORD = 0.1
 GOPHER_MAX_BULLET_LINES = 0.9
 GOPHER_MAX_ELLIPSIS_LINES = 0.3
 GOPHER_MIN_ALPHABETIC_WORDS = 0.8
@@ -65,7 +65,7 @@ GENERATED = re.compile(
     re.IGNORECASE,
 )
 LICENCE_LINES = 20
-NO_LICENCE = "NONE"  # as in SPDX
+
 SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w+)])")
 
 
@@ -75,10 +75,9 @@ def c4(text: str) -> Verdict:
         return False, "c4: lorem ipsum"
     if "{" in text:
         return False, "c4: curly bracket"
-    for number, _ in enumerate(SENTENCE_END.finditer(text), start=1):
-        if number == C4_MIN_SENTENCES:
-            return True
-    return False, "c4: too few sentences"
+    if next(islice(SENTENCE_END.finditer(text), C4_MIN_SENTENCES - 1, None), None) is None:
+        return False, "c4: too few sentences"
+    return True
 
 
 def gopher_quality(text: str) -> Verdict:
@@ -91,8 +90,7 @@ def gopher_quality(text: str) -> Verdict:
         return False, "gopher: too many words"
     if not GOPHER_MIN_MEAN_WORD_LENGTH <= sum(map(len, words)) / len(words) <= GOPHER_MAX_MEAN_WORD_LENGTH:
         return False, "gopher: mean word length"
-    hashes, ellipses = text.count("#"), sum(map(text.count, ELLIPSES))
-    if max(hashes, ellipses) > GOPHER_MAX_SYMBOLS_PER_WORD * len(words):
+    if max(text.count("#"), sum(map(text.count, ELLIPSES))) > GOPHER_MAX_SYMBOLS_PER_WORD * len(words):
         return False, "gopher: symbols"
     if sum(line.startswith(BULLETS) for line in lines) > GOPHER_MAX_BULLET_LINES * len(lines):
         return False, "gopher: bullet lines"
@@ -116,23 +114,12 @@ def gopher_repetition(text: str) -> Verdict:
     units = {"lines": text.split("\n"), "paragraphs": text.split("\n\n")}
     for unit, parts in units.items():
         parts = [part for part in map(str.strip, parts) if part]
-        again = _repeated(parts)
-        if len(again) > GOPHER_MAX_DUPLICATES * len(parts):
+        distinct, characters = set(parts), sum(map(len, parts))
+        if len(parts) - len(distinct) > GOPHER_MAX_DUPLICATES * len(parts):
             return False, f"gopher: duplicate {unit}"
-        if sum(map(len, again)) > GOPHER_MAX_DUPLICATE_CHARACTERS * sum(map(len, parts)):
+        if characters - sum(map(len, distinct)) > GOPHER_MAX_DUPLICATE_CHARACTERS * characters:
             return False, f"gopher: characters in duplicate {unit}"
     return _check_ngrams(text.split())
-
-
-def _repeated(parts: list[str]) -> list[str]:
-    """Every repeated occurrence of an item of `parts`, the first one left out."""
-    seen: set[str] = set()
-    again = []
-    for part in parts:
-        if part in seen:
-            again.append(part)
-        seen.add(part)
-    return again
 
 
 def _check_ngrams(words: list[str]) -> Verdict:
@@ -176,9 +163,10 @@ def _check_ngrams(words: list[str]) -> Verdict:
 def fineweb(text: str) -> Verdict:
     """FineWeb's own three rules."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
+    characters = sum(map(len, lines))
     if sum(line.endswith(TERMINAL_PUNCTUATION) for line in lines) <= FINEWEB_MIN_ENDED_LINES * len(lines):
         return False, "fineweb: lines without end punctuation"
-    if sum(map(len, _repeated(lines))) >= FINEWEB_MAX_DUPLICATE_CHARACTERS * sum(map(len, lines)):
+    if characters - sum(map(len, set(lines))) >= FINEWEB_MAX_DUPLICATE_CHARACTERS * characters:
         return False, "fineweb: duplicate lines"
     if sum(len(line) < FINEWEB_SHORT_LINE for line in lines) >= FINEWEB_MAX_SHORT_LINES * len(lines):
         return False, "fineweb: short lines"
@@ -243,8 +231,8 @@ def licence(text: str, licences: Collection[str]) -> Verdict:
     match = SPDX_TAG.search("\n".join(text.split("\n", LICENCE_LINES)[:LICENCE_LINES]))
     allowed = {name.casefold() for name in licences}
     if match is None:
-        return True if NO_LICENCE.casefold() in allowed else (False, "licence: none stated")
-    return True if _is_allowed(" ".join(match[1].casefold().split()), allowed) else (False, "licence: not allowed")
+        return "none" in allowed or (False, "licence: none stated")
+    return _is_allowed(" ".join(match[1].casefold().split()), allowed) or (False, "licence: not allowed")
 
 
 def _is_allowed(expression: str, allowed: set[str]) -> bool:
@@ -257,6 +245,5 @@ def _is_allowed(expression: str, allowed: set[str]) -> bool:
     )
 
 
-FILTERS: dict[str, Callable[..., Verdict]] = {step.__name__: step for step in (
-    language, c4, gopher_quality, gopher_repetition, fineweb, length, generated_code, code_lines, licence,
-)}  # fmt: skip
+_STEPS = (language, c4, gopher_quality, gopher_repetition, fineweb, length, generated_code, code_lines, licence)
+FILTERS: dict[str, Callable[..., Verdict]] = {step.__name__: step for step in _STEPS}

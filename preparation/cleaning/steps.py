@@ -25,10 +25,9 @@ LINE_ENDS = re.compile("\r\n?|[\u2028\u2029\x85]")
 BLANK_LINES = re.compile(r"\n{3,}")
 NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
 
-# ftfy only repairs text that was decoded with the wrong encoding, including C1 controls from Windows-1252. Its other
-# repairs are off: straight quotes, expanded ligatures and half-width punctuation (，！ to ,!) change the spelling, which
-# is wrong in Chinese and Japanese; &lt; and escape sequences belong in texts about HTML and terminals; line ends,
-# controls and NFC have their own steps.
+# ftfy only repairs text that was decoded with the wrong encoding. Its other repairs are off: quotes, ligatures and
+# half-width punctuation (，！ to ,!) change the spelling, which is wrong in Chinese and Japanese; &lt; and escape
+# sequences belong in texts about HTML and terminals; line ends, controls and NFC have their own steps.
 FTFY_OPTIONS: dict[str, Any] = {
     "unescape_html": False, "remove_terminal_escapes": False, "fix_latin_ligatures": False, "uncurl_quotes": False,
     "fix_character_width": False, "fix_line_breaks": False, "fix_surrogates": False, "remove_control_chars": False,
@@ -129,9 +128,8 @@ def _keep_lines(text: str, keep: list[bool]) -> str:
     return BLANK_LINES.sub("\n\n", "\n".join(compress(text.split("\n"), keep))).strip("\n")
 
 
-TRANSFORMATIONS: dict[str, Callable[[str], str]] = {step.__name__: step for step in (
-    fix_unicode, remove_controls, nfc, tidy_whitespace, basic, remove_boilerplate, c4_lines, mask_personal_data,
-)}  # fmt: skip
+_STEPS = (fix_unicode, remove_controls, nfc, tidy_whitespace, basic, remove_boilerplate, c4_lines, mask_personal_data)
+TRANSFORMATIONS: dict[str, Callable[[str], str]] = {step.__name__: step for step in _STEPS}
 # In this order: removing a character may join a letter and its accent, or leave a space at the end of a line.
 STANDARD = ["fix_unicode", "remove_controls", "nfc", "tidy_whitespace"]
 PROSE_STEPS = {"remove_boilerplate", "c4_lines", "c4", "gopher_quality", "gopher_repetition", "fineweb", "language"}
@@ -161,22 +159,16 @@ def clean_documents(
 ) -> dict[str, Any]:
     """Columns text, source, id → the same columns and reason, changed.
 
-    `text` is cleaned; the cleaning of a dropped document ends where it was dropped. `reason` says why it was dropped,
-    "" if it is kept. Bit i of `changed` (uint32) is set if step i of `expand_steps(config.steps)` changed the text.
-    PROSE_STEPS skip documents whose source is in `code_sources`; CODE_STEPS skip the others. In `conversations`,
-    transformations change the content of each message, and filters judge only what the assistant says, since only that
-    is trained on.
+    The cleaning of a dropped document ends where it was dropped; `reason` says why, "" if it is kept. Bit i of
+    `changed` (uint32) is set if step i of `expand_steps(config.steps)` changed the text. PROSE_STEPS skip documents
+    whose source is in `code_sources`; CODE_STEPS skip the others. In `conversations`, transformations change each
+    message, and filters judge only what the assistant says, since only that is trained on.
     """
     filters: dict[str, Callable[[str], Verdict]] = FILTERS | {
         "language": partial(language, languages=config.languages, min_score=config.min_language_score),
         "length": partial(length, min_characters=config.min_characters, max_characters=config.max_characters),
         "licence": partial(licence, licences=config.licences),
     }
-    transform: Callable[[str, Callable[[str], str]], str] = (
-        map_contents if conversations else lambda text, step: step(text)
-    )
-    judged: Callable[[str], str] = assistant_text if conversations else str
-    is_empty: Callable[[str], bool] = lacks_content if conversations else lambda text: not text.strip()
     steps = list(enumerate(expand_steps(config.steps)))
     texts, reasons, changes = [], [], []
     for raw, source in zip(batch["text"], batch["source"], strict=True):
@@ -186,13 +178,15 @@ def clean_documents(
             if name in skipped:
                 continue
             if name in TRANSFORMATIONS:
-                before, text = text, transform(text, TRANSFORMATIONS[name])
+                step = TRANSFORMATIONS[name]
+                before, text = text, map_contents(text, step) if conversations else step(text)
                 changed |= (text != before) << index
-            elif (verdict := filters[name](judged(text))) is not True:
+            elif (verdict := filters[name](assistant_text(text) if conversations else text)) is not True:
                 reason = verdict[1]
                 break
+        is_empty = lacks_content(text) if conversations else not text.strip()
         texts.append(text)
-        reasons.append(EMPTY if is_empty(text) else reason)
+        reasons.append(EMPTY if is_empty else reason)
         changes.append(changed)
     return {
         "text": texts, "source": batch["source"], "id": batch["id"], "reason": reasons,

@@ -1,6 +1,7 @@
-"""Exact duplicates by digest, near duplicates by MinHash (Broder 1997) and locality-sensitive hashing.
+"""Duplicates and evaluation text, recognized by the words that documents share.
 
-How the numbers were chosen:
+Exact duplicates have equal digests of their words. Near duplicates are found by MinHash (Broder 1997) and
+locality-sensitive hashing. How the numbers were chosen:
 
 - Shingles are 3-grams of words. Editing one word changes n shingles, so two texts that differ in a share e of their
   words have J = q / (2 - q) of the shingles in common, with q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32
@@ -15,17 +16,28 @@ How the numbers were chosen:
   of at most 0.044.
 - Short texts: with 20 words, one edit gives J = 0.71; with 12 it gives 0.54, so half of such pairs are kept; with 3
   to 8 words, any edit in the middle makes a different text.
+
+A training document is contaminated if it contains a share of an *evaluation* document's 13-grams of words, the length
+that GPT-3's authors chose (Brown et al. 2020, arXiv 2005.14165, appendix C): a long page that quotes a whole test item
+is dropped, however small a part of the page the item is. A licence header or a quotation that both documents contain is
+only a part of the item. Evaluation documents of fewer than 13 words are not checked: such a sentence occurs in
+unrelated texts, and a training document equal to it is an exact duplicate.
+
+Hashes depend on the words alone, not on the process, machine or batch (for the rarest characters they also depend on
+Python's Unicode tables).
 """
 
 import os
-from collections.abc import Sequence
-from functools import cache
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from hashlib import blake2b
 
 import numpy as np
 from rensa import RMinHash
-
-from preparation.selection.shingles import MULTIPLIER, hash_ngrams, hash_words, normalize
 
 DIGEST_BYTES = 16
 NGRAM = 3
@@ -35,6 +47,94 @@ THRESHOLD = 0.55
 DRIFT = 0.15
 SEED = 1
 BLOCK = 2**14  # documents compared at a time, 8 MB of signatures
+EVALUATION_NGRAM = 13
+SKETCH_SIZE = 64  # 13-grams per evaluation document
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: multiplication by it loses no bits
+LETTER = re.compile(r"[^\W\d_]")
+# NFKC turns a lone accent, as in ´quoted´, into a space and a combining mark.
+LONE_MARKS = re.compile("[ \n\t][\u0300-\u036f\u064b-\u0652\u3099\u309a]+")
+WITHOUT_SPACES = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
+
+
+class _Separated(dict[int, str]):
+    """Translation table, filled on demand: characters that separate words become a space."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        category, name = unicodedata.category(character), unicodedata.name(character, "")
+        if category == "Cf" or name.startswith("VARIATION SELECTOR"):
+            result = ""  # soft hyphens, joiners and the like do not end a word
+        elif category[0] not in "LMN":
+            result = " "
+        else:
+            result = f" {character} " if name.startswith(WITHOUT_SPACES) else character
+        self[code] = result
+        return result
+
+
+SEPARATED = _Separated()
+
+
+@lru_cache(maxsize=2**17)  # some 25 MB per process
+def hash_word(word: str) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text: runs of letters, marks and numbers after NFKC and case folding.
+
+    Each character of a script written without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) is a word.
+    Punctuation, symbols and white space separate words and are dropped. In a text without letters only white space
+    separates words, because texts such as `2 + 2` and `2 - 2` differ in nothing but symbols.
+    """
+    # NFKC again, because case folding can undo it (Unicode, chapter 3.13, on caseless matching).
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    if not folded.isascii():
+        folded = LONE_MARKS.sub(" ", folded)
+    return folded.translate(SEPARATED).split() if LETTER.search(folded) else folded.split()
+
+
+def normalize(text: str) -> str:
+    """The words of a text (see `split_words`) joined by single spaces, which are equal for exact duplicates.
+
+    So texts that differ only in case, width, line breaks, punctuation or symbols are duplicates. In code this also
+    ignores operators and indents: two files are duplicates if they have the same names, keywords and numbers in order.
+    """
+    return " ".join(split_words(text))
+
+
+def hash_words(texts: list[str], at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Word hashes of all texts, concatenated (W,) uint64, and the number of words of each text, (n,) int64.
+
+    A text of fewer than `at_least` words is padded with zeros.
+    """
+    hashes = array("Q")
+    lengths = np.empty(len(texts), np.int64)
+    for index, text in enumerate(texts):
+        start = len(hashes)
+        hashes.extend(map(hash_word, split_words(text)))
+        hashes.extend([0] * (at_least - (len(hashes) - start)))
+        lengths[index] = len(hashes) - start
+    return np.asarray(hashes), lengths
+
+
+def hash_ngrams(words: np.ndarray, lengths: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of the n-grams of all texts, concatenated (S,) uint64, and the number of n-grams of each text, (n,) int64.
+
+    A hash is a polynomial of the words' hashes modulo 2^64, so it depends on their order. A text of fewer than n words
+    has no n-gram.
+    """
+    counts = np.maximum(lengths - n + 1, 0)
+    # The k-th n-gram of a text begins with its k-th word, so shift by how many fewer n-grams than words came before.
+    firsts = np.arange(counts.sum()) + np.repeat(np.cumsum(lengths - counts) - (lengths - counts), counts)
+    grams = words[firsts]
+    for offset in range(1, n):
+        grams *= MULTIPLIER
+        grams += words[firsts + offset]
+    grams ^= grams >> np.uint64(32)  # mixes the high bits into the low ones
+    grams *= MULTIPLIER
+    return grams, counts
 
 
 def digest(text: str) -> bytes:
@@ -51,8 +151,7 @@ def first_of_each(digests: np.ndarray) -> np.ndarray:
     """Digests (N, 16) uint8 → (N,) bool: True for the first of each. Takes 44 bytes per document while it runs."""
     order = np.lexsort(np.ascontiguousarray(digests).view(np.uint64).T)  # stable: equal ones keep their order
     ordered = digests[order]
-    first = np.empty(len(digests), bool)
-    first[order[:1]] = True
+    first = np.ones(len(digests), bool)
     first[order[1:]] = (ordered[1:] != ordered[:-1]).any(axis=1)
     return first
 
@@ -71,16 +170,13 @@ def _sketch(shingles: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 @cache
 def _keep_rensa_to_one_thread() -> None:
-    """A thread pool does not survive a fork: a worker forked after a first large call here (`num_proc` of datasets)
-    would wait for its threads forever. The pool takes its size from the environment at that call, and rensa does not
-    use a pool of one thread.
-    """
-    before = os.environ.get("RAYON_NUM_THREADS")
+    """A worker forked after a first large call here would wait forever for its thread pool, which does not survive a
+    fork. The pool takes its size from the environment at that call, and rensa does not use a pool of one thread."""
+    before = os.environ.copy()
     os.environ["RAYON_NUM_THREADS"] = "1"
     _sketch(np.zeros(2**17, np.uint64), np.full(2**10, 2**7))
     del os.environ["RAYON_NUM_THREADS"]
-    if before is not None:
-        os.environ["RAYON_NUM_THREADS"] = before
+    os.environ.update(before)
 
 
 def find_near_duplicates(
@@ -144,8 +240,8 @@ class _SignatureTable:
             rows = block[candidates[offset : offset + len(block)], band * ROWS : (band + 1) * ROWS]
             start, stop = stop, stop + len(rows)
             part = keys[start:stop]
-            for row in range(ROWS):
-                part ^= rows[:, row]
+            for column in rows.T:
+                part ^= column
                 part *= MULTIPLIER
                 part ^= part >> np.uint64(32)
         return keys
@@ -192,3 +288,65 @@ def _longest_of_each(root: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     best = np.full(len(root), len(root), np.uint32)
     np.minimum.at(best, root[is_longest], is_longest.astype(np.uint32))
     return best[root]
+
+
+@dataclass
+class ContaminationIndex:
+    """The 13-grams of E evaluation documents, P in all. Each takes 12 bytes, and 2 to 4 in the bitmap: at most 1 KB per
+    document, and three times that while the index is built.
+
+    In the bitmap, one of the 16 to 32 bits per 13-gram is set. For nearly every 13-gram of clean text the bit is unset,
+    which saves a search in `hashes` with about twenty cache misses.
+    """
+
+    hashes: np.ndarray  # (P,) uint64, sorted; a 13-gram of several documents occurs several times
+    owners: np.ndarray  # (P,) uint32: the number of the evaluation document, counted from 0
+    sizes: np.ndarray  # (E,) number of 13-grams of each document; 0 for one that is too short to check
+    bitmap: np.ndarray  # (2^b,) uint8
+
+
+def build_index(batches: Iterable[list[str]]) -> ContaminationIndex:
+    """Index the 64 13-grams with the smallest hashes of each evaluation document: a random sample (bottom-k sketch,
+    Cohen and Kaplan 2007) that estimates the share another document contains with a standard error of at most 0.06.
+    Documents of up to 76 words have no more 13-grams than that."""
+    sketches = [np.empty(0, np.uint64)]
+    for texts in batches:
+        grams, counts = hash_ngrams(*hash_words(texts), EVALUATION_NGRAM)
+        sketches += [np.unique(part)[:SKETCH_SIZE].copy() for part in np.split(grams, np.cumsum(counts))[:-1]]
+    sizes = np.array([len(sketch) for sketch in sketches[1:]], np.int64)
+    hashes = np.concatenate(sketches)
+    sketches.clear()  # there may be a lot of evaluation text
+    order = np.argsort(hashes, kind="stable")
+    owners, hashes = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)[order], hashes[order]
+    bitmap = np.zeros(2 ** (len(hashes).bit_length() + 1), np.uint8)
+    np.bitwise_or.at(bitmap, *_place_and_bit(hashes, bitmap))
+    return ContaminationIndex(hashes, owners, sizes, bitmap)
+
+
+def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: float = 0.5) -> list[int]:
+    """For each training document, the number of the evaluation document whose 13-grams it contains the largest share
+    of, if that share is at least `overlap`; else -1."""
+    grams, counts = hash_ngrams(*hash_words(texts), EVALUATION_NGRAM)
+    found = [-1] * len(texts)
+    place, bit = _place_and_bit(grams, index.bitmap)
+    positions = np.flatnonzero(index.bitmap[place] & bit)
+    grams = grams[positions]
+    starts = np.searchsorted(index.hashes, grams, side="left")
+    stops = np.searchsorted(index.hashes, grams, side="right")
+    documents = np.searchsorted(np.cumsum(counts), positions, side="right")
+    # Sorted by document, each 13-gram once, however often the document repeats it.
+    hits = np.unique(np.stack([documents, starts, stops])[:, starts < stops], axis=1)
+    for rows in np.split(hits, np.flatnonzero(np.diff(hits[0], prepend=-1)), axis=1)[1:]:
+        owning = [index.owners[start:stop] for _, start, stop in rows.T.tolist()]
+        owners, shared = np.unique(np.concatenate(owning), return_counts=True)
+        shares = shared / index.sizes[owners]
+        best = int(np.argmax(shares))  # the first of equals
+        if shares[best] >= overlap:
+            found[rows[0, 0]] = int(owners[best])
+    return found
+
+
+def _place_and_bit(hashes: np.ndarray, bitmap: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The place of each hash in the bitmap: the byte from its highest bits, the bit from its lowest three."""
+    place = hashes >> np.uint64(65 - len(bitmap).bit_length())
+    return place, np.uint8(1) << (hashes & np.uint64(7)).astype(np.uint8)

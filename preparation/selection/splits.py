@@ -13,8 +13,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from preparation.recipe import DeduplicationConfig
-from preparation.selection.contamination import build_index, find_contaminated
-from preparation.selection.duplicates import find_near_duplicates, first_of_each
+from preparation.selection.duplicates import build_index, find_contaminated, find_near_duplicates, first_of_each
 from preparation.sources.conversations import without_system
 from preparation.stages import iter_slices
 

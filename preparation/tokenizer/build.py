@@ -6,7 +6,8 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerFast
 
-Algorithm = Literal["bpe", "unigram", "wordpiece"]
 
 LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
 SAMPLE_BATCH_BYTES = 1_000_000
@@ -32,25 +32,20 @@ UNSPACED = re.compile(
 
 
 def train_tokenizer(
-    texts: Iterable[list[str]], *, algorithm: Algorithm = "bpe", vocab_size: int, special_tokens: Sequence[str] = (),
+    texts: Iterable[list[str]], *, algorithm: str = "bpe", vocab_size: int, special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
 ) -> "PreTrainedTokenizerFast":  # fmt: skip
     """Train a tokenizer on batches of texts; the same texts give the same tokenizer, whatever the number of threads.
 
     - "bpe": byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) with GPT-2's bytes and pre-tokenizer.
-    - "unigram": a unigram language model (Kudo 2018, arXiv:1804.10959) over the same bytes and pre-tokenizer. Takes
-      several times as long as BPE.
-    - "wordpiece": as in BERT (Devlin et al. 2019, arXiv:1810.04805), cased. Holds `texts` in memory.
-
-    With the first two, any text encodes without an unknown token and decodes to itself (unless it spells out a special
-    token). WordPiece loses white space and knows only the characters of `texts`.
+    - "unigram": a unigram language model (Kudo 2018, arXiv:1804.10959) over the same. Takes several times as long.
+    - "wordpiece": as in BERT (Devlin et al. 2019, arXiv:1810.04805), cased. Holds `texts` in memory. Loses white space
+      and knows only the characters of `texts`; the others encode any text without an unknown token and decode it.
 
     One special token, the eos token, stands before and after each document, so that the first word is predicted too
     (WordPiece: [CLS] before, [SEP] after). The tokenizer adds the one before. `encoding` adds the one after, because a
     prompt must not end with it. `special_tokens` are more tokens of one id each; all of them count in `vocab_size`.
-    `chat_template` is Jinja text, saved with the tokenizer. `TokenizerConfig.problems` says which options work.
-
-    Raises `UserError` for a chat template with a syntax error.
+    `chat_template` is Jinja text, saved with the tokenizer; `UserError` if it has a syntax error.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -78,9 +73,7 @@ def train_tokenizer(
     return tokenizer
 
 
-def _train_byte_level(
-    texts: Iterable[list[str]], algorithm: Algorithm, vocab_size: int, special: list[str]
-) -> Tokenizer:
+def _train_byte_level(texts: Iterable[list[str]], algorithm: str, vocab_size: int, special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE() if algorithm == "bpe" else models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -102,40 +95,31 @@ def _settle_scores(tokenizer: Tokenizer, num_special: int) -> list[tuple[str, fl
     score, all scores (log probabilities) are rounded to 1e-4, and equal ones are ordered by their piece.
     """
     vocab = [tuple(item) for item in json.loads(tokenizer.to_str())["model"]["vocab"]]
-    special, pieces = vocab[:num_special], vocab[num_special:]
-    lowest = min(score for _, score in pieces)
-    settled = [
-        (piece, round(lowest if len(piece) == 1 and score < lowest + 256e-4 else score, 4)) for piece, score in pieces
-    ]
-    return special + sorted(settled, key=lambda item: (-item[1], item[0]))
+    special, pieces = vocab[:num_special], dict(vocab[num_special:])
+    lowest = min(pieces.values())
+    for piece, score in pieces.items():
+        pieces[piece] = round(lowest if len(piece) == 1 and score < lowest + 256e-4 else score, 4)
+    return special + sorted(pieces.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[str]) -> Tokenizer:
     batches = list(texts)  # read twice; the trainer's own tables are several times as large
     normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     splitter = pre_tokenizers.BertPreTokenizer()
-    counts: Counter[str] = Counter()
-    for batch in batches:
-        for text in batch:
-            counts.update(text)
+    counts = Counter(chain.from_iterable(chain.from_iterable(batches)))  # of characters
     # A character takes up to two entries, alone and after ##, so characters take at most half of the vocabulary (BERT:
     # 1,000 characters of 30,522 entries). A word with any other character is unknown.
-    known = sorted((char for char in counts if normalizer.normalize_str(char).strip()), key=lambda c: (-counts[c], c))
+    known = sorted((c for c in counts if normalizer.normalize_str(c).strip()), key=lambda c: (-counts[c], c))
     known = known[: (vocab_size - len(special)) // 4]
-    inside = [
-        f"##{char}" for char in known if len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{char}"))) == 1
-    ]
+    inside = [f"##{c}" for c in known if len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{c}"))) == 1]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    # The trainer numbers ## characters in the order of a hash map, and breaks ties between pairs by these numbers.
+    # Special tokens come first, in the order given, so list the ## characters among them.
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        # The trainer numbers ## characters in the order of a hash map, and breaks ties between pairs by these numbers.
-        # Special tokens come first, in the order given, so list the ## characters among them.
-        special_tokens=[*special, *inside],
-        initial_alphabet=known,
-        limit_alphabet=len(known),
+        vocab_size=vocab_size, special_tokens=[*special, *inside], initial_alphabet=known, limit_alphabet=len(known),
         show_progress=False,
-    )
+    )  # fmt: skip
     tokenizer.train_from_iterator(batches, trainer)
     trained = Tokenizer(models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]"))  # here ## characters are ordinary
     trained.normalizer, trained.pre_tokenizer = normalizer, splitter
@@ -170,10 +154,9 @@ def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
 def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -> Iterator[list[str]]:
     """Batches of the documents of `dataset` (column `text`), `sample_bytes` of UTF-8 in all.
 
-    At any time the documents so far are spread evenly over the whole dataset: their positions advance by the golden
-    section of its length, which spreads any number of points (the three-distance theorem; Knuth, The Art of Computer
-    Programming 3, section 6.4). The last document is cut. Holds one batch in memory; a dataset smaller than
-    `sample_bytes` is yielded completely, in that order.
+    Positions advance by the golden section of the dataset's length, which spreads any number of them evenly (the
+    three-distance theorem; Knuth, The Art of Computer Programming 3, section 6.4). The last document is cut. Holds one
+    batch in memory; a dataset smaller than `sample_bytes` is yielded completely, in that order.
     """
     size = len(dataset)
     step = max(1, round(size * (math.sqrt(5) - 1) / 2))
@@ -185,12 +168,9 @@ def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -
     for start in range(0, size, 1000):
         positions = [(position + step * index) % size for index in range(start, min(start + 1000, size))]
         for scalar in tables[positions]["text"]:  # slices of the file: each text is read only here
-            text = scalar.as_py()
-            num_bytes = len(text.encode())
-            if num_bytes > left:
-                text = text.encode()[:left].decode(errors="ignore")
-            batch.append(text)
-            batch_bytes, left = batch_bytes + num_bytes, left - num_bytes
+            text = scalar.as_py().encode()
+            batch.append(text[:left].decode(errors="ignore"))
+            batch_bytes, left = batch_bytes + len(text), left - len(text)
             if batch_bytes >= SAMPLE_BATCH_BYTES or left <= 0:
                 yield batch
                 batch, batch_bytes = [], 0
@@ -211,30 +191,27 @@ def describe_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     - round_trip_share: share of texts that decode to themselves; round_trip_failures: up to three that do not, as
       {text, decoded}, each cut to some characters around the first difference.
     """
-    num_bytes = num_words = num_tokens = num_unknown = num_characters = num_unspaced = num_same = 0
+    total: Counter[str] = Counter()
     failures: list[dict[str, str]] = []
     for text in texts:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        words = text.split()
-        num_bytes += len(text.encode())
-        num_words += len(words)
-        num_tokens += len(ids)
-        num_unknown += 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
-        num_characters += sum(map(len, words))
-        num_unspaced += len(UNSPACED.findall(text))
         decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        num_same += decoded == text
+        words = text.split()
+        total.update(
+            bytes=len(text.encode()), words=len(words), tokens=len(ids), unknown=ids.count(tokenizer.unk_token_id),
+            characters=sum(map(len, words)), unspaced=len(UNSPACED.findall(text)), same=decoded == text,
+        )  # fmt: skip
         if decoded != text and len(failures) < 3:
             pairs = enumerate(zip(text, decoded, strict=False))
             start = max(0, next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded))) - 20)
             failures.append({"text": text[start : start + 60], "decoded": decoded[start : start + 60]})
     return {
         "texts": len(texts),
-        "bytes_per_token": num_bytes / max(num_tokens, 1),
-        "fertility": num_tokens / max(num_words, 1),
-        "spaced": num_unspaced <= num_characters / 2,
-        "unknown_rate": num_unknown / max(num_tokens, 1),
-        "round_trip_share": num_same / max(len(texts), 1),
+        "bytes_per_token": total["bytes"] / max(total["tokens"], 1),
+        "fertility": total["tokens"] / max(total["words"], 1),
+        "spaced": total["unspaced"] <= total["characters"] / 2,
+        "unknown_rate": total["unknown"] / max(total["tokens"], 1),
+        "round_trip_share": total["same"] / max(len(texts), 1),
         "round_trip_failures": failures,
     }
 

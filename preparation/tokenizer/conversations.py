@@ -30,11 +30,7 @@ class ConversationEncoder:
 
     The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
 
-    Attributes:
-        columns: columns of the documents that `encode_table` reads.
-        features: of the table that it returns.
-        dtype: uint16 or uint32, by the size of the vocabulary.
-        note: how the turns are found.
+    `encode_table` reads `columns` of the documents; its table has `features`. `note` says how turns are found.
     """
 
     columns = ("text", "id")
@@ -61,9 +57,7 @@ class ConversationEncoder:
 
         Raises `UserError` for a conversation that the template refuses, or whose turns cannot be found.
         """
-        rendered = [
-            self.render(text, id) for text, id in zip(batch["text"].to_pylist(), batch["id"].to_pylist(), strict=True)
-        ]
+        rendered = list(map(self.render, batch["text"].to_pylist(), batch["id"].to_pylist()))
         encodings = itertools.chain.from_iterable(
             self._backend.encode_batch(texts, add_special_tokens=False)
             for texts, _ in iter_batches([text for text, _ in rendered], cut=False)
@@ -95,10 +89,9 @@ class ConversationEncoder:
             reason = str(error) or type(error).__name__
             raise UserError(f"{id}: the chat template refuses this conversation: {reason}") from None
         if not text.rstrip().endswith(self._special):
-            end = len(text) + len(self._eos)
-            text += self._eos
             if messages[-1]["role"] == "assistant":
-                turns = [*turns, (end - len(self._eos), end)]
+                turns = [*turns, (len(text), len(text) + len(self._eos))]
+            text += self._eos
         if not any(start < stop for start, stop in turns):
             raise UserError(f"{id}: the chat template's {{% generation %}} marks nothing of this conversation")
         return text, turns

@@ -29,17 +29,11 @@ Encoded = tuple[np.ndarray, np.ndarray]
 class Encoder:
     """Encodes documents to the tokenizer's own ids, followed by its eos token unless they already end with it.
 
-    `tokenizers` (0.23) returns the ids of a document as a Python list only; copying each list into the array takes some
-    5 % of the time. gigatoken returns one array for all documents.
-
     A document longer than PIECE_CHARACTERS is cut at white space if the tokenizer always splits there
     (`splits_at_spaces`). Any other tokenizer encodes it whole, which takes up to 180 times its bytes of memory.
 
-    Attributes:
-        columns: columns of the documents that `encode_table` reads.
-        features: of the table that it returns.
-        dtype: uint16 or uint32, by the size of the vocabulary.
-        note: which library encodes, and why. Read it after the last document, as gigatoken may fail on the way.
+    `encode_table` reads `columns` of the documents; its table has `features`. `note` says which library encodes, and
+    why; read it after the last document, as gigatoken may fail on the way.
     """
 
     columns = ("text",)
@@ -91,9 +85,8 @@ class Encoder:
             self._compare("sample document", list(sample))
             self._compare("probe", list(iter_probes(self._backend)))
             self._uses_gigatoken = True
-            self.note = (
-                f"encoded by gigatoken {version('gigatoken')} (same ids as tokenizers on {len(sample)} documents)"
-            )
+            agreed = f"same ids as tokenizers on {len(sample)} documents"
+            self.note = f"encoded by gigatoken {version('gigatoken')} ({agreed})"
         except BaseException as error:
             self._drop_gigatoken(error, "")
 
@@ -162,9 +155,8 @@ class Encoder:
 def build_encoder(tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True) -> Encoder:
     """An encoder for `tokenizer` that uses gigatoken if it is installed and gives the ids of `tokenizers` on `sample`.
 
-    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers`, and its
-    `note` says why, if gigatoken is not installed, does not support this tokenizer (WordPiece, unigram, a byte-level
-    vocabulary that lacks a byte), gives different ids, or fails on a later document.
+    `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers` if gigatoken
+    does not support this tokenizer (WordPiece, unigram, a byte-level vocabulary that lacks a byte), or later fails.
     """
     encoder = Encoder(tokenizer)
     if use_gigatoken:
@@ -178,9 +170,7 @@ def has_new_characters(text: str) -> bool:
     Whether such a character is a letter, and so where words end, depends on each library's Unicode version: gigatoken
     0.10 and tokenizers 0.23 differ on 4,657 characters that Unicode 17 added and no Python up to 3.14 knows.
     """
-    if text.isascii():
-        return False
-    return any(unicodedata.category(character) == "Cn" for character in _possibly_new().findall(text))
+    return not text.isascii() and any(unicodedata.category(found) == "Cn" for found in _possibly_new().findall(text))
 
 
 @functools.cache
@@ -195,21 +185,17 @@ def _possibly_new() -> re.Pattern[str]:
 def find_template(backend: Tokenizer) -> tuple[list[int], list[int]] | None:
     """The ids that a tokenizer puts before and after each text; None if it does more than that."""
     fixed = backend.encode("").ids
-    text = "The end, 42."
-    whole, bare = backend.encode(text).ids, backend.encode(text, add_special_tokens=False).ids
-    for length in range(len(fixed) + 1):
-        if whole == [*fixed[:length], *bare, *fixed[length:]]:
-            return fixed[:length], fixed[length:]
-    return None
+    whole, bare = (backend.encode("The end, 42.", add_special_tokens=added).ids for added in (True, False))
+    templates = [(fixed[:length], fixed[length:]) for length in range(len(fixed) + 1)]
+    return next((found for found in templates if whole == [*found[0], *bare, *found[1]]), None)
 
 
 def splits_at_spaces(backend: Tokenizer) -> bool:
     """Whether cutting a text between a character and the space or newline after it changes no token.
 
     True for GPT-2's pre-tokenizer, ByteLevel: no alternative of its pattern continues from another character into white
-    space, and it looks ahead only from white space, so a token always starts at the cut. Nothing else may look across
-    the cut: no normalizer, and no added token that contains or takes white space. Some other pre-tokenizers do continue
-    (Llama 3's and Qwen's take newlines after punctuation), so all others count as not splitting.
+    space, so a token always starts at the cut. Nothing else may look across the cut: no normalizer, and no added token
+    that contains or takes white space. Others count as not splitting (Llama 3's takes newlines after punctuation).
     """
     if backend.normalizer is not None or backend.pre_tokenizer is None:
         return False
