@@ -5,6 +5,7 @@ and its tensors followed through forward pass, backward pass and update. This ta
 parameters. Models whose operations depend on values cannot be estimated.
 """
 
+import copy
 import time
 import weakref
 from collections import Counter
@@ -191,9 +192,11 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
             lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }  # fmt: skip
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake, inputs = fake_copy(objective, "cpu").train(), fake_batch(batch, "cpu")
+        whole = copy.copy(objective)
+        whole.context = None  # under context parallelism it holds a process group, and rows are in parts
+        fake, inputs = fake_copy(whole, "cpu").train(), fake_batch(batch, "cpu")
         model = without_adapters(fake.model)
-        if model.config._attn_implementation == "blocked":  # it computes less
+        if model.config._attn_implementation in ("blocked", "context_parallel"):  # they compute less
             model.set_attn_implementation("sdpa")
         with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
             fake(**inputs).backward()
@@ -274,8 +277,7 @@ def estimate_memory(
     parts = {name: live.peak[name] for name in ("weights", "gradients", "activations", "optimizer state")}
     parts["moving average"] = copies if optimizer_config.ema_decay else 0
     # The gradients of a step's only micro-batch lie in DDP's buffers; several micro-batches add theirs outside of them.
-    inside = 0 if accumulation > 1 else parts["gradients"]
-    parts["communication"] = copies - inside if num_processes > 1 else 0
+    parts["communication"] = copies - (0 if accumulation > 1 else parts["gradients"]) if num_processes > 1 else 0
     parts["libraries"] = LIBRARY_BYTES if device == "cpu" else 0
     return parts
 

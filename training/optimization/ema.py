@@ -16,9 +16,8 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         """Starts as a copy of the weights on their device, so move the model there first."""
         self.decay = decay
-        self.parameters: dict[str, torch.Tensor] = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        named = model.named_parameters()
+        self.parameters: dict[str, torch.Tensor] = {name: weight for name, weight in named if weight.requires_grad}
         self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
