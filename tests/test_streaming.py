@@ -371,7 +371,7 @@ def test_changed_sources_are_not_resumed(texts, dataset, tmp_path):
     loader = make_loader(make_stream(dataset, [path]))
     take(loader, 1)
     write_lines(Path(path), [*texts, "one more"])
-    with pytest.raises(UserError, match="files were added, removed or have another size"):
+    with pytest.raises(UserError, match="files were added, removed or changed"):
         make_loader(make_stream(dataset, [path]), state=loader.state())
 
 
