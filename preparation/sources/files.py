@@ -53,9 +53,7 @@ def reading_units(source: SourceConfig) -> list[Path | None]:
     if source.hub is not None:
         return [None]
     path = Path(str(source.path))
-    if path.is_dir() and is_saved_dataset(path):
-        return [path]
-    return list(find_files(source))
+    return [path] if is_saved_dataset(path) else list(find_files(source))
 
 
 def count_other_files(source: SourceConfig) -> int:
@@ -115,9 +113,8 @@ def describe_files(
         root = Path(str(source.path or source.hub))
         if source.hub is not None and not root.is_dir():
             name = f"{source.hub}/{source.config}/{source.split}@{source.revision}"
-            records.append(
-                {"source": source.name, "name": name, "path": name, "bytes": 0, "mtime_ns": 0, "content": name}
-            )
+            record = {"source": source.name, "name": name, "path": name, "bytes": 0, "mtime_ns": 0, "content": name}
+            records.append(record)
             continue
         for path in find_files(source) if source.path else sorted(item for item in root.rglob("*") if item.is_file()):
             owner = owners.setdefault(path.resolve(), str(source.name))
