@@ -19,14 +19,15 @@ def table(manifest: dict[str, Any]) -> str:
         lines.append(_row(split, figures))
         if "assistant_tokens" in figures:
             lines.append(f"{'  said by the assistant':<62}{figures['assistant_tokens']:>16,}")
-        for name, source in figures["sources"].items() if len(figures["sources"]) > 1 else ():
-            lines.append(f"{_row(f'  {name}', source)}{source['tokens'] / max(figures['tokens'], 1):>7.1%}")
+        if len(figures["sources"]) > 1:
+            for name, source in figures["sources"].items():
+                lines.append(f"{_row(f'  {name}', source)}{source['tokens'] / max(figures['tokens'], 1):>7.1%}")
     weighted = [entry for entry in manifest["options"]["sources"] if isinstance(entry, dict) and "weight" in entry]
     if weighted and not manifest["stream"]:
         lines.append("train counts each document as often as the weight of its source says")
-    for name, figures in splits.get("train", {"sources": {}})["sources"].items():
-        if not figures["documents"]:
-            lines.append(f"note: no document of {name} is left for training; report.html shows why")
+    sources = splits["train"]["sources"] if "train" in splits else {}
+    for name in [name for name, figures in sources.items() if not figures["documents"]]:
+        lines.append(f"note: no document of {name} is left for training; report.html shows why")
     left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
     if left_out:
         lines.append("not read: " + ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()))

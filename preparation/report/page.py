@@ -112,7 +112,7 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
     read_from = np.sum(list(details["counts"].values()), axis=0).tolist()
     by_source = [{"reason": reason or "kept", "parts": list(zip(counts.tolist(), read_from, strict=True))}
                  for reason, counts in itertools.islice(details["counts"].items(), REASONS + 1)]  # fmt: skip
-    broken = manifest["read"]["broken_records"][:BROKEN] if manifest["read"]["broken"] else []
+
     shown = manifest["files"][:FILES]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sizes, name=name, details=details, stream=manifest["stream"], splits=splits, versions=manifest["versions"],
@@ -120,9 +120,10 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
         dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
         changed={step: count for step, count in manifest["changed"].items() if count},
-        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken],
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in manifest["read"]["broken_records"][:BROKEN]],
         all_broken=manifest["read"]["broken"],
-        distributions=_distributions(details["tokens"], details["ratios"]), cluster_spans=_cluster_spans(details["cluster_sizes"]),
+        distributions=_distributions(details["tokens"], details["ratios"]),
+        cluster_spans=_cluster_spans(details["cluster_sizes"]),
         searched=manifest["options"]["deduplication"]["near_threshold"] is not None,
         failures=list(_iter_failures(manifest)), options=list(_flatten(manifest["options"])),
         files=[(cut(item["source"], NAME), cut(item["name"], LINE), item["content"], item["bytes"]) for item in shown],

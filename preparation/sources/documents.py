@@ -118,22 +118,19 @@ def iter_records(source: SourceConfig, units: Iterable[Path | None]) -> Iterator
 
 def _read_file(source: SourceConfig, path: Path) -> Iterator[Record]:
     name, records = printable(str(path)), 0
+    opener: Any = OPENERS.get(path.suffix.lower(), open)
     try:
-        with _open(path) as stream:
+        file = opener(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        with io.BufferedReader(file, 1 << 20) as stream:
             read = _read_tar(source, stream, path) if is_tar(path.name) else _read(source, stream, name)
             for record in read:
                 records += 1
                 yield record
     except DAMAGED as error:
         yield Broken(name, f"damaged or cut off after {records:,} records ({str(error) or type(error).__name__})")
-
-
-def _open(path: Path) -> BinaryIO:
-    opener: Any = OPENERS.get(path.suffix.lower(), open)
-    try:
-        return io.BufferedReader(opener(path, "rb"), 1 << 20)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]:
@@ -191,10 +188,7 @@ def _read_table(source: SourceConfig, folder: Path | None) -> Iterator[Record]:
 
 
 def load_table(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """A dataset on the Hub or in the Hub's layout, or a folder written by `save_to_disk`.
-
-    `UserError` if it cannot be read or has no such split.
-    """
+    """A dataset on the Hub, or a folder written by `save_to_disk`; `UserError` if it cannot be read or lacks the split."""
     try:
         if source.hub is not None:
             return datasets.load_dataset(
