@@ -18,29 +18,22 @@ Verdict = Literal[True] | tuple[Literal[False], str]
 # A closing mark and what may follow it, unless the text continues in lower case ("e.g. this"); 。！？ need no space. The
 # look-behind avoids quadratic time on a line of a million full stops.
 SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?!\S)(?!\s+[a-z])|[。！？]+")
-
 GOPHER_STOP_WORDS = re.compile(r"\b(?:the|be|to|of|and|that|have|with)\b", re.IGNORECASE)
 BULLETS = ("•", "-", "*", "‣", "◦", "●")  # the paper does not say which
 ELLIPSES = ("...", "…")
 WORD_WITH_LETTER = re.compile(r"[^\W\d_]\S*")  # from a word's first letter to its end: one match per such word
 GOPHER_MAX_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_MAX_DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-
-
 TERMINAL_PUNCTUATION = tuple(".!?…。！？．｡؟۔।॥։።။។") + tuple(  # also followed by a closing quote or bracket
     mark + closing for mark in ".!?…。！？" for closing in "\"'”’»)]」』）"
 )
-
 LANGUAGE_CHARACTERS = 2_000  # more of a document hardly changes the result
-
 # The markers are those of code generators (Go's is "Code generated ... DO NOT EDIT.") and of Meta's and Google's tools.
 GENERATED = re.compile(
     r"@generated\b|\bdo not edit\b|\bauto(?:matically)?[- ]?generated\b|\bgenerated automatically\b"
     r"|\bthis file (?:is|was|has been) generated\b",
     re.IGNORECASE,
 )
-
-
 SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w+)])")
 
 

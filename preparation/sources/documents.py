@@ -33,7 +33,7 @@ DOCUMENT_FEATURES = {
 }  # fmt: skip
 MAX_BROKEN_LISTED = 1000
 OTHER_KIND = "file of another kind"
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
 
 
 def open_zstd(file: Any, mode: str) -> BinaryIO:
