@@ -11,13 +11,9 @@ from utils.cli import Fraction, NonNegativeInt, PositiveInt
 
 # The special tokens of a tokenizer trained here, and the fewest other entries that each algorithm works with: the bytes
 # (the unigram trainer overshoots unless there is room for one more piece), or a few characters.
-END_OF_TEXT, PADDING = "<|endoftext|>", "<|pad|>"
-WORDPIECE_TOKENS = {
-    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
-}  # fmt: skip
-BUILT_IN_TOKENS = {
-    "bpe": [END_OF_TEXT, PADDING], "unigram": [END_OF_TEXT, PADDING], "wordpiece": list(WORDPIECE_TOKENS.values()),
-}  # fmt: skip
+END_OF_TEXT, PADDING = BYTE_LEVEL_TOKENS = "<|endoftext|>", "<|pad|>"
+WORDPIECE_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+BUILT_IN_TOKENS = {"bpe": BYTE_LEVEL_TOKENS, "unigram": BYTE_LEVEL_TOKENS, "wordpiece": (*WORDPIECE_TOKENS.values(),)}
 LEAST_ENTRIES = {"bpe": 256, "unigram": 257, "wordpiece": 4}
 TEMPLATE_TOKEN = re.compile(r"<\|[\w-]+\|>")
 
@@ -157,29 +153,26 @@ class PrepareConfig:
             found += parse_source(entry, f"sources entry {number}")[1]
         if self.sources and not found:
             sources = resolve_sources(self)
-            names = [str(source.name) for source in sources]
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            found += [f"two entries of sources are called {name!r}; give one a name" for name in repeated]
+            names = Counter(source.name for source in sources)
+            found += [f"two entries of sources are called {n!r}; give one a name" for n in names if names[n] > 1]
             if self.stream and any(source.path == "-" for source in sources):
                 found.append("sources: standard input cannot be read again while training; write it to a file first")
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
-            if holds_conversations(sources):
-                found += self._conversation_problems(sources)
-        return found
-
-    def _conversation_problems(self, sources: list[SourceConfig]) -> list[str]:
-        found = []
-        if plain := [str(source.name) for source in sources if source.messages_column is None]:
-            found.append(f"sources: {plain[0]} holds plain text, others conversations; prepare them as two datasets")
-        if self.stream:
-            found.append("stream: conversations cannot be streamed; leave stream out")
-        if self.tokenizer.pretrained is None and self.tokenizer.chat_template is None:
-            found.append(
-                "tokenizer: conversations need a chat template; give tokenizer.pretrained, or tokenizer.chat_template "
-                "and its tokens, as in --tokenizer.chat_template configs/chat_template.jinja "
-                "--tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
-            )
+            if not holds_conversations(sources):
+                return found
+            if plain := [source.name for source in sources if source.messages_column is None]:
+                found.append(
+                    f"sources: {plain[0]} holds plain text, others conversations; prepare them as two datasets"
+                )
+            if self.stream:
+                found.append("stream: conversations cannot be streamed; leave stream out")
+            if self.tokenizer.pretrained is None and self.tokenizer.chat_template is None:
+                found.append(
+                    "tokenizer: conversations need a chat template; give tokenizer.pretrained, or "
+                    "tokenizer.chat_template and its tokens, as in --tokenizer.chat_template "
+                    "configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
+                )
         return found
 
 

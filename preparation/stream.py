@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+from numpy.random import SeedSequence
 
 from preparation.cleaning.steps import clean_documents
 from preparation.recipe import CleaningConfig, PrepareConfig, resolve_sources
@@ -87,10 +88,8 @@ class TextStream:
         at: Position = dict(position or BEGINNING)
         while True:
             epoch, resumed = at["epoch"], at["reader"] is not None
-            lane_seed, block_seed = (
-                np.random.SeedSequence([self.seed, epoch, lane]).generate_state(2, np.uint64).tolist()
-            )
-            epoch_seed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0] >> 1)
+            lane_seed, block_seed = SeedSequence([self.seed, epoch, lane]).generate_state(2, np.uint64).tolist()
+            epoch_seed = int(SeedSequence([self.seed, epoch]).generate_state(1)[0] >> 1)
             reader = EpochReader(self._opened, lane, self.num_lanes, epoch_seed, lane_seed, at["reader"])
             read, used = 0, resumed
             for number in itertools.count(at["block"]):
@@ -111,10 +110,8 @@ class TextStream:
                 at["document"] = 0
             if not used:
                 reason = f"its {read} documents are all dropped or held out" if read else "no document is left"
-                raise UserError(
-                    f"data.stream_lanes {self.num_lanes}: lane {lane} has nothing to train on ({reason}); use fewer "
-                    "lanes, or more text"
-                )
+                problem = f"lane {lane} has nothing to train on ({reason}); use fewer lanes, or more text"
+                raise UserError(f"data.stream_lanes {self.num_lanes}: {problem}")
             at |= {"epoch": epoch + 1, "block": 0, "reader": None}
 
     def _encode(self, block: list["Taken"], first: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -145,10 +142,7 @@ class TextStream:
 
     @cached_property
     def _opened(self) -> list["OpenedSource"]:  # opened in the process that reads them
-        return [
-            open_source(source, [file for file in self.files if file["source"] == source.name], self.num_lanes)
-            for source in self.sources
-        ]
+        return [open_source(source, self.files, self.num_lanes) for source in self.sources]
 
 
 class OpenedSource(NamedTuple):
@@ -160,7 +154,7 @@ class OpenedSource(NamedTuple):
 
 
 def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: int) -> OpenedSource:
-    """`files` are the source's records from `describe_files`; `UserError` if a table cannot be opened."""
+    """`files` are the records of `describe_files`; `UserError` if a table cannot be opened."""
     is_table = config.hub is not None or is_saved_dataset(Path(str(config.path)))
     if is_table:
         table = load_table(config)
@@ -170,7 +164,7 @@ def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: in
         sizes = [1] * table.num_shards
     else:
         # From large to small and back, so that the shares, every num_lanes-th file, have about the same size.
-        pairs = sorted(((file["bytes"], file["path"]) for file in files), reverse=True)
+        pairs = sorted(((f["bytes"], f["path"]) for f in files if f["source"] == config.name), reverse=True)
         rounds = [pairs[start : start + num_lanes] for start in range(0, len(pairs), num_lanes)]
         pairs = [pair for number, part in enumerate(rounds) for pair in (reversed(part) if number % 2 else part)]
         sizes = [size * (COMPRESSION if Path(path).suffix.lower() in OPENERS else 1) for size, path in pairs]
@@ -182,9 +176,8 @@ def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: in
 
 
 def _iter_rows(source: SourceConfig, paths: list[str]) -> Iterator[dict[str, Any]]:
-    for record in iter_records(source, map(Path, paths)):
-        if not isinstance(record, Skipped):
-            yield {"record": record}
+    records = iter_records(source, map(Path, paths))
+    yield from ({"record": record} for record in records if not isinstance(record, Skipped))
 
 
 class Taken(NamedTuple):
@@ -213,13 +206,7 @@ class EpochReader:
     """
 
     def __init__(
-        self,
-        sources: list[OpenedSource],
-        lane: int,
-        num_lanes: int,
-        epoch_seed: int,
-        lane_seed: int,
-        state: dict | None,
+        self, sources: list[OpenedSource], lane: int, num_lanes: int, epoch_seed: int, lane_seed: int, state: Any
     ) -> None:
         """`state` is an earlier `state()` with the same sources and seeds; None is the beginning of the epoch.
 
@@ -236,7 +223,7 @@ class EpochReader:
         self._reading = [self._begin(*saved) for saved in state["reading"]]
 
     def _begin(
-        self, number: int, again: int = 0, records: int = 0, characters: int = 0, position: dict[str, Any] | None = None
+        self, number: int, again: int = 0, records: int = 0, characters: int = 0, position: Any = None
     ) -> _Reading:
         source = self.sources[number]
         share = (self.num_lanes, self.lane) if source.is_divided else (1, 0)
@@ -272,7 +259,7 @@ class EpochReader:
             return 0
         sizes = [self._sizes[item.number] for item in self._reading]
         left = [max(size - item.characters, size / 10) for size, item in zip(sizes, self._reading, strict=True)]
-        chance = np.random.SeedSequence([self.lane_seed, self._draws]).generate_state(1)[0] / 2**32
+        chance = SeedSequence([self.lane_seed, self._draws]).generate_state(1)[0] / 2**32
         self._draws += 1
         return int(np.searchsorted(np.cumsum(left), chance * sum(left), side="right"))
 

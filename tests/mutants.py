@@ -248,7 +248,7 @@ MUTANTS = [
            "language", 'best["lang"] not in languages', 'best["lang"] in languages',
            "test_languages_are_recognised"),
     Mutant("Gopher's shortest document is dropped",
-           "gopher_quality", "len(words) < GOPHER_MIN_WORDS", "len(words) <= GOPHER_MIN_WORDS",
+           "gopher_quality", "len(words) < 50", "len(words) <= 50",
            "test_filters_and_their_borders"),
     Mutant("Gopher overlooks n-grams that stand twice",
            "_check_ngrams", "counts[ngram_ids] > 1", "counts[ngram_ids] > 2",

@@ -15,99 +15,70 @@ import numpy as np
 
 Verdict = Literal[True] | tuple[Literal[False], str]
 
-# C4, Raffel et al. 2019, arXiv 1910.10683, section 2.2. Later versions of the paper and the released code say three
-# sentences; the first version says five.
-C4_MIN_SENTENCES = 3
 # A closing mark and what may follow it, unless the text continues in lower case ("e.g. this"); 。！？ need no space. The
 # look-behind avoids quadratic time on a line of a million full stops.
 SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’»)\]]*+(?!\S)(?!\s+[a-z])|[。！？]+")
-
-# Gopher, Rae et al. 2021, arXiv 2112.11446, appendix A.1.1: quality...
-GOPHER_MIN_WORDS, GOPHER_MAX_WORDS = 50, 100_000
-GOPHER_MIN_MEAN_WORD_LENGTH, GOPHER_MAX_MEAN_WORD_LENGTH = 3, 10
-GOPHER_MAX_SYMBOLS_PER_WORD = 0.1
-GOPHER_MAX_BULLET_LINES = 0.9
-GOPHER_MAX_ELLIPSIS_LINES = 0.3
-GOPHER_MIN_ALPHABETIC_WORDS = 0.8
-GOPHER_MIN_STOP_WORDS = 2
 GOPHER_STOP_WORDS = re.compile(r"\b(?:the|be|to|of|and|that|have|with)\b", re.IGNORECASE)
 BULLETS = ("•", "-", "*", "‣", "◦", "●")  # the paper does not say which
 ELLIPSES = ("...", "…")
 WORD_WITH_LETTER = re.compile(r"[^\W\d_]\S*")  # from a word's first letter to its end: one match per such word
-# ... and repetition, table A1.
-GOPHER_MAX_DUPLICATES = 0.3  # of the lines, of the paragraphs
-GOPHER_MAX_DUPLICATE_CHARACTERS = 0.2  # in such lines, in such paragraphs
 GOPHER_MAX_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 GOPHER_MAX_DUPLICATE_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
-
-# FineWeb, Penedo et al. 2024, arXiv 2406.17557, section 3.6. (In datatrove the default for duplicate lines is 0.01.)
-FINEWEB_MIN_ENDED_LINES = 0.12  # dropped at or below this
-FINEWEB_MAX_DUPLICATE_CHARACTERS = 0.1  # dropped at or above this
-FINEWEB_MAX_SHORT_LINES = 0.67  # dropped at or above this
-FINEWEB_SHORT_LINE = 30
 TERMINAL_PUNCTUATION = tuple(".!?…。！？．｡؟۔।॥։።။។") + tuple(  # also followed by a closing quote or bracket
     mark + closing for mark in ".!?…。！？" for closing in "\"'”’»)]」』）"
 )
-
 LANGUAGE_CHARACTERS = 2_000  # more of a document hardly changes the result
-
-# Code: Chen et al. 2021 (Codex, arXiv 2107.03374, section 3.1) and, with these numbers, the basic filter of The Stack
-# and StarCoder (Kocetkov et al. 2022, arXiv 2211.15533; Li et al. 2023, arXiv 2305.06161).
-CODE_MAX_MEAN_LINE = 100
-CODE_MAX_LINE = 1_000
-CODE_MIN_ALPHANUMERIC = 0.25
-# The idea and the five lines are CodeParrot's. The markers are those of code generators (Go's is "Code generated ... DO
-# NOT EDIT.") and of Meta's and Google's tools ("@generated").
-GENERATED_LINES = 5
+# The markers are those of code generators (Go's is "Code generated ... DO NOT EDIT.") and of Meta's and Google's tools.
 GENERATED = re.compile(
     r"@generated\b|\bdo not edit\b|\bauto(?:matically)?[- ]?generated\b|\bgenerated automatically\b"
     r"|\bthis file (?:is|was|has been) generated\b",
     re.IGNORECASE,
 )
-LICENCE_LINES = 20
-
 SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w+)])")
 
 
 def c4(text: str) -> Verdict:
-    """C4's rules for whole pages; the transformation `c4_lines` has those for lines."""
+    """C4's rules for whole pages (Raffel et al. 2019, arXiv 1910.10683, section 2.2); `c4_lines` has those for lines.
+
+    Three sentences are from later versions of the paper and the released code; the first version says five.
+    """
     if "lorem ipsum" in text.lower():
         return False, "c4: lorem ipsum"
     if "{" in text:
         return False, "c4: curly bracket"
-    if next(islice(SENTENCE_END.finditer(text), C4_MIN_SENTENCES - 1, None), None) is None:
+    if next(islice(SENTENCE_END.finditer(text), 2, None), None) is None:
         return False, "c4: too few sentences"
     return True
 
 
 def gopher_quality(text: str) -> Verdict:
-    """Gopher's rules for English prose."""
+    """Gopher's rules for English prose (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1)."""
     words = text.split()
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(words) < GOPHER_MIN_WORDS:
+    if len(words) < 50:
         return False, "gopher: too few words"
-    if len(words) > GOPHER_MAX_WORDS:
+    if len(words) > 100_000:
         return False, "gopher: too many words"
-    if not GOPHER_MIN_MEAN_WORD_LENGTH <= sum(map(len, words)) / len(words) <= GOPHER_MAX_MEAN_WORD_LENGTH:
+    if not 3 <= sum(map(len, words)) / len(words) <= 10:
         return False, "gopher: mean word length"
-    if max(text.count("#"), sum(map(text.count, ELLIPSES))) > GOPHER_MAX_SYMBOLS_PER_WORD * len(words):
+    if max(text.count("#"), sum(map(text.count, ELLIPSES))) > 0.1 * len(words):
         return False, "gopher: symbols"
-    if sum(line.startswith(BULLETS) for line in lines) > GOPHER_MAX_BULLET_LINES * len(lines):
+    if sum(line.startswith(BULLETS) for line in lines) > 0.9 * len(lines):
         return False, "gopher: bullet lines"
-    if sum(line.endswith(ELLIPSES) for line in lines) > GOPHER_MAX_ELLIPSIS_LINES * len(lines):
+    if sum(line.endswith(ELLIPSES) for line in lines) > 0.3 * len(lines):
         return False, "gopher: ellipsis lines"
-    if len(WORD_WITH_LETTER.findall(text)) < GOPHER_MIN_ALPHABETIC_WORDS * len(words):
+    if len(WORD_WITH_LETTER.findall(text)) < 0.8 * len(words):
         return False, "gopher: words without a letter"
     found = set()
     for match in GOPHER_STOP_WORDS.finditer(text):
         found.add(match[0].lower())
-        if len(found) == GOPHER_MIN_STOP_WORDS:
+        if len(found) == 2:
             return True
     return False, "gopher: stop words"
 
 
 def gopher_repetition(text: str) -> Verdict:
-    """Gopher's rules against repetition. A line, paragraph or n-gram is a duplicate whenever it occurs again.
+    """Gopher's rules against repetition (table A1). A line, paragraph or n-gram is a duplicate when it occurs again.
 
     Shares of characters exclude white space between words, so that indents and line width do not matter.
     """
@@ -115,9 +86,9 @@ def gopher_repetition(text: str) -> Verdict:
     for unit, parts in units.items():
         parts = [part for part in map(str.strip, parts) if part]
         distinct, characters = set(parts), sum(map(len, parts))
-        if len(parts) - len(distinct) > GOPHER_MAX_DUPLICATES * len(parts):
+        if len(parts) - len(distinct) > 0.3 * len(parts):
             return False, f"gopher: duplicate {unit}"
-        if characters - sum(map(len, distinct)) > GOPHER_MAX_DUPLICATE_CHARACTERS * characters:
+        if characters - sum(map(len, distinct)) > 0.2 * characters:
             return False, f"gopher: characters in duplicate {unit}"
     return _check_ngrams(text.split())
 
@@ -161,14 +132,14 @@ def _check_ngrams(words: list[str]) -> Verdict:
 
 
 def fineweb(text: str) -> Verdict:
-    """FineWeb's own three rules."""
+    """FineWeb's own three rules (Penedo et al. 2024, arXiv 2406.17557, section 3.6)."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     characters = sum(map(len, lines))
-    if sum(line.endswith(TERMINAL_PUNCTUATION) for line in lines) <= FINEWEB_MIN_ENDED_LINES * len(lines):
+    if sum(line.endswith(TERMINAL_PUNCTUATION) for line in lines) <= 0.12 * len(lines):
         return False, "fineweb: lines without end punctuation"
-    if characters - sum(map(len, set(lines))) >= FINEWEB_MAX_DUPLICATE_CHARACTERS * characters:
+    if characters - sum(map(len, set(lines))) >= 0.1 * characters:  # datatrove: 0.01
         return False, "fineweb: duplicate lines"
-    if sum(len(line) < FINEWEB_SHORT_LINE for line in lines) >= FINEWEB_MAX_SHORT_LINES * len(lines):
+    if sum(len(line) < 30 for line in lines) >= 0.67 * len(lines):
         return False, "fineweb: short lines"
     return True
 
@@ -208,19 +179,20 @@ def length(text: str, min_characters: int, max_characters: int | None) -> Verdic
 
 
 def generated_code(text: str) -> Verdict:
-    """Keep the file unless its first lines say that a program generated it."""
-    head = "\n".join(text.split("\n", GENERATED_LINES)[:GENERATED_LINES])
+    """Keep the file unless its first five lines, as in CodeParrot, say that a program generated it."""
+    head = "\n".join(text.split("\n", 5)[:5])
     return (False, "code: generated") if GENERATED.search(head) else True
 
 
 def code_lines(text: str) -> Verdict:
-    """Drop data, minified code and the like, recognized by their lines."""
+    """Drop data, minified code and the like: Codex's rules (Chen et al. 2021, arXiv 2107.03374, section 3.1) with the
+    numbers of The Stack and StarCoder (Kocetkov et al. 2022, arXiv 2211.15533; Li et al. 2023, arXiv 2305.06161)."""
     lengths = [len(line) for line in text.split("\n")]
-    if sum(lengths) > CODE_MAX_MEAN_LINE * len(lengths):
+    if sum(lengths) > 100 * len(lengths):
         return False, "code: mean line length"
-    if max(lengths) > CODE_MAX_LINE:
+    if max(lengths) > 1_000:
         return False, "code: longest line"
-    if sum(map(str.isalnum, text)) < CODE_MIN_ALPHANUMERIC * len(text):
+    if sum(map(str.isalnum, text)) < 0.25 * len(text):
         return False, "code: few letters and digits"
     return True
 
@@ -228,7 +200,7 @@ def code_lines(text: str) -> Verdict:
 def licence(text: str, licences: Collection[str]) -> Verdict:
     """Whether the SPDX-License-Identifier in the first 20 lines names one of `licences`. A file without one passes if
     "NONE" is among them. "A OR B" needs one of the two, "A AND B" both; "A WITH exception" counts as A."""
-    match = SPDX_TAG.search("\n".join(text.split("\n", LICENCE_LINES)[:LICENCE_LINES]))
+    match = SPDX_TAG.search("\n".join(text.split("\n", 20)[:20]))
     allowed = {name.casefold() for name in licences}
     if match is None:
         return "none" in allowed or (False, "licence: none stated")

@@ -63,9 +63,6 @@ _BOILERPLATE = [
 ]  # fmt: skip
 BOILERPLATE = [(hint, re.compile(form)) for hints, form in _BOILERPLATE for hint in hints]
 
-# C4's rules for lines: Raffel et al. 2019, arXiv 1910.10683, section 2.2, and the released code.
-C4_END_MARKS = (".", "!", "?", '"', "”")
-C4_MIN_WORDS = 5
 C4_NOTICES = re.compile(r"javascript|terms of use|(?:privacy|cookie) policy|uses? (?:of )?cookies", re.IGNORECASE)
 
 
@@ -113,15 +110,16 @@ def remove_boilerplate(text: str) -> str:
 
 
 def c4_lines(text: str) -> str:
-    """C4's rules for lines: keep those that end like a sentence, have five words and are no notice; and blank lines."""
+    """Keep blank lines, and those that end like a sentence, have five words and are no notice: C4's rules for lines
+    (Raffel et al. 2019, arXiv 1910.10683, section 2.2, and the released code)."""
     lines = text.split("\n")
     keep = [not line.strip() or _is_c4_line(line.strip()) for line in lines]
     return text if all(keep) else _keep_lines(text, keep)
 
 
 def _is_c4_line(line: str) -> bool:
-    ends = line.endswith(C4_END_MARKS) and not line.endswith("...")
-    return ends and len(line.split(None, C4_MIN_WORDS)) >= C4_MIN_WORDS and not C4_NOTICES.search(line)
+    ends = line.endswith((".", "!", "?", '"', "”")) and not line.endswith("...")
+    return ends and len(line.split(None, 5)) >= 5 and not C4_NOTICES.search(line)
 
 
 def _keep_lines(text: str, keep: list[bool]) -> str:

@@ -7,44 +7,39 @@ TRAINED_HERE = "the training documents"
 
 def table(manifest: dict[str, Any]) -> str:
     """Documents, bytes and tokens; how many were changed or dropped, and why; the tokenizer."""
-    lines = [f"{'':<34}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}"]
-    read, splits = manifest["read"], manifest["splits"]
+    read, splits, dropped = manifest["read"], manifest["splits"], manifest["dropped"]
     name = "read (the head of a stream)" if manifest["stream"] else "read"
-    lines.append(f"{name:<34}{manifest['documents_read']:>12,}{manifest['bytes_read']:>16,}")
-    lines += [f"{'- ' + reason:<34}{count:>12,}" for reason, count in manifest["dropped"].items()]
-    kept = manifest["documents_read"] - sum(manifest["dropped"].values())
-    lines.append(f"{'kept':<34}{kept:>12,}")
+    lines = [
+        f"{'':<34}{'documents':>12}{'bytes':>16}{'tokens':>16}{'bytes/token':>13}",
+        f"{name:<34}{manifest['documents_read']:>12,}{manifest['bytes_read']:>16,}",
+        *(f"{'- ' + reason:<34}{count:>12,}" for reason, count in dropped.items()),
+        f"{'kept':<34}{manifest['documents_read'] - sum(dropped.values()):>12,}",
+    ]
     for split, figures in splits.items():
         lines.append(_row(split, figures))
         if "assistant_tokens" in figures:
             lines.append(f"{'  said by the assistant':<62}{figures['assistant_tokens']:>16,}")
         if len(figures["sources"]) > 1:
-            total = max(figures["tokens"], 1)
-            lines += [
-                _row(f"  {name}", source) + f"{source['tokens'] / total:>7.1%}"
-                for name, source in figures["sources"].items()
-            ]
+            for name, source in figures["sources"].items():
+                lines.append(f"{_row(f'  {name}', source)}{source['tokens'] / max(figures['tokens'], 1):>7.1%}")
     weighted = [entry for entry in manifest["options"]["sources"] if isinstance(entry, dict) and "weight" in entry]
     if weighted and not manifest["stream"]:
         lines.append("train counts each document as often as the weight of its source says")
-    if "train" in splits:
-        for name, figures in splits["train"]["sources"].items():
-            if not figures["documents"]:
-                lines.append(f"note: no document of {name} is left for training; report.html shows why")
+    sources = splits["train"]["sources"] if "train" in splits else {}
+    for name in [name for name, figures in sources.items() if not figures["documents"]]:
+        lines.append(f"note: no document of {name} is left for training; report.html shows why")
     left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
     if left_out:
         lines.append("not read: " + ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()))
     if manifest["stream"]:
         lines.append("train: not stored, but read, cleaned and tokenized while training")
-    changed = {step: count for step, count in manifest["changed"].items() if count}
-    steps = ", ".join(f"{step} {count:,}" for step, count in changed.items())
+    steps = ", ".join(f"{step} {count:,}" for step, count in manifest["changed"].items() if count)
     lines.append(f"documents changed by: {steps or 'none'}")
     tokenizer, options = manifest["tokenizer"], manifest["options"]["tokenizer"]
     short = tokenizer["from"] == TRAINED_HERE and tokenizer["vocab_size"] < options["vocab_size"]
     note = f" ({options['vocab_size']:,} requested, but the text has no more pairs to merge)" if short else ""
     lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
-    for record in read["broken_records"][:5]:
-        lines.append(f"broken: {record['file']}: {record['why']}")
+    lines += [f"broken: {record['file']}: {record['why']}" for record in read["broken_records"][:5]]
     if read["broken"] > 5:
         lines.append(f"broken: {read['broken'] - 5:,} more; see manifest.json")
     return "\n".join(lines)

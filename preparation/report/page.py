@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +27,14 @@ NAME, LINE = 60, 200  # characters shown of a source's name and of other text fr
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
-@dataclass
-class Details:
-    """What the page shows in addition to the manifest. Documents are mappings: text, source, id, bytes, fate."""
-
-    sources: list[str]
-    counts: dict[str, np.ndarray]
-    """Documents by reason, the most frequent first, (sources,) int64; the reason "" is for those that are kept."""
-    examples: dict[str, list[dict[str, Any]]]
-    """Dropped documents by reason."""
-    kept: dict[str, list[dict[str, Any]]]
-    """Documents for training, by source."""
-    clusters: list[tuple[int, list[dict[str, Any]]]]
-    """Size of a near-duplicate cluster; its representative, and a few of its other documents."""
-    cluster_sizes: np.ndarray
-    """(clusters,) int64: of all clusters."""
-    tokens: dict[str, np.ndarray]
-    """Tokens of each stored document, by split."""
-    ratios: dict[str, np.ndarray]
-    """Bytes per token of each stored document, by split."""
-
-
 def collect_details(
     cleaned: datasets.Dataset, lengths: np.ndarray, selection: Selection, token_lengths: dict[str, np.ndarray],
     rows: dict[str, np.ndarray],
-) -> Details:  # fmt: skip
-    """Count over all N documents, and fetch the texts of the few that the page shows (at most 160).
+) -> dict[str, Any]:  # fmt: skip
+    """What the page shows in addition to the manifest: counts over all N documents, the texts of at most 160 of them.
 
     `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored
-    document; `rows` (n,): its number in `cleaned`.
+    document; `rows` (n,): its number in `cleaned`. A document in the result is {text, source, id, bytes, fate}.
     """
     numbers, first = np.unique(selection.source, return_index=True)
     shape = len(selection.reasons), int(numbers[-1]) + 1
@@ -69,15 +47,17 @@ def collect_details(
         fate = selection.reasons[selection.code[row]] or kept
         return record | {"text": cut(record["text"], characters), "bytes": int(lengths[row]), "fate": fate}
 
-    examples = {}
-    for reason in itertools.islice(selection.count(), REASONS):
-        dropped = np.flatnonzero(selection.code == selection.reasons.index(reason))
-        examples[reason] = [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(dropped, EXAMPLES)]
+    def examples_of(mask: np.ndarray) -> list[dict[str, Any]]:
+        return [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(np.flatnonzero(mask), EXAMPLES)]
+
+    reasons = itertools.islice(selection.count(), REASONS)
+    examples = {reason: examples_of(selection.code == selection.reasons.index(reason)) for reason in reasons}
 
     names = [cleaned[int(row)]["source"] for row in first]
-    trained = [np.flatnonzero(selection.train & (selection.source == number)) for number in numbers]
-    kept = {name: [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(part, EXAMPLES)]
-            for name, part in zip(names[:REASONS], trained, strict=False) if len(part)}  # fmt: skip
+    kept = {}
+    for name, number in zip(names[:REASONS], numbers, strict=False):
+        if documents := examples_of(selection.train & (selection.source == number)):
+            kept[name] = documents
 
     members = np.flatnonzero(selection.cluster != np.arange(len(selection.cluster)))
     roots, sizes = np.unique(selection.cluster[members], return_counts=True)
@@ -89,8 +69,16 @@ def collect_details(
 
     tokens = {split: values for split, values in token_lengths.items() if len(values)}
     ratios = {split: lengths[rows[split]] / values for split, values in tokens.items()}
-    counts = {reason: by_source[reason] for reason in ["", *selection.count()]}
-    return Details(names, counts, examples, kept, clusters, sizes + 1, tokens, ratios)
+    return {
+        "sources": names,
+        "counts": {reason: by_source[reason] for reason in ["", *selection.count()]},  # by source; "" means kept
+        "examples": examples,  # dropped documents by reason
+        "kept": kept,  # documents for training, by source
+        "clusters": clusters,  # of near duplicates: size; the representative and a few others
+        "cluster_sizes": sizes + 1,  # of all clusters
+        "tokens": tokens,  # of each stored document, by split
+        "ratios": ratios,  # bytes per token, likewise
+    }
 
 
 def _spread(items: np.ndarray, count: int) -> np.ndarray:
@@ -112,7 +100,7 @@ def even_steps(values: dict[str, np.ndarray]) -> np.ndarray:
     return np.arange(math.floor(least / step), math.floor(greatest / step) + 2) * step
 
 
-def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
+def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) -> str:
     """The complete page. The same arguments give the same text; text from documents and file names is escaped."""
     environment = jinja2.Environment(
         autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -121,10 +109,10 @@ def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
     sizes = {"NAME": NAME, "EXAMPLES": EXAMPLES, "CLUSTERS": CLUSTERS, "MEMBER_CHARACTERS": MEMBER_CHARACTERS}
     read, splits = manifest["documents_read"], manifest["splits"]
     totals = [sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")]
-    read_from = np.sum(list(details.counts.values()), axis=0).tolist()
+    read_from = np.sum(list(details["counts"].values()), axis=0).tolist()
     by_source = [{"reason": reason or "kept", "parts": list(zip(counts.tolist(), read_from, strict=True))}
-                 for reason, counts in itertools.islice(details.counts.items(), REASONS + 1)]  # fmt: skip
-    broken = manifest["read"]["broken_records"][:BROKEN] if manifest["read"]["broken"] else []
+                 for reason, counts in itertools.islice(details["counts"].items(), REASONS + 1)]  # fmt: skip
+
     shown = manifest["files"][:FILES]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sizes, name=name, details=details, stream=manifest["stream"], splits=splits, versions=manifest["versions"],
@@ -132,9 +120,10 @@ def html_report(name: str, manifest: dict[str, Any], details: Details) -> str:
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
         dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
         changed={step: count for step, count in manifest["changed"].items() if count},
-        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken],
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in manifest["read"]["broken_records"][:BROKEN]],
         all_broken=manifest["read"]["broken"],
-        distributions=_distributions(details), cluster_spans=_cluster_spans(details.cluster_sizes),
+        distributions=_distributions(details["tokens"], details["ratios"]),
+        cluster_spans=_cluster_spans(details["cluster_sizes"]),
         searched=manifest["options"]["deduplication"]["near_threshold"] is not None,
         failures=list(_iter_failures(manifest)), options=list(_flatten(manifest["options"])),
         files=[(cut(item["source"], NAME), cut(item["name"], LINE), item["content"], item["bytes"]) for item in shown],
@@ -158,9 +147,9 @@ def cut(text: str, characters: int) -> str:
 
 def percent(part: float, total: float) -> str:
     share = part / max(total, 1)
-    if share >= 0.01 or share == 0:
-        return f"{share:.1%}"
-    return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
+    if 0 < share < 0.01:
+        return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
+    return f"{share:.1%}"
 
 
 def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
@@ -170,8 +159,7 @@ def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
     matcher = difflib.SequenceMatcher(None, list(map(str.strip, old)), list(map(str.strip, new)), autojunk=False)
     words: list[tuple[str, str]] = []
     for kind, a, b, c, d in matcher.get_opcodes():
-        if kind != "equal":
-            words += [("del", word) for word in old[a:b]]
+        words += [("del", word) for word in old[a:b] if kind != "equal"]
         words += [("" if kind == "equal" else "ins", word) for word in new[c:d]]
     first = next((at for at, (kind, _) in enumerate(words) if kind), 0)
     start, left = max(first - 8, 0), MEMBER_CHARACTERS
@@ -185,17 +173,17 @@ def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
             break
 
 
-def _distributions(details: Details) -> list[dict[str, Any]]:
+def _distributions(tokens: dict[str, np.ndarray], ratios: dict[str, np.ndarray]) -> list[dict[str, Any]]:
     """Statistics and histograms of tokens per document and bytes per token."""
-    edges = half_octaves(details.tokens)
+    edges = half_octaves(tokens)
     pairs = itertools.pairwise(edges.tolist())
     spans = [f"{low:,}" if low + 1 == high else f"{low:,}–{high - 1:,}" for low, high in pairs]
-    steps = even_steps(details.ratios)
+    steps = even_steps(ratios)
     ranges = [f"{low:.2f}–{high:.2f}" for low, high in itertools.pairwise(steps)]
     ranges[0], ranges[-1] = f"below {steps[1]:.2f}", f"from {steps[-2]:.2f}"
     return [
-        _distribution("tokens per document", 0, details.tokens, edges, spans),
-        _distribution("bytes per token", 2, details.ratios, steps, ranges),
+        _distribution("tokens per document", 0, tokens, edges, spans),
+        _distribution("bytes per token", 2, ratios, steps, ranges),
     ]
 
 
@@ -208,10 +196,8 @@ def _distribution(
     figures |= {label: [np.quantile(array, share) for array in values.values()] for label, share in quantiles.items()}
     counts = {split: np.histogram(np.clip(array, edges[0], edges[-1]), edges)[0] for split, array in values.items()}
     shares = {split: (count / count.sum()).tolist() for split, count in counts.items()}
-    bins = [
-        {"label": label, "shares": {split: share[at] for split, share in shares.items()}}
-        for at, label in enumerate(labels)
-    ]
+    rows = (dict(zip(shares, row, strict=True)) for row in zip(*shares.values(), strict=True))
+    bins = [{"label": label, "shares": row} for label, row in zip(labels, rows, strict=True)]
     return {
         "name": name, "splits": list(values), "heads": [f"share of {split}" for split in values], "bins": bins,
         "figures": [[label, *(f"{value:,.{digits}f}" for value in row)] for label, row in figures.items()],

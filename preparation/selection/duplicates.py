@@ -5,8 +5,8 @@ locality-sensitive hashing. How the numbers were chosen:
 
 - Shingles are 3-grams of words. Editing one word changes n shingles, so two texts that differ in a share e of their
   words have J = q / (2 - q) of the shingles in common, with q = (1 - e)^n. For e = 5 % and 30 % that is 0.82 and 0.32
-  with n = 2, 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv 2406.17557). Chance in where the
-  edits fall blurs the gap for n = 2. For n = 5 the upper value is so low that finding it takes many more bands.
+  with n = 2 (where chance blurs the gap), 0.75 and 0.21 with n = 3, 0.63 and 0.09 with n = 5 (FineWeb's, arXiv
+  2406.17557, which takes many more bands).
 - The threshold 0.55 lies in that gap, below the 0.6 of a 40-word text with one edit more than its share. It corresponds
   to editing a tenth of the words. Two texts that share half of their words, such as a licence header, have J = 1/3 and
   are both kept.
@@ -109,14 +109,12 @@ def hash_words(texts: list[str], at_least: int = 0) -> tuple[np.ndarray, np.ndar
 
     A text of fewer than `at_least` words is padded with zeros.
     """
-    hashes = array("Q")
-    lengths = np.empty(len(texts), np.int64)
-    for index, text in enumerate(texts):
-        start = len(hashes)
+    hashes, ends = array("Q"), [0]
+    for text in texts:
         hashes.extend(map(hash_word, split_words(text)))
-        hashes.extend([0] * (at_least - (len(hashes) - start)))
-        lengths[index] = len(hashes) - start
-    return np.asarray(hashes), lengths
+        hashes.extend([0] * (ends[-1] + at_least - len(hashes)))
+        ends.append(len(hashes))
+    return np.asarray(hashes), np.diff(ends)
 
 
 def hash_ngrams(words: np.ndarray, lengths: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:

@@ -24,18 +24,14 @@ EXACT, NEAR, CONTAMINATED = "exact duplicate", "near duplicate", "holds evaluati
 class Selection:
     """The decision about each of N documents."""
 
-    reasons: list[str]
-    """The meaning of each `code`; the first is "", for a document that is kept."""
-    code: np.ndarray
-    """(N,) int16: why the document was dropped."""
-    validation: np.ndarray
-    """(N,) bool: held out; False for dropped documents."""
-    cluster: np.ndarray
-    """(N,) int64: the representative of this document's near-duplicate cluster; itself if it has none."""
-    source: np.ndarray
-    """(N,) int16: number of the document's source."""
-    chance: np.ndarray
-    """(N,) float32 in [0, 1): a hash of the text, for fractional weights."""
+    reasons: list[str]  # the meaning of each `code`; the first is "", for a document that is kept
+    code: np.ndarray  # (N,) int16: why the document was dropped
+    validation: np.ndarray  # (N,) bool: held out; False for dropped documents
+    cluster: (
+        np.ndarray
+    )  # (N,) int64: the representative of this document's near-duplicate cluster; itself if it has none
+    source: np.ndarray  # (N,) int16: number of the document's source
+    chance: np.ndarray  # (N,) float32 in [0, 1): a hash of the text, for fractional weights
 
     def save(self, folder: Path) -> None:
         np.savez(folder / "selection.npz", **{**vars(self), "reasons": np.array(self.reasons)})
@@ -64,13 +60,10 @@ def select_documents(
 ) -> Selection:  # fmt: skip
     """Decide about every document. Takes about 100 bytes of memory per document, plus the index of evaluation text.
 
-    Args:
-        cleaned: columns text, source and reason.
-        sources: names of the sources, in order.
-        sketches: columns digest (16 × uint8) and, for near duplicates, signature.
-        lengths: (N,) bytes of each text; the longest of several near duplicates is kept.
-        evaluation_texts: batches of texts, besides the validation split, that training documents must not contain.
-        map_texts: applies a function to the texts of documents, given by their numbers (n,); returns (n,) int64.
+    `cleaned` has the columns text, source and reason; `sketches` digest (16 × uint8) and, for near duplicates,
+    signature. `lengths` (N,) are the bytes of each text; the longest of several near duplicates is kept. Training
+    documents must not contain `evaluation_texts` (batches) or the validation split. `map_texts` applies a function to
+    the texts of documents, given by their numbers (n,), and returns (n,) int64.
     """
     found, numbers = _encode_dictionary(cleaned.data.column("reason"))
     reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
@@ -105,10 +98,7 @@ def _encode_dictionary(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
 
 
 def is_held_out(digests: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """Whether the documents with these digests (N, 16) uint8 are held out; (N,) bool.
-
-    This depends on a document's text alone, so adding documents never changes the split of the others.
-    """
+    """Digests (N, 16) uint8 → (N,) bool. Added documents never change the split of the others: the text alone decides."""
     return _as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)
 
 
@@ -123,8 +113,7 @@ def _as_uint64(halves: np.ndarray) -> np.ndarray:
 
 
 def count_uses(weights: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """How often each document is used per epoch (n,) int64: a weight's fraction is the share of documents, selected by
-    `chance`, that are used once more."""
+    """How often each document is used per epoch (n,) int64; a weight's fraction is the chance of one use more."""
     return (np.floor(weights) + (chance < weights % 1)).astype(np.int64)
 
 

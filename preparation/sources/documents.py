@@ -33,7 +33,7 @@ DOCUMENT_FEATURES = {
 }  # fmt: skip
 MAX_BROKEN_LISTED = 1000
 OTHER_KIND = "file of another kind"
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
+DAMAGED = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
 
 
 def open_zstd(file: Any, mode: str) -> BinaryIO:
@@ -41,9 +41,7 @@ def open_zstd(file: Any, mode: str) -> BinaryIO:
     return pa.CompressedInputStream(pa.OSFile(str(file)) if isinstance(file, Path) else pa.PythonFile(file), "zstd")
 
 
-OPENERS = {
-    ".gz": gzip.open, ".dz": gzip.open, ".tgz": gzip.open, ".zst": open_zstd, ".xz": lzma.open, ".bz2": bz2.open,
-}  # fmt: skip
+OPENERS = {".zst": open_zstd, ".xz": lzma.open, ".bz2": bz2.open} | dict.fromkeys((".gz", ".dz", ".tgz"), gzip.open)
 
 
 def read_sources(
@@ -51,8 +49,8 @@ def read_sources(
 ) -> None:
     """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source.
 
-    `units` are some of the reading units of a single source, for a caller that reads it in parts. Files of other kinds
-    belong to no part and are then not counted.
+    A caller that reads a single source in parts gives some of its reading units as `units`; files of other kinds belong
+    to no part and are then not counted.
     """
     schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
     counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
@@ -106,41 +104,33 @@ def check_broken(counts: dict[str, Any], max_share: float) -> None:
             f"max_broken_share {max_share:g} allows; repair or remove the files, or raise max_broken_share"
         )
     for name, figures in counts["sources"].items():
-        if figures["documents"] == 0:
+        if not figures["documents"]:
             skipped = ", ".join(f"{count:,} {why}" for why, count in counts["skipped"].items())
-            raise UserError(
-                f"no documents in {name}{f' ({skipped})' if skipped else ''}; known kinds are {known_suffixes()}; code "
-                "needs `kind: code` in its entry"
-            )
+            known = f"known kinds are {known_suffixes()}; code needs `kind: code` in its entry"
+            raise UserError(f"no documents in {name}{f' ({skipped})' if skipped else ''}; {known}")
 
 
 def iter_records(source: SourceConfig, units: Iterable[Path | None]) -> Iterator[Record]:
     """The documents and the broken records of some `reading_units` of the source."""
     for unit in units:
-        if unit is None or unit.is_dir():
-            yield from _read_table(load_table(source), str(source.hub or unit), source)
-        else:
-            yield from _read_file(source, unit)
+        yield from _read_table(source, unit) if unit is None or unit.is_dir() else _read_file(source, unit)
 
 
 def _read_file(source: SourceConfig, path: Path) -> Iterator[Record]:
     name, records = printable(str(path)), 0
+    opener: Any = OPENERS.get(path.suffix.lower(), open)
     try:
-        with _open(path) as stream:
+        file = opener(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        with io.BufferedReader(file, 1 << 20) as stream:
             read = _read_tar(source, stream, path) if is_tar(path.name) else _read(source, stream, name)
             for record in read:
                 records += 1
                 yield record
     except DAMAGED as error:
         yield Broken(name, f"damaged or cut off after {records:,} records ({str(error) or type(error).__name__})")
-
-
-def _open(path: Path) -> BinaryIO:
-    opener: Any = OPENERS.get(path.suffix.lower(), open)
-    try:
-        return io.BufferedReader(opener(path, "rb"), 1 << 20)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]:
@@ -173,9 +163,7 @@ def printable(name: str) -> str:
 
 def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Record]:
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
-        for member in archive:
-            if not member.isfile():
-                continue
+        for member in filter(tarfile.TarInfo.isfile, archive):
             if not is_wanted(source, member.name):
                 yield Skipped(member.name, OTHER_KIND)
                 continue
@@ -191,19 +179,16 @@ def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Re
                 yield Broken(name, f"damaged or cut off ({error or type(error).__name__})")
 
 
-def _read_table(table: Any, name: str, source: SourceConfig) -> Iterator[Record]:
-    columns = needed_columns(source)
+def _read_table(source: SourceConfig, folder: Path | None) -> Iterator[Record]:
+    table, columns = load_table(source), needed_columns(source)
     if table.column_names and set(columns) <= set(table.column_names):
         table = table.select_columns(columns)  # the others need not even be readable
     for number, record in enumerate(table, start=1):
-        yield make_document(record, name, number, "record", source)
+        yield make_document(record, str(source.hub or folder), number, "record", source)
 
 
 def load_table(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """A dataset on the Hub or in the Hub's layout, or a folder written by `save_to_disk`.
-
-    `UserError` if it cannot be read or has no such split.
-    """
+    """A dataset on the Hub, or a folder written by `save_to_disk`; `UserError` if it cannot be read or lacks the split."""
     try:
         if source.hub is not None:
             return datasets.load_dataset(
@@ -244,9 +229,8 @@ def iter_file_texts(paths: list[str], text_column: str, messages_column: str | N
         records = iter_records(source, reading_units(source))
         found = 0
         while batch := list(itertools.islice(records, 1000)):
-            for record in batch:
-                if isinstance(record, Broken):  # text that cannot be read cannot be kept out of training
-                    raise UserError(f"evaluation file {record.file}: {record.why}")
+            if broken := next((record for record in batch if isinstance(record, Broken)), None):
+                raise UserError(f"evaluation file {broken.file}: {broken.why}")  # else it may be trained on
             texts = [without_system(record.text) for record in batch if isinstance(record, Document)]
             found += len(texts)
             yield texts

@@ -53,9 +53,7 @@ def reading_units(source: SourceConfig) -> list[Path | None]:
     if source.hub is not None:
         return [None]
     path = Path(str(source.path))
-    if path.is_dir() and is_saved_dataset(path):
-        return [path]
-    return list(find_files(source))
+    return [path] if is_saved_dataset(path) else list(find_files(source))
 
 
 def count_other_files(source: SourceConfig) -> int:
@@ -68,7 +66,7 @@ def count_other_files(source: SourceConfig) -> int:
 
 def known_suffixes(source: SourceConfig | None = None) -> str:
     suffixes = sorted(CODE_SUFFIXES) if source and source.kind == "code" else KIND_OF_SUFFIX
-    return ", ".join(source.extensions if source and source.extensions else suffixes)
+    return ", ".join((source and source.extensions) or suffixes)
 
 
 def is_tar(name: str) -> bool:
@@ -115,9 +113,8 @@ def describe_files(
         root = Path(str(source.path or source.hub))
         if source.hub is not None and not root.is_dir():
             name = f"{source.hub}/{source.config}/{source.split}@{source.revision}"
-            records.append(
-                {"source": source.name, "name": name, "path": name, "bytes": 0, "mtime_ns": 0, "content": name}
-            )
+            record = {"source": source.name, "name": name, "path": name, "bytes": 0, "mtime_ns": 0, "content": name}
+            records.append(record)
             continue
         for path in find_files(source) if source.path else sorted(item for item in root.rglob("*") if item.is_file()):
             owner = owners.setdefault(path.resolve(), str(source.name))
@@ -143,12 +140,10 @@ def recipe_key(config: PrepareConfig, sources: list[SourceConfig], files: list[d
     """Hash of everything that decides the result: the sources' content, the options, the version of this code."""
     options = {name: value for name, value in asdict(config).items() if name not in WITHOUT_EFFECT}
     del options["sources"]  # represented by their content and entries: the same files elsewhere give the same key
-    contents = identify(files, config)
     entries = [reading_options(source) | {"weight": source.weight} for source in sources]
     # Nulls are left out, so that an option added later does not change the key of an existing dataset.
-    options, entries = without_nulls(options), without_nulls(entries)
-    evaluation = hash_paths(config.deduplication.evaluation_files)
-    return hash_json(FORMAT_VERSION, VERSIONS, options, entries, contents, tokenizer_files(config), evaluation)
+    decided_by = [without_nulls(options), without_nulls(entries), identify(files, config), tokenizer_files(config)]
+    return hash_json(FORMAT_VERSION, VERSIONS, *decided_by, hash_paths(config.deduplication.evaluation_files))
 
 
 def identify(files: list[dict[str, Any]], config: PrepareConfig) -> list[list[Any]]:

@@ -19,6 +19,7 @@ from preparation.sources.source_config import SourceConfig
 
 TEXT_PART_BYTES = 4 << 20  # a longer text file becomes several documents, cut between paragraphs or lines
 SNIFFED_BYTES = 1 << 16
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first
 NOT_UTF8 = "not UTF-8 text"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can express and UTF-8 cannot
 BINARY = "a binary file, not text (it holds zero bytes)"
@@ -26,15 +27,14 @@ BINARY = "a binary file, not text (it holds zero bytes)"
 
 class Document(NamedTuple):
     text: str
-    id: str
-    """Its file, and the line or record number in it."""
+    id: str  # its file, and the line or record number in it
 
 
 class Broken(NamedTuple):
-    """A record that could not be read; `why` begins with its line or record number in the file."""
+    """A record that could not be read."""
 
     file: str
-    why: str
+    why: str  # begins with its line or record number in the file
 
 
 class Skipped(NamedTuple):
@@ -83,14 +83,11 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
         rest += chunk
         if len(rest) < TEXT_PART_BYTES:
             continue
-        cut = max(rest.rfind(b"\n\n", len(rest) // 2) + 2, 2)
-        if cut == 2:
-            cut = rest.rfind(b"\n", len(rest) // 2) + 1 or len(rest)
+        ends = (rest.rfind(mark, len(rest) // 2) + len(mark) for mark in (b"\n\n", b"\n"))
+        cut = next((end for end in ends if end > 1), len(rest))
         if cut == len(rest):  # never inside a character: back to where the last one begins
-            while cut > 1 and rest[cut - 1] & 0xC0 == 0x80:
-                cut -= 1
-            if cut > 1 and rest[cut - 1] & 0xC0 == 0xC0:
-                cut -= 1
+            cut = len(rest.rstrip(CONTINUATION_BYTES))
+            cut = max(cut - (rest[cut - 1 : cut] >= b"\xc0"), 1)
         yield rest[:cut]
         rest = rest[cut:]
     if rest:
@@ -181,12 +178,12 @@ def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Reco
     while True:
         line = rows.line_num + 1  # a record may span several lines
         try:
-            row = next(rows)
-        except StopIteration:
-            break
+            row = next(rows, None)
         except csv.Error as error:
             yield Broken(name, f"line {line}: not a CSV record ({error})")
             continue
+        if row is None:
+            break
         if not row:  # a blank line
             continue
         if not columns:
@@ -249,6 +246,5 @@ def make_document(record: Any, name: str, number: int, unit: str, source: Source
 
 
 READERS: dict[str, Callable[[BinaryIO, str, SourceConfig], Iterator[Record]]] = {
-    "text": read_text, "html": read_html, "code": read_code, "json": read_json, "csv": read_csv,
-    "parquet": read_parquet,
+    "text": read_text, "html": read_html, "code": read_code, "json": read_json, "csv": read_csv, "parquet": read_parquet,
 }  # fmt: skip
