@@ -136,16 +136,17 @@ def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def plainloop(name: str, pace: Pace, arguments: argparse.Namespace) -> None:
     import train as script
+    from training.monitoring.tracking import RunTracker
     from utils.cli import parse_config
     from utils.config import TrainConfig
 
-    advance = script.RunTracker.advance
+    advance = RunTracker.advance
 
     def advance_and_wait(tracker: Any) -> None:
         advance(tracker)
         pace.step_done()
 
-    script.RunTracker.advance = advance_and_wait  # type: ignore[method-assign]
+    RunTracker.advance = advance_and_wait  # type: ignore[method-assign]
     sys.argv = ["train.py", *(f"--{key}={value}" for key, value in options_of(name, arguments).items())]
     script.main(parse_config(TrainConfig, ""))
 
