@@ -39,10 +39,8 @@ class Stages:
         self._used: list[Path] = []
 
     def run(self, name: str, decided_by: Any, produce: Callable[[Path], None]) -> Path:
-        """The folder with the stage's result, which `produce(folder)` writes unless an earlier call did.
-
-        `decided_by` (JSON) is the stage's version and options.
-        """
+        """The folder with the stage's result, which `produce(folder)` writes unless an earlier call did. `decided_by`
+        (JSON) is the stage's version and options."""
         self._key = hash_json(self._key, name, decided_by)
         folder = self.folder / f"{name}-{self._key[:16]}"
         self._used.append(folder)

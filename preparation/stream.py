@@ -23,9 +23,8 @@ from preparation.cleaning.steps import clean_documents
 from preparation.recipe import CleaningConfig, PrepareConfig, resolve_sources
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import count_uses, draw_chance, is_held_out
-from preparation.sources.documents import OPENERS, iter_records, load_table
+from preparation.sources.documents import OPENERS, Document, Skipped, iter_records, load_table, make_document
 from preparation.sources.files import describe_files, is_saved_dataset
-from preparation.sources.formats import Document, Skipped, make_document
 from preparation.sources.source_config import SourceConfig
 from preparation.stages import hash_json, iter_slices
 from preparation.tokenizer.build import load_tokenizer
@@ -69,9 +68,7 @@ class TextStream:
 
     def __init__(self, options: dict[str, Any], dataset: Path, num_lanes: int, seed: int) -> None:
         """`options` is the PrepareConfig in the manifest of the folder `dataset`, which also holds the tokenizer.
-
-        `UserError` if a source does not exist.
-        """
+        `UserError` if a source does not exist."""
         self.cleaning = CleaningConfig(**options["cleaning"])
         recipe = PrepareConfig(sources=options["sources"], text_column=options["text_column"])
         self.sources = [source for source in resolve_sources(recipe) if source.weight]

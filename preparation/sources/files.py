@@ -26,10 +26,8 @@ NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
 
 def find_files(source: SourceConfig) -> list[Path]:
-    """The files of a source with a path, sorted; files of other kinds in a folder are passed over.
-
-    Raises `UserError` for a path that does not exist, a file of an unknown kind, a folder with nothing to read.
-    """
+    """The files of a source with a path, sorted; files of other kinds in a folder are passed over. `UserError` for a
+    path that does not exist, a file of an unknown kind, a folder with nothing to read."""
     path = Path(str(source.path))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")

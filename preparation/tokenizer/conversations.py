@@ -53,10 +53,8 @@ class ConversationEncoder:
         self._backend.post_processor = None  # some of them remove white space from a token's span of characters
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists.
-
-        Raises `UserError` for a conversation that the template refuses, or whose turns cannot be found.
-        """
+        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists. `UserError`
+        for a conversation that the template refuses, or whose turns cannot be found."""
         rendered = list(map(self.render, batch["text"].to_pylist(), batch["id"].to_pylist()))
         encodings = itertools.chain.from_iterable(
             self._backend.encode_batch(texts, add_special_tokens=False)
