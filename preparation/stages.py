@@ -95,9 +95,7 @@ def map_slices(
     features: datasets.Features, num_proc: int = 1, description: str,
 ) -> None:  # fmt: skip
     """Apply `function` to every slice of `documents` and write the results to Arrow files at `path`, for `load_slices`.
-
-    `datasets.map` does the work, over slices of bounded size instead of documents, whose lengths vary a lot.
-    """
+    Slices have a bounded size, while the lengths of documents vary a lot."""
     slices = datasets.Dataset.from_dict({"slice": list(iter_slices(lengths))}).with_format("arrow")
     tables = documents.with_format("arrow")
     parent = os.getpid()

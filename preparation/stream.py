@@ -197,18 +197,14 @@ class _Reading:
 
 
 class EpochReader:
-    """Reads a lane's shares of the sources once, or as often as a source's weight requires.
-
-    The next source to read is drawn in proportion to how much of each is left, so every part of an epoch mixes them.
-    """
+    """Reads a lane's shares of the sources once, or as often as a source's weight requires. The next source to read is
+    drawn in proportion to how much of each is left, so every part of an epoch mixes them."""
 
     def __init__(
         self, sources: list[OpenedSource], lane: int, num_lanes: int, epoch_seed: int, lane_seed: int, state: Any
     ) -> None:
         """`state` is an earlier `state()` with the same sources and seeds; None is the beginning of the epoch.
-
-        `epoch_seed` (31 bits) orders files and shards, the same in all lanes because lanes may count the same records.
-        """
+        `epoch_seed` (31 bits) orders files and shards; all lanes share it, as lanes may count the same records."""
         self.sources, self.lane, self.num_lanes = sources, lane, num_lanes
         self.epoch_seed, self.lane_seed = epoch_seed, lane_seed
         self.broken: list[str] = []

@@ -77,9 +77,7 @@ def gopher_quality(text: str) -> Verdict:
 
 def gopher_repetition(text: str) -> Verdict:
     """Gopher's rules against repetition (table A1). A line, paragraph or n-gram is a duplicate when it occurs again.
-
-    Shares of characters exclude white space between words, so that indents and line width do not matter.
-    """
+    Shares of characters exclude white space between words, so that indents and line width do not matter."""
     units = {"lines": text.split("\n"), "paragraphs": text.split("\n\n")}
     for unit, parts in units.items():
         parts = [part for part in map(str.strip, parts) if part]

@@ -323,8 +323,7 @@ def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: floa
     place, bit = _place_and_bit(grams, index.bitmap)
     positions = np.flatnonzero(index.bitmap[place] & bit)
     grams = grams[positions]
-    starts = np.searchsorted(index.hashes, grams, side="left")
-    stops = np.searchsorted(index.hashes, grams, side="right")
+    starts, stops = np.searchsorted(index.hashes, grams), np.searchsorted(index.hashes, grams, side="right")
     documents = np.searchsorted(np.cumsum(counts), positions, side="right")
     # Sorted by document, each 13-gram once, however often the document repeats it.
     hits = np.unique(np.stack([documents, starts, stops])[:, starts < stops], axis=1)

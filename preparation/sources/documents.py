@@ -81,11 +81,8 @@ OPENERS = {".zst": open_zstd, ".xz": lzma.open, ".bz2": bz2.open} | dict.fromkey
 def read_sources(
     sources: list[SourceConfig], folder: Path, limit: int | None = None, units: list[Path | None] | None = None
 ) -> None:
-    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source.
-
-    A caller that reads a single source in parts gives some of its reading units as `units`; files of other kinds belong
-    to no part and are then not counted.
-    """
+    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source. A
+    caller that reads a single source in parts gives some of its `reading_units`; other files are then not counted."""
     schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
     counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
     with (

@@ -99,11 +99,9 @@ def _suffix(name: str) -> str:
 def describe_files(
     sources: list[SourceConfig], known: list[dict[str, Any]], *, read_again: bool, by_size_only: bool
 ) -> list[dict[str, Any]]:
-    """One record per file: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`.
-
-    A file in `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
-    `read_again`. `by_size_only` is for streamed sources: their size replaces the hash.
-    """
+    """One record per file: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`. A file in
+    `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
+    `read_again`. `by_size_only` is for streamed sources: their size replaces the hash."""
     hashes = {(item["path"], item["bytes"], item["mtime_ns"]): item["content"] for item in known}
     records: list[dict[str, Any]] = []
     owners: dict[Path, str] = {}

@@ -10,7 +10,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from preparation.sources.conversations import split_messages
-from preparation.tokenizer.build import get_chat_template, token_dtype
+from preparation.tokenizer.build import token_dtype
 from preparation.tokenizer.encoding import iter_batches
 from utils.cli import UserError
 
@@ -42,7 +42,11 @@ class ConversationEncoder:
             input_ids=datasets.List(datasets.Value(self.dtype.__name__)),
             loss_mask=datasets.List(datasets.Value("uint8")),
         )
-        self._template = get_chat_template(tokenizer)
+        try:
+            self._template: str = tokenizer.get_chat_template()
+        except ValueError:
+            advice = "give one with tokenizer.chat_template configs/chat_template.jinja"
+            raise UserError(f"the tokenizer has no chat template; {advice}") from None
         self._marks_turns = GENERATION.search(self._template) is not None
         how = "as the chat template marks them" if self._marks_turns else "the text after a generation prompt"
         self.note = f"encoded by tokenizers; the assistant's turns: {how}"
