@@ -219,7 +219,7 @@ def _read_table(source: SourceConfig, folder: Path | None) -> Iterator[Record]:
 
 
 def load_table(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
-    """A dataset on the Hub, or a folder written by `save_to_disk`; `UserError` if it cannot be read or lacks the split."""
+    """A dataset on the Hub or a folder written by `save_to_disk`; `UserError` if unreadable or without the split."""
     try:
         if source.hub is not None:
             return datasets.load_dataset(
@@ -460,6 +460,6 @@ def make_document(record: Any, name: str, number: int, unit: str, source: Source
     return Document(LONE_SURROGATE.sub("\ufffd", text or ""), f"{name}:{number}")
 
 
-READERS: dict[str, Callable[[BinaryIO, str, SourceConfig], Iterator[Record]]] = {
-    "text": read_text, "html": read_html, "code": read_code, "json": read_json, "csv": read_csv, "parquet": read_parquet,
-}  # fmt: skip
+Reader = Callable[[BinaryIO, str, SourceConfig], Iterator[Record]]
+READERS: dict[str, Reader] = {"text": read_text, "html": read_html, "code": read_code}
+READERS |= {"json": read_json, "csv": read_csv, "parquet": read_parquet}

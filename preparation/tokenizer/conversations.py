@@ -29,7 +29,6 @@ class ConversationEncoder:
     part of it, as in transformers' `return_assistant_tokens_mask`.
 
     The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
-
     `encode_table` reads `columns` of the documents; its table has `features`. `note` says how turns are found.
     """
 
