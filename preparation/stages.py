@@ -39,10 +39,8 @@ class Stages:
         self._used: list[Path] = []
 
     def run(self, name: str, decided_by: Any, produce: Callable[[Path], None]) -> Path:
-        """The folder with the stage's result, which `produce(folder)` writes unless an earlier call did.
-
-        `decided_by` (JSON) is the stage's version and options.
-        """
+        """The folder with the stage's result, which `produce(folder)` writes unless an earlier call did. `decided_by`
+        (JSON) is the stage's version and options."""
         self._key = hash_json(self._key, name, decided_by)
         folder = self.folder / f"{name}-{self._key[:16]}"
         self._used.append(folder)
@@ -97,9 +95,7 @@ def map_slices(
     features: datasets.Features, num_proc: int = 1, description: str,
 ) -> None:  # fmt: skip
     """Apply `function` to every slice of `documents` and write the results to Arrow files at `path`, for `load_slices`.
-
-    `datasets.map` does the work, over slices of bounded size instead of documents, whose lengths vary a lot.
-    """
+    Slices have a bounded size, while the lengths of documents vary a lot."""
     slices = datasets.Dataset.from_dict({"slice": list(iter_slices(lengths))}).with_format("arrow")
     tables = documents.with_format("arrow")
     parent = os.getpid()

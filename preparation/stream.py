@@ -23,9 +23,8 @@ from preparation.cleaning.steps import clean_documents
 from preparation.recipe import CleaningConfig, PrepareConfig, resolve_sources
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import count_uses, draw_chance, is_held_out
-from preparation.sources.documents import OPENERS, iter_records, load_table
+from preparation.sources.documents import OPENERS, Document, Skipped, iter_records, load_table, make_document
 from preparation.sources.files import describe_files, is_saved_dataset
-from preparation.sources.formats import Document, Skipped, make_document
 from preparation.sources.source_config import SourceConfig
 from preparation.stages import hash_json, iter_slices
 from preparation.tokenizer.build import load_tokenizer
@@ -69,9 +68,7 @@ class TextStream:
 
     def __init__(self, options: dict[str, Any], dataset: Path, num_lanes: int, seed: int) -> None:
         """`options` is the PrepareConfig in the manifest of the folder `dataset`, which also holds the tokenizer.
-
-        `UserError` if a source does not exist.
-        """
+        `UserError` if a source does not exist."""
         self.cleaning = CleaningConfig(**options["cleaning"])
         recipe = PrepareConfig(sources=options["sources"], text_column=options["text_column"])
         self.sources = [source for source in resolve_sources(recipe) if source.weight]
@@ -200,18 +197,14 @@ class _Reading:
 
 
 class EpochReader:
-    """Reads a lane's shares of the sources once, or as often as a source's weight requires.
-
-    The next source to read is drawn in proportion to how much of each is left, so every part of an epoch mixes them.
-    """
+    """Reads a lane's shares of the sources once, or as often as a source's weight requires. The next source to read is
+    drawn in proportion to how much of each is left, so every part of an epoch mixes them."""
 
     def __init__(
         self, sources: list[OpenedSource], lane: int, num_lanes: int, epoch_seed: int, lane_seed: int, state: Any
     ) -> None:
         """`state` is an earlier `state()` with the same sources and seeds; None is the beginning of the epoch.
-
-        `epoch_seed` (31 bits) orders files and shards, the same in all lanes because lanes may count the same records.
-        """
+        `epoch_seed` (31 bits) orders files and shards; all lanes share it, as lanes may count the same records."""
         self.sources, self.lane, self.num_lanes = sources, lane, num_lanes
         self.epoch_seed, self.lane_seed = epoch_seed, lane_seed
         self.broken: list[str] = []

@@ -14,9 +14,17 @@ import pytest
 from conftest import ROOT
 
 from preparation.recipe import SourceConfig, parse_source
-from preparation.sources.documents import OTHER_KIND, check_broken, iter_records, read_sources
+from preparation.sources.documents import (
+    OTHER_KIND,
+    TEXT_PART_BYTES,
+    Broken,
+    Document,
+    Skipped,
+    check_broken,
+    iter_records,
+    read_sources,
+)
 from preparation.sources.files import reading_units
-from preparation.sources.formats import TEXT_PART_BYTES, Broken, Document, Skipped
 from utils.cli import UserError
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").open()][40:80]

@@ -38,10 +38,8 @@ SPDX_TAG = re.compile(r"SPDX-License-Identifier:[ \t]*([\w.+() \t-]*[\w+)])")
 
 
 def c4(text: str) -> Verdict:
-    """C4's rules for whole pages (Raffel et al. 2019, arXiv 1910.10683, section 2.2); `c4_lines` has those for lines.
-
-    Three sentences are from later versions of the paper and the released code; the first version says five.
-    """
+    """C4's rules for whole pages (Raffel et al. 2019, arXiv 1910.10683, section 2.2; the first version requires five
+    sentences, later ones and the released code three); `c4_lines` has those for lines."""
     if "lorem ipsum" in text.lower():
         return False, "c4: lorem ipsum"
     if "{" in text:
@@ -79,9 +77,7 @@ def gopher_quality(text: str) -> Verdict:
 
 def gopher_repetition(text: str) -> Verdict:
     """Gopher's rules against repetition (table A1). A line, paragraph or n-gram is a duplicate when it occurs again.
-
-    Shares of characters exclude white space between words, so that indents and line width do not matter.
-    """
+    Shares of characters exclude white space between words, so that indents and line width do not matter."""
     units = {"lines": text.split("\n"), "paragraphs": text.split("\n\n")}
     for unit, parts in units.items():
         parts = [part for part in map(str.strip, parts) if part]
@@ -155,8 +151,7 @@ def _language_detector() -> Any:
 
 def language(text: str, languages: Collection[str], min_score: float) -> Verdict:
     """Whether the text is in one of `languages` (ISO 639-1; empty: any) with at least `min_score`, according to
-    fastText's lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651). The reason names the language found
-    ("language: de"), or is "language: uncertain" if the score is low.
+    fastText's lid.176.ftz (Joulin et al. 2016, arXiv 1612.03651).
 
     FineWeb requires 0.65 of the larger lid.176.bin. This small model is less certain about text full of names, code and
     tables: it classifies nearly every page of the Linux kernel's documentation as English, but a fifth below 0.65.

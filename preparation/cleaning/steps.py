@@ -1,7 +1,4 @@
-"""Cleaning: named steps over batches of documents, each a transformation (text to text) or a filter.
-
-Every transformation is idempotent: applying it twice is the same as applying it once.
-"""
+"""Cleaning: named steps over batches of documents, each a filter or a transformation (text to text, idempotent)."""
 
 import re
 import unicodedata

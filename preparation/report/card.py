@@ -53,18 +53,15 @@ def _row(name: str, figures: dict[str, Any]) -> str:
 def tokenizer_table(manifest: dict[str, Any]) -> str:
     """How well the tokenizer works on a sample of each source."""
     lines = [f"{'source':<34}{'bytes/token':>12}{'tokens/word':>13}{'unknown':>10}{'round trip':>12}"]
-    for name, figures in manifest["tokenizer"]["sources"].items():
-        ratios = f"{figures['bytes_per_token']:>12.2f}{figures['fertility']:>13.2f}"
-        lines.append(f"{name:<34}{ratios}{figures['unknown_rate']:>10.2%}{figures['round_trip_share']:>12.1%}")
+    row = "{:<34}{bytes_per_token:>12.2f}{fertility:>13.2f}{unknown_rate:>10.2%}{round_trip_share:>12.1%}"
+    lines += [row.format(name, **figures) for name, figures in manifest["tokenizer"]["sources"].items()]
     return "\n".join(lines)
 
 
 def data_card(name: str, manifest: dict[str, Any]) -> str:
     """README.md of the dataset folder."""
     files = manifest["files"]
-    listed = "\n".join(
-        f"- {item['source']}: `{item['name']}`, {item['bytes']:,} bytes, `{item['content']}`" for item in files[:20]
-    )
+    listed = "\n".join("- {source}: `{name}`, {bytes:,} bytes, `{content}`".format(**item) for item in files[:20])
     more = f"\n- and {len(files) - 20:,} more files, listed in `manifest.json`" if len(files) > 20 else ""
     options = "\n".join(f"- `{key}`: `{value}`" for key, value in manifest["options"].items())
     tokenizer = manifest["tokenizer"]

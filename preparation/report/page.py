@@ -113,14 +113,14 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
     by_source = [{"reason": reason or "kept", "parts": list(zip(counts.tolist(), read_from, strict=True))}
                  for reason, counts in itertools.islice(details["counts"].items(), REASONS + 1)]  # fmt: skip
 
-    shown = manifest["files"][:FILES]
+    shown, broken = manifest["files"][:FILES], manifest["read"]["broken_records"]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sizes, name=name, details=details, stream=manifest["stream"], splits=splits, versions=manifest["versions"],
         tokenizer=manifest["tokenizer"], read=read, bytes_read=manifest["bytes_read"],
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
         dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
         changed={step: count for step, count in manifest["changed"].items() if count},
-        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in manifest["read"]["broken_records"][:BROKEN]],
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken[:BROKEN]],
         all_broken=manifest["read"]["broken"],
         distributions=_distributions(details["tokens"], details["ratios"]),
         cluster_spans=_cluster_spans(details["cluster_sizes"]),

@@ -105,10 +105,8 @@ def normalize(text: str) -> str:
 
 
 def hash_words(texts: list[str], at_least: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Word hashes of all texts, concatenated (W,) uint64, and the number of words of each text, (n,) int64.
-
-    A text of fewer than `at_least` words is padded with zeros.
-    """
+    """Word hashes of all texts, concatenated (W,) uint64, and the number of words of each text, (n,) int64. A text of
+    fewer than `at_least` words is padded with zeros."""
     hashes, ends = array("Q"), [0]
     for text in texts:
         hashes.extend(map(hash_word, split_words(text)))
@@ -119,10 +117,7 @@ def hash_words(texts: list[str], at_least: int = 0) -> tuple[np.ndarray, np.ndar
 
 def hash_ngrams(words: np.ndarray, lengths: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of the n-grams of all texts, concatenated (S,) uint64, and the number of n-grams of each text, (n,) int64.
-
-    A hash is a polynomial of the words' hashes modulo 2^64, so it depends on their order. A text of fewer than n words
-    has no n-gram.
-    """
+    A hash is a polynomial of the words' hashes modulo 2^64. A text of fewer than n words has no n-gram."""
     counts = np.maximum(lengths - n + 1, 0)
     # The k-th n-gram of a text begins with its k-th word, so shift by how many fewer n-grams than words came before.
     firsts = np.arange(counts.sum()) + np.repeat(np.cumsum(lengths - counts) - (lengths - counts), counts)
@@ -186,12 +181,11 @@ def find_near_duplicates(
     order; `lengths` (N,); `candidates` (N,) bool. Returns (N,) int64: its own index for each document that is kept and
     for each that is no candidate. Takes 40 (no duplicates) to 58 bytes per document while it runs.
 
-    The documents that agree in a band form a bucket. Each is compared only with the one before it in its bucket, which
-    keeps the time linear in N, even where a million documents share a licence header. A pair missed in such a bucket is
-    found in another band, if one of its hashes is not from the header. Two documents are linked if at least `threshold`
-    of their hashes are equal (below 0.5 the bands begin to miss pairs); a cluster is everything that links connect,
-    since two edited copies of a text may differ while both resemble the text. A document at the end of such a chain is
-    kept if its similarity to the representative is below `threshold` - DRIFT.
+    The documents that agree in a band form a bucket. Each is compared only with the one before it, which keeps the time
+    linear in N, even where a million documents share a licence header; another band finds a pair missed there. Two
+    documents are linked if at least `threshold` of their hashes are equal (below 0.5 the bands begin to miss pairs); a
+    cluster is everything that links connect. A document at the end of such a chain is kept if its similarity to the
+    representative is below `threshold` - DRIFT.
     """
     table = _SignatureTable(signatures)
     members = np.flatnonzero(candidates).astype(np.uint32)
@@ -329,8 +323,7 @@ def find_contaminated(texts: list[str], index: ContaminationIndex, overlap: floa
     place, bit = _place_and_bit(grams, index.bitmap)
     positions = np.flatnonzero(index.bitmap[place] & bit)
     grams = grams[positions]
-    starts = np.searchsorted(index.hashes, grams, side="left")
-    stops = np.searchsorted(index.hashes, grams, side="right")
+    starts, stops = np.searchsorted(index.hashes, grams), np.searchsorted(index.hashes, grams, side="right")
     documents = np.searchsorted(np.cumsum(counts), positions, side="right")
     # Sorted by document, each 13-gram once, however often the document repeats it.
     hits = np.unique(np.stack([documents, starts, stops])[:, starts < stops], axis=1)

@@ -98,7 +98,7 @@ def _encode_dictionary(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
 
 
 def is_held_out(digests: np.ndarray, validation_fraction: float) -> np.ndarray:
-    """Digests (N, 16) uint8 → (N,) bool. Added documents never change the split of the others: the text alone decides."""
+    """Digests (N, 16) uint8 → (N,) bool. The text alone decides: added documents never change the split of others."""
     return _as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)
 
 

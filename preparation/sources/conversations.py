@@ -53,16 +53,13 @@ def assistant_text(text: str) -> str:
 
 def lacks_content(text: str) -> bool:
     """Whether a message of the user or the assistant is empty: it would teach the model to answer nothing."""
-    return any(
-        message["role"] in ("user", "assistant") and not message["content"].strip() for message in split_messages(text)
-    )
+    spoken = (item["content"] for item in split_messages(text) if item["role"] in ("user", "assistant"))
+    return not all(map(str.strip, spoken))
 
 
 def without_system(text: str) -> str:
-    """The conversation without the system message at its beginning; other text is returned unchanged.
-
-    A whole corpus may share that message, and would make all short conversations near duplicates or contaminated.
-    """
+    """The conversation without the system message at its beginning, which a whole corpus may share: it would make all
+    short conversations near duplicates or contaminated. Other text is returned unchanged."""
     if not text.startswith(f"{SEPARATOR}system\n"):
         return text
     return SEPARATOR + text[1:].partition(SEPARATOR)[2]

@@ -26,10 +26,8 @@ NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
 
 def find_files(source: SourceConfig) -> list[Path]:
-    """The files of a source with a path, sorted; files of other kinds in a folder are passed over.
-
-    Raises `UserError` for a path that does not exist, a file of an unknown kind, a folder with nothing to read.
-    """
+    """The files of a source with a path, sorted; files of other kinds in a folder are passed over. `UserError` for a
+    path that does not exist, a file of an unknown kind, a folder with nothing to read."""
     path = Path(str(source.path))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -101,11 +99,9 @@ def _suffix(name: str) -> str:
 def describe_files(
     sources: list[SourceConfig], known: list[dict[str, Any]], *, read_again: bool, by_size_only: bool
 ) -> list[dict[str, Any]]:
-    """One record per file: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`.
-
-    A file in `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
-    `read_again`. `by_size_only` is for streamed sources: their size replaces the hash.
-    """
+    """One record per file: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`. A file in
+    `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
+    `read_again`. `by_size_only` is for streamed sources: their size replaces the hash."""
     hashes = {(item["path"], item["bytes"], item["mtime_ns"]): item["content"] for item in known}
     records: list[dict[str, Any]] = []
     owners: dict[Path, str] = {}

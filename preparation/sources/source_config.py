@@ -57,30 +57,27 @@ class SourceConfig:
     def problems(self, where: str) -> list[str]:
         found = []
         if (self.path is None) == (self.hub is None):
-            found.append(f"{where}: give either path or hub")
+            found.append("give either path or hub")
         if self.path == "":
-            found.append(f"{where}: path is empty")
+            found.append("path is empty")
         if sum(option is not None for option in (self.text_column, self.template, self.messages_column)) > 1:
-            found.append(f"{where}: give either text_column or template or messages_column")
+            found.append("give either text_column or template or messages_column")
         if self.template is not None:
             try:
                 parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
                 if not parts or any(form or convert or not str(name).strip() for _, name, form, convert in parts):
-                    found.append(
-                        f'{where}: template {self.template!r} should name columns, as in "{{title}}: {{body}}"'
-                    )
+                    found.append(f'template {self.template!r} should name columns, as in "{{title}}: {{body}}"')
             except ValueError as error:
-                found.append(f"{where}: template {self.template!r}: {error}")
-        if self.new_document is not None:
-            try:
-                re.compile(self.new_document)
-            except re.error as error:
-                found.append(f"{where}: new_document {self.new_document!r} is not a regular expression: {error}")
+                found.append(f"template {self.template!r}: {error}")
+        try:
+            re.compile(self.new_document or "")
+        except re.error as error:
+            found.append(f"new_document {self.new_document!r} is not a regular expression: {error}")
         if not 0 <= self.weight <= 100:
-            found.append(f"{where}: weight is {self.weight}; it must be between 0 and 100")
+            found.append(f"weight is {self.weight}; it must be between 0 and 100")
         if self.max_file_bytes < 1:
-            found.append(f"{where}: max_file_bytes is {self.max_file_bytes}; it must be at least 1")
-        return found
+            found.append(f"max_file_bytes is {self.max_file_bytes}; it must be at least 1")
+        return [f"{where}: {problem}" for problem in found]
 
 
 def parse_source(entry: Any, where: str) -> tuple[SourceConfig | None, list[str]]:

@@ -128,16 +128,6 @@ def _train_wordpiece(texts: Iterable[list[str]], vocab_size: int, special: list[
     return trained
 
 
-def get_chat_template(tokenizer: Any) -> str:
-    """The template that formats conversations; `UserError` if the tokenizer has none."""
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError:
-        raise UserError(
-            "the tokenizer has no chat template; give one with tokenizer.chat_template configs/chat_template.jinja"
-        ) from None
-
-
 def check_chat_template(tokenizer: "PreTrainedTokenizerFast") -> None:
     """`UserError` if the template has a syntax error, or writes special tokens that the tokenizer lacks."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}

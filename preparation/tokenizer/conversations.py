@@ -10,7 +10,7 @@ import pyarrow as pa
 from tokenizers import Tokenizer
 
 from preparation.sources.conversations import split_messages
-from preparation.tokenizer.build import get_chat_template, token_dtype
+from preparation.tokenizer.build import token_dtype
 from preparation.tokenizer.encoding import iter_batches
 from utils.cli import UserError
 
@@ -29,7 +29,6 @@ class ConversationEncoder:
     part of it, as in transformers' `return_assistant_tokens_mask`.
 
     The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
-
     `encode_table` reads `columns` of the documents; its table has `features`. `note` says how turns are found.
     """
 
@@ -42,7 +41,11 @@ class ConversationEncoder:
             input_ids=datasets.List(datasets.Value(self.dtype.__name__)),
             loss_mask=datasets.List(datasets.Value("uint8")),
         )
-        self._template = get_chat_template(tokenizer)
+        try:
+            self._template: str = tokenizer.get_chat_template()
+        except ValueError:
+            advice = "give one with tokenizer.chat_template configs/chat_template.jinja"
+            raise UserError(f"the tokenizer has no chat template; {advice}") from None
         self._marks_turns = GENERATION.search(self._template) is not None
         how = "as the chat template marks them" if self._marks_turns else "the text after a generation prompt"
         self.note = f"encoded by tokenizers; the assistant's turns: {how}"
@@ -53,10 +56,8 @@ class ConversationEncoder:
         self._backend.post_processor = None  # some of them remove white space from a token's span of characters
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists.
-
-        Raises `UserError` for a conversation that the template refuses, or whose turns cannot be found.
-        """
+        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists. `UserError`
+        for a conversation that the template refuses, or whose turns cannot be found."""
         rendered = list(map(self.render, batch["text"].to_pylist(), batch["id"].to_pylist()))
         encodings = itertools.chain.from_iterable(
             self._backend.encode_batch(texts, add_special_tokens=False)

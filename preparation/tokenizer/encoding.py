@@ -59,10 +59,8 @@ class Encoder:
         return {name: value for name, value in vars(self).items() if name != "_gigatoken"}
 
     def __call__(self, texts: list[str]) -> Encoded:
-        """Ids of all documents (T,), uint16 or uint32, and the offsets (N + 1,), int64, of each document in them.
-
-        If gigatoken fails, `tokenizers` encodes these documents and all later ones, and `note` says so.
-        """
+        """Ids of all documents (T,), uint16 or uint32, and the offsets (N + 1,), int64, of each document in them. If
+        gigatoken fails, `tokenizers` encodes these documents and all later ones, and `note` says so."""
         if self._uses_gigatoken:
             try:
                 return self._frame(*self._encode_by_gigatoken(texts))
