@@ -278,7 +278,7 @@ def reference_run(name: str, data: list[torch.Tensor], **options: bool) -> dict[
     return weights(model)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", PEAK)
 def test_steps_equal_a_plain_loop_with_torchs_own_optimizers(name, monkeypatch):
     monkeypatch.setattr("training.optimization.muon.fast_bf16", lambda device: True)  # torch's Muon computes in bf16
     model, optimizer, scheduler = make(name)
@@ -310,7 +310,7 @@ def test_where_bf16_is_slow_muon_computes_the_same_update_in_fp32(monkeypatch):
         assert torch.allclose(orthogonalize(gradient).double(), left @ values.diag() @ right, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", PEAK)
 def test_a_run_goes_on_from_saved_state_bit_for_bit(name):
     """As train.py saves and loads it: after `prepare`, by torch.save and a load of weights only."""
     data = batches(8)

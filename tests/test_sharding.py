@@ -186,9 +186,9 @@ def test_two_machines_are_two_launchers(processes, whole_runs, dataset, tmp_path
 
 
 @pytest.mark.parametrize(("way", "options", "launch_options", "line"), [
-    ("fsdp2", {"optimizer.name": "adafactor"}, [], "optimizer.name adafactor does not share out its state"),
+    ("fsdp2", {"optimizer.name": "adafactor"}, [], "optimizer.name adafactor does not shard its state"),
     ("context", {"data.sequence_length": 56}, [], "data.sequence_length must be a multiple of 16"),
-    ("context", {}, ["--num_processes", "3"], "cp_size 2 the number of processes, 3"),
+    ("context", {}, ["--num_processes", "3"], "the number of processes, 3"),
 ])  # fmt: skip
 def test_what_is_not_shared_out_rightly_is_refused(way, options, launch_options, line, dataset, tmp_path):
     settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset} | options

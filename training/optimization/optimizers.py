@@ -1,6 +1,6 @@
 """The optimizers that `optimizer.name` can choose, and which parameters they decay.
 
-To add one, write a function that builds it and give it an entry in `OPTIMIZERS`; nothing else names the optimizers.
+To add one, write a function that builds it and give it an entry in `OPTIMIZERS`; no other code names the optimizers.
 The module imports torch inside its functions, so that an unknown name is refused before torch's slow import.
 """
 
