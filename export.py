@@ -96,6 +96,8 @@ def main(config: ExportConfig) -> None:
             raise UserError(
                 f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
             )
+        if output.exists():
+            raise UserError(f"{output} has appeared meanwhile; remove it, or choose another --output")
         work.rename(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror or error}") from error

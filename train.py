@@ -81,7 +81,7 @@ def main(config: TrainConfig) -> None:
     objective = build_training_objective(model, config, accelerator, data)
     lines = describe_objective(objective, config, data, new=not run.checkpoint) if accelerator.is_main_process else []
     optimizer = build_optimizer(model, config.optimizer, fused=accelerator.scaler is None)
-    scheduler = build_scheduler(optimizer, config.schedule, max_steps)  # `prepare` would step it once per process
+    scheduler = build_scheduler(optimizer, config.schedule, max_steps)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, data.train_loader(state), data.validation_loader()
     )
@@ -170,7 +170,7 @@ def main(config: TrainConfig) -> None:
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
-    """accelerate as the launch asked for it, and how its processes split the global batch."""
+    """The Accelerator that the launch asked for, and how its processes split the global batch."""
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     launch = PartialState(cpu=use_cpu, timeout=timedelta(minutes=max(30, 2 * config.guards.hang_minutes)))
     plan = plan_batches(

@@ -106,7 +106,7 @@ def dry_run_report(
             device=device.type,
         )  # fmt: skip
         flops = count_step_flops(objective, example, config, plan)
-    except RuntimeError as error:  # an operation of this model needs values, which fake tensors lack
+    except (RuntimeError, ValueError) as error:  # an operation of this model needs values, which fake tensors lack
         return [*lines, f"memory and time: no estimate for this model: {short(error)}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
     step = sum(memory.values())
@@ -132,7 +132,7 @@ def describe_work(objective: Objective, example: BatchShapes, config: TrainConfi
     """A line with the floating-point operations of one step on all devices, counted without computing anything."""
     try:
         return f"work: {count_step_flops(objective, example, config, plan):.3g} FLOPs a step"
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"work: not counted for this model: {short(error)}"
 
 

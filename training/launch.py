@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType, PrecisionType, parse_flag_from_env
 from transformers import AutoModelForCausalLM
 
 from training.hardware import fast_bf16
-from training.optimization.optimizers import OPTIMIZERS
+from training.optimization.optimizers import OPTIMIZERS, check_optimizer
 from utils.cli import LAUNCHER_PID, UserError, nearest, run_script
 from utils.config import TrainConfig
 from utils.files import read_yaml
@@ -119,6 +119,7 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         problems.append("fsdp_activation_checkpointing redraws dropout masks; use model.activation_checkpointing")
     if parallelism is not None and parallelism.cp_enabled:
         problems += context_problems(config, parallelism.cp_size)
+    check_optimizer(config.optimizer)
     if not OPTIMIZERS[config.optimizer.name].shards:
         sharding = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.shards)
         problems.append(f"optimizer.name {config.optimizer.name} does not shard its state; use one of {sharding}")

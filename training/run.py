@@ -171,6 +171,8 @@ class Run:
         else:
             remedy = "to continue, repeat the command with --checkpoint.resume auto"
             self.tracker.say(f"stopped ({reason}) at step {state.optimizer_step}, which is saved; {remedy}")
+        # The main process may still be drawing the plot: until it is done, all ranks note signals and have a watchdog.
+        self.accelerator.wait_for_everyone()
 
 
 def checkpoint_bytes(model: Any, config: TrainConfig) -> int:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
-from utils.pretrained import short
+from utils.files import short
 
 Tensors = dict[str, torch.Tensor]
 

@@ -1,4 +1,4 @@
-"""What may ask a run to stop before its end, and the vote by which all ranks agree to it."""
+"""The requests that can stop a run early, and the vote by which all ranks agree."""
 
 import contextlib
 import math
@@ -18,6 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The reasons to stop, in the order of `StopRequests._flags`.
 REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "max_minutes")
 STOP_FILE = "stop"
+LOOK_SECONDS = 1.0  # between looks at the stop file, which may be on a network disk
 SLOW_DISK = 100e6  # bytes per second, assumed until the first save is measured
 END_SECONDS = 5  # from the last save to the exit: plot, trackers
 # torch's launcher kills its processes this long after it asked them to end.
@@ -46,7 +47,8 @@ class StopRequests:
         # accelerate and torchrun set these; without a launcher, a parent shell may go and the run goes on.
         self._launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
         self._deadline = psutil.Process().create_time() + 60 * (math.inf if max_minutes is None else max_minutes)
-        self._last_time, self._warned = 0.0, False
+        self._last_time, self._next_look = 0.0, 0.0
+        self._warned = self._stop_file_seen = False
 
     def __enter__(self) -> "StopRequests":
         """Note signals from here on; before, they end the process. A signal that nohup ignores stays ignored."""
@@ -74,8 +76,11 @@ class StopRequests:
         is_main = self.accelerator.is_main_process
         launcher_gone = self._launched and os.getppid() != LAUNCHER_PID
         end = time.time() + 2 * self.longest_gap_seconds + 2 * self.save_seconds + END_SECONDS
-        asked, late = is_main and self.stop_file.exists(), is_main and end > self._deadline
-        return [*(signum in self._noted for signum in SIGNALS), launcher_gone, asked, late]
+        if is_main and time.time() >= self._next_look:
+            self._next_look = time.time() + LOOK_SECONDS
+            self._stop_file_seen = self.stop_file.exists()
+        late = is_main and end > self._deadline
+        return [*(signum in self._noted for signum in SIGNALS), launcher_gone, self._stop_file_seen, late]
 
     def vote(self, *figures: torch.Tensor) -> list[float]:
         """All-reduce: the sums of scalars over all ranks, and of the flags. All ranks call it; it waits for the device.

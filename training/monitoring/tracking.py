@@ -184,7 +184,7 @@ class RunTracker(contextlib.AbstractContextManager):
 
         path = self.run / WANDB_FILE
         run_id, *sent = path.read_text(encoding="utf-8").split() if path.exists() else [uuid.uuid4().hex[:8]]
-        self.sent_step = max(self.sent_step, *(int(step) for step in sent), 0)
+        self.sent_step = max(self.sent_step, *(int(step) for step in sent), -1)
         path.write_text(f"{run_id}\n{self.sent_step}\n", encoding="utf-8")
         options = {"name": self.run.name, "dir": str(self.run), "id": run_id, "resume": "allow"}
         if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
@@ -207,11 +207,11 @@ def _cut_samples(path: Path, step: int) -> None:
 def _cut_metrics(path: Path, step: int, looked: int) -> int:
     """Drop what the resumed run will log again: training after `step`, evaluations after `looked`, a broken last line.
 
-    Returns the last step in the file before the cut, which earlier launches have sent to the trackers.
+    Returns the last step in the file before the cut, which earlier launches have sent to the trackers; -1 if none.
     """
     if not path.exists():
-        return 0
-    kept, last = [], 0
+        return -1
+    kept, last = [], -1
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, StopIteration):
             record = json.loads(line)

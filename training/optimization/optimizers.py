@@ -31,13 +31,13 @@ class Entry:
     extra: str | None = None  # of pyproject.toml, which installs `library`
 
 
-def check_optimizer(config: OptimizerConfig) -> None:
-    """`UserError` if there is no such optimizer, or its library is not installed."""
+def check_optimizer(config: OptimizerConfig, installed: bool = True) -> None:
+    """`UserError` if there is no such optimizer or, with `installed`, its library is missing."""
     if config.name not in OPTIMIZERS:
         hint = nearest(config.name, OPTIMIZERS)
         raise UserError(f"optimizer.name {config.name} is unknown{hint}; it is one of {', '.join(OPTIMIZERS)}")
     entry = OPTIMIZERS[config.name]
-    if entry.library and find_spec(entry.library) is None:
+    if installed and entry.library and find_spec(entry.library) is None:
         raise UserError(f"optimizer.name {config.name} needs {entry.library}: pip install -e '.[{entry.extra}]'")
 
 
@@ -47,6 +47,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = Tru
     `fused` uses torch's fused kernels where the optimizer has them. Turn it off if gradients are scaled (fp16): a fused
     step skips an overflow by itself, and accelerate then cannot tell that it was skipped.
     """
+    check_optimizer(config)
     return OPTIMIZERS[config.name].build(model, config, fused)
 
 

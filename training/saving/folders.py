@@ -182,7 +182,7 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
 
 
 def link_checkpoint(folder: Path, link: str, step: int | None) -> bool:
-    """Let `folder/link` point to the checkpoint of `step`, in one step; False if there is none."""
+    """Atomically point `folder/link` at the checkpoint of `step`; False if there is none."""
     target = checkpoint_name(step or 0)
     if not (folder / target).exists():
         return False
@@ -219,7 +219,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Away under its name in one step, so that a kill leaves no half of a checkpoint; then file by file."""
+    """Rename the checkpoint first, so that a kill never leaves half of one under its name; then delete its files."""
     leaving = checkpoint.with_name(f"{TEMPORARY_PREFIX}{checkpoint.name}.removed")
     shutil.rmtree(leaving, ignore_errors=True)
     checkpoint.rename(leaving)

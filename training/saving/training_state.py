@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from training.optimization.ema import WeightAverage
 from utils.checkpoint_tensors import Tensors, read_average, read_tensors
 from utils.cli import UserError
-from utils.files import read_json
-from utils.pretrained import short
+from utils.files import read_json, short
 
 # State of Adafactor and 8-bit AdamW that is kept by row, column or block, and so has another shape than its parameter.
 OTHER_SHAPES = ("row_var", "col_var", "qmap", "absmax")
@@ -95,7 +94,7 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
         if parameter not in parameters:
             raise ValueError("it has the state of a parameter that the model lacks")
         for name, value in state.items():
-            if not isinstance(value, torch.Tensor) or value.ndim == 0:  # a step, or a running product of rates
+            if not isinstance(value, torch.Tensor) or value.ndim == 0 < parameter.ndim:  # a step, or a product of rates
                 if not 0 <= float(value) < math.inf:
                     raise ValueError(f"{name} {value}")
             elif not name.startswith(OTHER_SHAPES) and value.shape != parameter.shape:
