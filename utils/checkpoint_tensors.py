@@ -1,7 +1,7 @@
 """Reading the tensors of a checkpoint: from one file, or from shards that any number of FSDP ranks wrote.
 
-Everything is safetensors. A shard knows its place in the whole tensor (torch.distributed.checkpoint), so any number of
-ranks reads what any other number wrote, and each rank reads only the part that it holds.
+A shard knows its place in the whole tensor (torch.distributed.checkpoint), so any number of ranks reads what any other
+number wrote, and each rank reads only the part that it holds. Everything is safetensors.
 """
 
 import warnings
@@ -35,11 +35,10 @@ def read_tensors(checkpoint: Path, group: str, like: Callable[[str], torch.Tenso
 
     found: Tensors = {}
     for name, stored in read_shard_metadata(checkpoint / group).items():
-        example, kept = like(name), stored.properties.dtype
+        example = like(name)
         if example is None or example.shape != stored.size:
-            found[name] = torch.zeros(stored.size, dtype=kept)
-        else:
-            found[name] = torch.zeros_like(example, dtype=kept, requires_grad=False)
+            example = torch.empty(stored.size)
+        found[name] = torch.zeros_like(example, dtype=stored.properties.dtype, requires_grad=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each rank reads by itself
         dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / group)), no_dist=True)

@@ -47,7 +47,7 @@ class TrainState:
     tokens_seen: int = 0
     """Target tokens consumed by all ranks."""
     last_evaluated_step: int = 0
-    """Last step whose evaluation and sample are done. It is behind optimizer_step if the run was stopped before them."""
+    """Last step whose evaluation and sample are done; behind optimizer_step if the run was stopped before them."""
     skipped: int = 0
     """Updates that were not made. They consume data, but no step of the schedule."""
     nonfinite: int = 0
@@ -113,10 +113,9 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their hashes, and one line for each newer one that does not."""
-    problems: list[str] = []
+    problems = []
     for checkpoint in reversed(list_checkpoints(folder)):
-        problem = find_problem(checkpoint)
-        if problem is None:
+        if (problem := find_problem(checkpoint)) is None:
             return checkpoint, problems
         problems.append(f"{checkpoint} is not valid and is skipped: {problem}")
     return None, problems
@@ -130,8 +129,7 @@ def find_problem(checkpoint: Path) -> str | None:
     except (UserError, ValueError, TypeError, KeyError, OverflowError):
         return "manifest.json is missing or unreadable"
     for name, (size, digest) in expected.items():
-        path = checkpoint / name
-        if not is_inside(path, checkpoint):
+        if not is_inside(path := checkpoint / name, checkpoint):
             return f"manifest.json names {name[:200]!r}, which is outside of the checkpoint"
         if not path.is_file():
             return f"{name} is missing"
@@ -155,12 +153,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         path = link
     if not (path / "state.json").is_file():
         raise UserError(f"{path}: not a checkpoint folder (it has no state.json)")
-    problem = find_problem(path)
-    if problem:
-        raise UserError(
-            f"{path}: {problem}; `python -m utils.checkpoints verify RUN` shows which checkpoints are valid; "
-            "give the folder of one"
-        )
+    if problem := find_problem(path):
+        raise UserError(f"{path}: {problem}; give a valid one (`python -m utils.checkpoints verify RUN` lists them)")
     return path.resolve()
 
 
@@ -178,8 +172,7 @@ def main(arguments: list[str]) -> None:
         raise UserError("usage: python -m utils.checkpoints list|verify RUN")
     command, run = arguments[0], Path(arguments[1])
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    found = list_checkpoints(folder)
-    if not found:
+    if not (found := list_checkpoints(folder)):
         raise UserError(f"{run}: {'no checkpoints here' if run.exists() else 'does not exist'}")
     linked = {link: (folder / link).resolve().name for link in LINKS}
     damaged = 0

@@ -39,7 +39,7 @@ LAUNCHER_PID = os.getppid()  # read before the slow imports, during which the la
 LONGEST_ERROR = 2000  # characters of a message, which may quote a file
 # What gloo, NCCL and torch's store say when a peer's process has ended.
 PEER_GONE = re.compile(
-    r"closed by peer|reset by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
+    "(closed|reset) by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
 )
 
 # Cleanup that must always run, in reverse order: `main` enters its locks, threads and files here.
@@ -69,8 +69,7 @@ def run_script(main: Callable[[Any], None], config: object) -> None:
 
 def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
     """Print `error` as one line and end this process."""
-    rank = os.environ.get("RANK", "0")
-    prefix = ""
+    rank, prefix = os.environ.get("RANK", "0"), ""
     if rank != "0":  # most mistakes occur on all ranks: the launcher ends this one before it repeats the message
         time.sleep(3)
         prefix = f"[rank {rank}] "
@@ -155,9 +154,7 @@ def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Confi
 
 
 def _build_parser(cls: type, **options: Any) -> ArgumentParser:
-    parser = ArgumentParser(
-        exit_on_error=False, allow_abbrev=False, default_env=False, formatter_class=HelpFormatter, **options
-    )
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter, **options)
     parser.add_class_arguments(cls)
     return parser
 
@@ -171,10 +168,7 @@ def _one_line(error: Exception, names: list[str]) -> str:
         (r"Annotated\[(\w+), '.*?'\]", r"\1"),
         (r"Expected a list\. Got value: (\[.*)", r"Expected a list. Got \1: put '…' around it"),
         (r"Expected a list\. Got value: (.*)", r"Expected a list. Write '[\1]'"),
-        (
-            r"Does not validate .*? Subtypes: \[(\w+), NoneType\].*Given value: (.*)",
-            r"Expected \1 or null. Got value: \2",
-        ),
+        (r"Does not validate .*? Subtypes: \[(\w+), None.*Given value: (.*)", r"Expected \1 or null. Got value: \2"),
     ):
         message = re.sub(pattern, replacement, message)
     if match := re.match(r'Parser key "(.+?)": (.*)', message):
@@ -198,8 +192,7 @@ def _one_line(error: Exception, names: list[str]) -> str:
 def find_problems(config: object, section: str = "") -> list[str]:
     """One line for every value that is null, not finite or outside its type's bounds, and what `problems()` returns:
     the values of a section that do not go together, provided that each is valid by itself."""
-    nested: list[str] = []
-    found: list[str] = []
+    nested, found = [], []
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         name, value, bound = section + item.name, getattr(config, item.name), _bound_of(item.type)
         if dataclasses.is_dataclass(value):

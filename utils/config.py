@@ -1,17 +1,17 @@
 """The options of train.py: one dataclass per subject; each field's docstring is its `--help` text and gives its unit.
 
-The defaults train the demo's model on the demo's data with AdamW, so `train.py` runs without any option. Bounds stand
-in the types; `problems()` checks values against each other. "Step" means optimizer step everywhere.
+The defaults train the demo. The types hold the bounds; `problems()` checks values against each other. "Step" means
+optimizer step everywhere.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-# architecture → name → hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, max_position_embeddings.
-# `tiny` trains in minutes on a CPU. The others have the width, depth and heads of published models: SmolLM2, Llama 3.2
-# and Llama 2 (with fewer positions and rope_theta 10,000), GPT-2, BERT, ModernBERT, T5.
+SIZE_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
+# architecture → name → values of SIZE_NAMES. `tiny` trains in minutes on a CPU. The others are those of published
+# models: SmolLM2, Llama 3.2 and Llama 2 (with fewer positions and rope_theta 10,000), GPT-2, BERT, ModernBERT, T5.
 SIZES: dict[str, dict[str, tuple[int, int, int, int, int]]] = {
     "llama": {
         "tiny": (192, 4, 4, 512, 256), "135m": (576, 30, 9, 1536, 2048), "1b": (2048, 16, 32, 8192, 8192),
@@ -21,9 +21,7 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int, int]]] = {
         "tiny": (192, 4, 4, 768, 256), "124m": (768, 12, 12, 3072, 1024), "355m": (1024, 24, 16, 4096, 1024),
         "774m": (1280, 36, 20, 5120, 1024), "1.5b": (1600, 48, 25, 6400, 1024),
     },
-    "bert": {
-        "tiny": (192, 4, 4, 768, 256), "base": (768, 12, 12, 3072, 512), "large": (1024, 24, 16, 4096, 512),
-    },
+    "bert": {"tiny": (192, 4, 4, 768, 256), "base": (768, 12, 12, 3072, 512), "large": (1024, 24, 16, 4096, 512)},
     "modernbert": {
         "tiny": (192, 4, 4, 512, 256), "base": (768, 22, 12, 1152, 8192), "large": (1024, 28, 16, 2624, 8192),
     },
@@ -33,13 +31,7 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int, int]]] = {
     },
 }  # fmt: skip
 # What a published model has beyond its five sizes.
-SIZE_OVERRIDES: dict[tuple[str, str], dict[str, int]] = {
-    ("llama", "135m"): {"num_key_value_heads": 3},
-    ("llama", "1b"): {"num_key_value_heads": 8},
-}
-SIZE_NAMES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings"
-)  # fmt: skip
+SIZE_OVERRIDES = {("llama", "135m"): {"num_key_value_heads": 3}, ("llama", "1b"): {"num_key_value_heads": 8}}
 
 
 @dataclass
@@ -57,12 +49,10 @@ class DataConfig:
     pad_to: Literal["longest", "max_length"] = "longest"
     """Layout padded: pad rows to the longest row of the batch, or to sequence_length, so that all shapes are equal."""
     num_workers: NonNegativeInt = 0
-    """Loader processes per rank. Stored data is fastest with 0: a row is a slice of a mapped file. For a stream the
-    workers, at most one per lane, read and tokenize while the model trains."""
+    """Loader processes per rank. Stored data is fastest with 0. A stream takes at most one per lane."""
     stream_lanes: PositiveInt = 8
-    """Streams only: independent sequences of documents; each global batch takes an equal part from every lane. Must
-    divide batch.global_batch_size and be a multiple of the number of processes. Processes and their loader workers
-    share the lanes."""
+    """Streams only: sequences of documents, from each of which a global batch takes an equal part. Must divide
+    batch.global_batch_size and be a multiple of the number of processes, which share the lanes."""
 
 
 @dataclass
@@ -141,8 +131,8 @@ class ModelConfig:
     pretrained: str | None = None
     """Folder or Hub name of a model to start from. Its own architecture and sizes are used; those below are ignored."""
     architecture: str = "llama"
-    """llama, gpt2, bert, modernbert or t5. With `size` null also another `model_type` of transformers whose model has
-    the head that the objective needs; check it with --dry_run."""
+    """llama, gpt2, bert, modernbert or t5; with `size` null any `model_type` of transformers that has the objective's
+    head (check it with --dry_run)."""
     size: str | None = "tiny"
     """Sizes by name: llama tiny, 135m, 1b, 7b; gpt2 tiny, 124m, 355m, 774m, 1.5b; bert and modernbert tiny, base,
     large; t5 tiny, small, base, large. null: the sizes below, or the architecture's own."""
@@ -182,10 +172,8 @@ class ModelConfig:
     def sizes(self) -> dict[str, int | None]:
         """The five sizes, `size` filled in; None where neither says anything."""
         named = (None,) * len(SIZE_NAMES) if self.size is None else SIZES[self.architecture][self.size]
-        given = [getattr(self, name) for name in SIZE_NAMES]
-        return dict(
-            zip(SIZE_NAMES, [a if a is not None else b for a, b in zip(given, named, strict=True)], strict=True)
-        )
+        sizes: dict[str, int | None] = dict(zip(SIZE_NAMES, named, strict=True))
+        return sizes | {name: getattr(self, name) for name in SIZE_NAMES if getattr(self, name) is not None}
 
     def problems(self) -> list[str]:
         found = []
@@ -224,8 +212,7 @@ class KernelConfig:
     """Faster implementations with the same results up to rounding; see utils/kernels/. Attention is model.attention."""
 
     chunked_head: bool = True
-    """Compute the loss for a chunk of rows at a time: all logits would be the largest tensor of a small model. Used
-    where the logits are one linear map of the last hidden state."""
+    """Hold the logits of a few rows at a time. Used where logits are one linear map of the last hidden state."""
     fused_activation: bool = True
     """Compute GPT-2's gelu_new in one pass over memory, not eight."""
     fast_dropout: bool = True
@@ -290,10 +277,8 @@ class ScheduleConfig:
             if self.shape != "warmup_stable_decay":
                 found.append(f"schedule.decay_steps is for shape warmup_stable_decay, not {self.shape}; leave it null")
             elif self.max_steps is not None and self.warmup_steps + self.decay_steps > self.max_steps:
-                found.append(
-                    f"schedule.warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps}) are more than "
-                    f"schedule.max_steps ({self.max_steps}); lower one of them"
-                )
+                steps = f"schedule.warmup_steps ({self.warmup_steps}) and decay_steps ({self.decay_steps})"
+                found.append(f"{steps} are more than schedule.max_steps ({self.max_steps}); lower one of them")
         return found
 
 
@@ -310,8 +295,7 @@ class EvaluationConfig:
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without improvement. null: never."""
     early_stopping_min_delta: NonNegativeFloat = 0.0
-    """For patience, a loss counts as an improvement if it is lower than the last improvement by more than this, in nats
-    per token. The best checkpoint is always the one with the lowest loss."""
+    """Patience counts an evaluation as an improvement if its loss falls by more than this, in nats per token."""
 
 
 @dataclass
@@ -325,11 +309,11 @@ class CheckpointConfig:
     archive_every_steps: PositiveInt | None = None
     """Never remove the checkpoints of steps that are multiples of this. null: archive none."""
     asynchronous: bool = True
-    """Write in the background while training continues, from a copy of weights and optimizer state in the memory of the
-    main process's host. The last checkpoint of a launch is always written synchronously."""
+    """Write while training continues, from a copy in the host memory of the main process. The last save of a launch
+    is always synchronous."""
     resume: Literal["never", "auto"] = "never"
-    """auto: continue from the newest valid checkpoint in the run folder; start if there is none; refuse if all are
-    damaged. never: refuse a run folder that is in use."""
+    """auto: continue from the newest valid checkpoint; start if there is none; refuse if all are damaged. never: refuse
+    a run folder that is in use."""
 
 
 @dataclass
@@ -337,8 +321,8 @@ class GuardConfig:
     """When to skip an update, and when to give up the run. All ranks decide alike, before the update."""
 
     max_nonfinite: NonNegativeInt = 0
-    """Updates with a loss or gradient that is not finite that the run may skip; one more stops it. Their texts are
-    written to bad_batches/ in the run folder. fp16 overflows do not count: the gradient scaler skips them."""
+    """Updates with a loss or gradient that is not finite that the run may skip; one more stops it. Their texts go to
+    bad_batches/ in the run folder. fp16 overflows do not count: the gradient scaler skips them."""
     spike_deviations: PositiveFloat | None = None
     """Skip an update whose loss or gradient norm is more than this many standard deviations above the mean of the
     updates before it, such as 6 (the rule and the numbers of OLMo-core's SkipStepOptimizer). null: never."""
@@ -347,8 +331,7 @@ class GuardConfig:
     max_spikes: NonNegativeInt = 10
     """Spikes that the run may skip; one more stops it."""
     hang_minutes: PositiveFloat = 10.0
-    """End a rank that makes no progress for this long plus twice the time a save may take. Its stack traces are in
-    .heartbeats/ in the run folder."""
+    """End a rank without progress for this long plus twice the time of a save; stack traces go to .heartbeats/."""
 
 
 @dataclass
@@ -407,11 +390,8 @@ class TrainConfig:
     def problems(self) -> list[str]:
         if self.model.pretrained is not None or self.model.architecture == "t5" or self.model.problems():
             return []
-        positions = self.model.sizes()["max_position_embeddings"]
-        positions = self.model.overrides.get("max_position_embeddings", positions)  # type: ignore[assignment]
-        if positions is None or self.data.sequence_length <= positions:
+        length, limit = self.data.sequence_length, "max_position_embeddings"
+        positions: Any = (self.model.sizes() | self.model.overrides)[limit]
+        if positions is None or length <= positions:
             return []
-        return [
-            f"data.sequence_length ({self.data.sequence_length}) is longer than model.max_position_embeddings "
-            f"({positions}); lower one or raise the other"
-        ]
+        return [f"data.sequence_length ({length}) is longer than model.{limit} ({positions}); lower it or raise this"]

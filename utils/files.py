@@ -1,7 +1,4 @@
-"""Small files: read as plain data, replaced in one step, hashed, locked.
-
-Somebody else may have written a file that is read: every fault in it is a `UserError`.
-"""
+"""Small files: read as plain data (every fault is a `UserError`), replaced in one step, hashed, locked."""
 
 import contextlib
 import fcntl
@@ -33,16 +30,14 @@ class PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.YAMLError(
-                f"line {event.start_mark.line + 1}: alias *{event.anchor}: write out what it stands for"
-            )
+            line = event.start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: alias *{event.anchor}: write out what it stands for")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = str(key_node.value)
-            if key in seen:
+            if (key := str(key_node.value)) in seen:
                 raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: duplicate key {key!r}")
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -62,10 +57,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The `option: value` lines of a YAML file; `UserError` if it holds anything else."""
     try:
         value = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(value, dict):
@@ -124,8 +117,8 @@ def replace_text(path: Path, text: str) -> None:
 def hold_lock(path: Path) -> Iterator[bool]:
     """Whether this process got the lock on `path`. The end of the block or of the process releases it.
 
-    `lockf` belongs to the process: worker processes that outlive a killed parent do not keep it, as they would `flock`.
-    The owner of the lock writes its host and process number into the file.
+    Worker processes that outlive a killed parent do not keep a `lockf`, as they would a `flock`. The file names the
+    owner's host and process.
     """
     with path.open("a") as file:
         try:

@@ -25,8 +25,7 @@ def read_tokenizer(name: str | Path) -> Any:
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
-    """A conversation as ids, by the tokenizer's chat template. The template is a program that its author wrote; it runs
-    in Jinja's sandbox."""
+    """A conversation as ids, by the tokenizer's chat template, a program that runs in Jinja's sandbox."""
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)["input_ids"]
     except Exception as error:  # a program may raise anything
@@ -57,9 +56,8 @@ def read_weights(auto_model: Any, name: str | Path, config: Any, **options: Any)
     logging.set_verbosity_error()  # its report of missing and unexpected tensors has many lines
     try:
         model, found = auto_model.from_pretrained(
-            name, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            **options,
-        )  # fmt: skip
+            name, config=config, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+        )
     except Exception as error:  # each format fails in its own way
         why = short(error)
         if "ignore_mismatched_sizes" in why:  # the message refers to the report

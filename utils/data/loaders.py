@@ -1,8 +1,7 @@
 """DataLoaders: the rows of a layout, collated by an objective; accelerate gives each rank its slice of every batch.
 
 The order yields draws. A draw is one sample of one epoch: epoch × number of rows + row. Which tokens an objective hides
-or moves is random for each draw, but a pure function of (seed, draw): it depends neither on the split into
-micro-batches and processes nor on where a run was resumed.
+or moves is a pure function of (seed, draw), however batches are split and wherever a run was resumed.
 """
 
 import multiprocessing
@@ -31,10 +30,8 @@ def build_layout(
     """Rows of `sequence_length` positions, `layout` as in `DataConfig`. With `fixed_length`, padded rows have that many
     positions too. `UserError` if there is nothing to predict, or a token id that is not below `vocab_size`."""
     if tokens.largest_id >= vocab_size:
-        raise UserError(
-            f"the dataset holds token id {tokens.largest_id}, but its tokenizer has {vocab_size} entries: the folder "
-            "is damaged or mixes two datasets; prepare it again"
-        )
+        mismatch = f"the dataset holds token id {tokens.largest_id}, but its tokenizer has {vocab_size} entries"
+        raise UserError(f"{mismatch}: the folder is damaged or mixes two datasets; prepare it again")
     if not any((lengths > 1).any() for _, lengths in document_windows(tokens)):
         raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")
     if layout == "padded":
@@ -90,14 +87,10 @@ def build_evaluation_loader(layout: Layout, collate: Collator, batch_size: int) 
 
 
 def _build_loader(rows: CollatedRows, sampler, num_workers: int) -> DataLoader:
-    return DataLoader(
-        rows,  # type: ignore[arg-type] # a map-style dataset by its methods
-        batch_sampler=sampler,
-        worker_init_fn=ignore_signals,
-        collate_fn=to_tensors,  # type: ignore[arg-type] # of a batch, as `__getitems__` returns it
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return DataLoader(  # `rows` is a map-style dataset by its methods; `to_tensors` gets what its `__getitems__` returns
+        rows, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=ignore_signals,  # type: ignore[arg-type]
+        collate_fn=to_tensors, pin_memory=torch.cuda.is_available(),  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:

@@ -5,8 +5,7 @@ position is the next token of the document, whichever row that token is in. Igno
 map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
 
 Every batch has `lengths` (B,) int64: the number of positions with tokens in each row, 0 for a `PADDING_SAMPLE`. If the
-tokens have a loss mask, the batch has `loss_mask`, aligned with `targets`, uint8: 1 for a target that may be trained
-on. The targets themselves stay: an objective decides what to do with the mask.
+tokens have a loss mask, it also has `loss_mask`, like `targets`, uint8: 1 for a target that may be trained on.
 """
 
 from bisect import bisect_left, insort
@@ -27,9 +26,8 @@ Batch = dict[str, np.ndarray]  # name → (B, T); `lengths` (B,)
 class PackedLayout:
     """Documents end to end, cut every T tokens.
 
-    A batch is `input_ids`, `targets` (the next token of the same document) and `position_ids`, each (B, T) int64.
-    `position_ids` restart at 0 with every document and every row; by them a model keeps documents apart. The free
-    positions at the end of a row count as a document of their own.
+    A batch is `input_ids`, `targets` (the next token of the same document) and `position_ids`, each (B, T) int64. By
+    `position_ids` a model keeps documents apart: they restart at 0 with each document, row and run of free positions.
     """
 
     def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
@@ -41,27 +39,23 @@ class PackedLayout:
 
     @property
     def utilisation(self) -> float:
-        """The share of positions that hold a token, at most 1."""
+        """The share of positions that hold a token."""
         return self.tokens.num_tokens / (len(self) * self.sequence_length)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """The rows `indices` (B,) as one batch; PyTorch's loaders call this name for many samples at once."""
         length, offsets, end = self.sequence_length, self.tokens.offsets, self.tokens.num_tokens
-        spans = [row * length if row != PADDING_SAMPLE else end for row in indices]
-        stops = [start + length + 1 for start in spans]
-        starts = np.array(spans)
+        starts = np.array([row * length if row != PADDING_SAMPLE else end for row in indices])
         # The documents that begin after a row's first position and at most one position after its last, empty ones too.
-        first, last = offsets.searchsorted(starts, "right"), offsets.searchsorted(starts + length, "right")
-        counts = last - first
-        ends = offsets[ranges(first, counts)]
-        ends += (np.arange(len(starts)) * length - starts).repeat(counts)
-        return self._batch(spans, stops, end - starts, ends)
+        first = offsets.searchsorted(starts, "right")
+        counts = offsets.searchsorted(starts + length, "right") - first
+        ends = offsets[ranges(first, counts)] + (np.arange(len(starts)) * length - starts).repeat(counts)
+        return self._batch(starts.tolist(), (starts + length + 1).tolist(), end - starts, ends)
 
     def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
         """The batch of the token spans [start, stop), B × (T + 1) tokens in all: each row and the token behind it.
 
-        In row i only the first used[i] tokens belong to documents. `ends` are the places behind each document's last
-        token, counted over the (B, T) positions.
+        Row i begins with used[i] tokens of documents. `ends` (of B × T) are the places behind each document's last one.
         """
         length = self.sequence_length
         buffer = self.tokens.gather(starts, stops).reshape(-1, length + 1)
@@ -73,10 +67,8 @@ class PackedLayout:
         restarts.sort()
         positions = (restarts[:-1] % length).repeat(restarts[1:] - restarts[:-1]).reshape(labels.shape)
         np.subtract(self.columns, positions, out=positions)
-        batch = {
-            "input_ids": buffer[:, :-1].astype(np.int64), "targets": labels, "position_ids": positions,
-            "lengths": np.minimum(used, length),
-        }  # fmt: skip
+        batch = {"input_ids": buffer[:, :-1].astype(np.int64), "targets": labels, "position_ids": positions}
+        batch["lengths"] = np.minimum(used, length)
         if self.tokens.loss_mask is not None:
             mask = self.tokens.loss_mask.gather(starts, stops).reshape(-1, length + 1)[:, 1:]
             batch["loss_mask"] = mask * (labels != IGNORED)
@@ -146,11 +138,9 @@ class PaddedLayout:
     with 1 ≤ longest ≤ T; (B, T) with `fixed_length`.
     """
 
-    def __init__(
-        self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False
-    ) -> None:
-        self.tokens, self.sequence_length, self.pad_token_id = tokens, sequence_length, pad_token_id
-        self.fixed_length = fixed_length
+    def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False):
+        self.tokens, self.sequence_length = tokens, sequence_length
+        self.pad_token_id, self.fixed_length = pad_token_id, fixed_length
         # A document of n tokens has n - 1 targets. rows[i] is the number of rows before document i.
         self.rows = np.zeros_like(tokens.offsets)
         self._num_inputs = 0
@@ -204,10 +194,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
 
     Returns (order, sizes): the indices of the items, bin after bin, (n,), and the number of items in each bin. The
     longest item comes first, and each goes to a bin where it leaves the least space (best-fit decreasing: Johnson et
-    al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). There are few lengths and
-    many items, so one step places all equal items in all equal bins (packing a histogram: Krell et al., 2021, arXiv
-    2107.02027). A step fills more than half of its bins' space, and a length splits at most two groups of equal bins,
-    so the number of steps is O(capacity × log capacity), independent of the number of items.
+    al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). One step places all equal
+    items in all equal bins (packing a histogram: Krell et al., 2021, arXiv 2107.02027). A step fills more than half of
+    its bins' space, and a length splits at most two groups, so there are O(capacity × log capacity) steps.
     """
     steps: list[tuple[int, int, int]] = []  # first bin, number of bins, items that go into each of them
     # Free space → groups of consecutive bins that have it: first bin, number of bins. The spaces, sorted.
@@ -219,11 +208,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
         left = int(counts[length])
         while left:
             place = bisect_left(spaces, length)
+            space, first, available = capacity, num_bins, left  # as many new bins as needed
             if place < len(spaces):
                 space = spaces[place]
                 first, available = groups[space].pop()
-            else:  # as many new bins as needed
-                space, first, available = capacity, num_bins, left
             each = min(left, space // length)
             bins = min(available, left // each)
             left -= bins * each

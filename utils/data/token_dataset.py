@@ -1,8 +1,7 @@
 """The token dataset on disk: a folder with `train/` and `validation/` (Arrow), `tokenizer/` and `manifest.json`.
 
-A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32). Conversations
-also have the column `loss_mask` (uint8), 1 on the assistant's tokens. There are no padding and no labels: rows of any
-length are laid out when training starts.
+A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32), without padding
+and labels. Conversations also have the column `loss_mask` (uint8), 1 on the assistant's tokens.
 """
 
 import itertools
@@ -29,12 +28,9 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         output = "data/mine" if Path(folder).exists() else folder
         raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
     manifest = read_json(path)
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise UserError(
-            f"dataset {folder} has format version {found}, but this Plainloop reads {FORMAT_VERSION}; prepare it again "
-            "in a new folder"
-        )
+    again = "prepare the dataset again in a new folder"
+    if (found := manifest.get("format_version")) != FORMAT_VERSION:
+        raise UserError(f"{path}: has format version {found}, but this Plainloop reads {FORMAT_VERSION}; {again}")
     try:
         num_bytes = manifest["splits"]["validation"]["bytes"]
         is_whole = isinstance(manifest["key"], str) and type(num_bytes) is int and num_bytes > 0
@@ -42,7 +38,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     except (KeyError, TypeError):
         is_whole = False
     if not is_whole:
-        raise UserError(f"{path}: is damaged; prepare the dataset again in a new folder")
+        raise UserError(f"{path}: is damaged; {again}")
     return manifest
 
 
@@ -56,8 +52,7 @@ class TokenDataset:
 
     def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray, loss_mask: "TokenDataset | None" = None) -> None:
         """`chunks` are the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
-        self._chunks = chunks
-        self.loss_mask = loss_mask
+        self._chunks, self.loss_mask = chunks, loss_mask
         self._chunk_starts = [0, *itertools.accumulate(map(len, chunks))]
         self.offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         self.offsets[1:] = lengths
@@ -98,23 +93,18 @@ class TokenDataset:
 
 def open_split(folder: str | Path, split: str) -> TokenDataset:
     """The split `train` or `validation` of a dataset folder, mapped from disk without a copy."""
-    try:
-        table = _map_table(Path(folder) / split)
+    path = Path(folder) / split
+    try:  # as `datasets.load_from_disk` maps a table, without the second of CPU time that importing `datasets` takes
+        files = [path / part["filename"] for part in read_json(path / "state.json")["_data_files"]]
+        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
         mask = TokenDataset(*_read_lists(table, "loss_mask")) if "loss_mask" in table.column_names else None
         tokens = TokenDataset(*_read_lists(table, "input_ids"), mask)
     except Exception as error:  # pyarrow raises many types
         raise UserError(f"dataset {folder}: the {split} split cannot be read: {short(error)}") from None
     if mask is not None and mask.num_tokens != tokens.num_tokens:
-        raise UserError(
-            f"dataset {folder}: the {split} split has {mask.num_tokens} masks for {tokens.num_tokens} tokens"
-        )
+        counts = f"{mask.num_tokens} masks for {tokens.num_tokens} tokens"
+        raise UserError(f"dataset {folder}: the {split} split has {counts}; prepare it again")
     return tokens
-
-
-def _map_table(folder: Path) -> pa.Table:
-    """As `datasets.load_from_disk` maps a table, without the second of CPU time that importing `datasets` takes."""
-    files = [folder / part["filename"] for part in read_json(folder / "state.json")["_data_files"]]
-    return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
 
 
 def _read_lists(table: pa.Table, column: str) -> tuple[list[np.ndarray], np.ndarray]:

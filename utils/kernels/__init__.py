@@ -18,10 +18,7 @@ from utils.kernels.dropout import FastDropout
 def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.device) -> None:
     """Choose the attention of `model` for `device`, and replace activations and dropout by faster equivalents.
 
-    Args:
-        model: of transformers, built with its default attention where `attention` is auto or blocked.
-
-    Raises `UserError` for an attention that the model lacks.
+    Where `attention` is auto or blocked, transformers has built `model` with its default. `UserError` if it lacks it.
     """
     wanted = attention == "blocked" or (attention == "auto" and device.type == "cpu")
     if wanted and model.config._attn_implementation == "sdpa":

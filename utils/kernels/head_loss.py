@@ -18,15 +18,11 @@ def head_loss(
 ) -> torch.Tensor:
     """Summed cross-entropy of `head(hidden)` in nats, an fp32 scalar; only a chunk of rows has logits at any time.
 
-    Args:
-        hidden: (N, D).
-        targets: (N,); -100 where there is none.
-        label_smoothing, z_loss: as in `Objective.forward`.
+    hidden: (N, D); targets: (N,), -100 where there is none; label_smoothing, z_loss: as in `Objective.forward`.
 
     The gradients are computed with the loss, so that nothing of size (N, V) is kept or computed twice, as in
     Liger-Kernel (Hsu et al., 2024, arXiv 2410.10989). Products are in autocast's precision, loss and softmax in fp32.
-    Under fp16 the gradients' products are in fp32 too: they precede the loss scaling that would keep them in fp16's
-    range. Can be differentiated once.
+    Under fp16 the gradients' products are in fp32 too, because loss scaling comes later. Can be differentiated once.
     """
     with_gradients = torch.is_grad_enabled()
     dtype = product_dtype(hidden)
@@ -67,8 +63,7 @@ class _HeadLoss(torch.autograd.Function):
             index = target.where(has_target, 0)
             each = (1 - label_smoothing) * (log_sum + (largest - logits.gather(1, index).float()))
             if label_smoothing:
-                mean = logits.mean(-1, keepdim=True, dtype=torch.float32)
-                each += label_smoothing * (log_sum + (largest - mean))
+                each += label_smoothing * (log_sum + (largest - logits.mean(-1, keepdim=True, dtype=torch.float32)))
             if z_loss:
                 log_normaliser = largest + log_sum
                 each += z_loss * log_normaliser.square()

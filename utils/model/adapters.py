@@ -28,16 +28,13 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:
     peft = import_peft()
     if type(model).__name__ not in (model.config.architectures or []):
         saved = (model.config.architectures or ["a model without a head"])[0]
-        raise UserError(
-            f"model.lora: {model.name_or_path} was saved as {saved}; the head of {type(model).__name__} would be new "
-            "and remain untrained. Train all weights (model.lora.rank 0)"
-        )
+        untrained = f"the head of {type(model).__name__} would be new and remain untrained"
+        remedy = "train all weights (model.lora.rank 0)"
+        raise UserError(f"model.lora: {model.name_or_path} was saved as {saved}; {untrained}: {remedy}")
     targets = "all-linear" if config.target_modules == ["all-linear"] else config.target_modules
-    options = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
-    )
+    lora = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
     try:
-        return peft.get_peft_model(model, options)
+        return peft.get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"model.lora: {short(error)}") from None
 
@@ -50,24 +47,22 @@ def base_of(folder: str | Path) -> str:
     """Name of the model that saved adapters belong to; `UserError` if its weights have changed since."""
     path = Path(folder) / BASE_FILE
     saved = read_json(path)
-    if not isinstance(saved.get("name"), str) or not isinstance(saved.get("sha256"), str | None):
+    name, digest = saved.get("name"), saved.get("sha256")
+    if not isinstance(name, str) or not isinstance(digest, str | None):
         raise UserError(f"{path}: does not name the weights that the adapters belong to")
-    if not Path(saved["name"]).is_dir() and saved.get("sha256"):
-        raise UserError(
-            f"{folder} holds adapters for {saved['name']}, which does not exist here; run from the same folder"
-        )
-    if saved.get("sha256") != hash_weights(saved["name"]):
-        raise UserError(f"{folder} holds adapters for {saved['name']}, whose weights have changed since; restore them")
-    if has_adapters(saved["name"]):
-        raise UserError(f"{path}: names {saved['name']}, which holds adapters itself; merge them with export.py first")
-    return str(saved["name"])
+    if digest and not Path(name).is_dir():
+        raise UserError(f"{folder} holds adapters for {name}, which does not exist here; run from the same folder")
+    if digest != hash_weights(name):
+        raise UserError(f"{folder} holds adapters for {name}, whose weights have changed since; restore them")
+    if has_adapters(name):
+        raise UserError(f"{path}: names {name}, which holds adapters itself; merge them with export.py first")
+    return name
 
 
 def save_base(model: Any, folder: Path) -> None:
     """Write the name and hash of the weights that saved adapters belong to beside them."""
     name = model.get_base_model().name_or_path
-    text = json.dumps({"name": name, "sha256": hash_weights(name)})
-    (folder / BASE_FILE).write_text(text, encoding="utf-8")
+    (folder / BASE_FILE).write_text(json.dumps({"name": name, "sha256": hash_weights(name)}), encoding="utf-8")
 
 
 @cache  # a second per GB, once per process

@@ -19,10 +19,8 @@ from utils.model.adapters import add_adapters, base_of, has_adapters, import_pef
 from utils.model.initialization import INITIALIZATIONS
 from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights
 
-# Classes that open a saved model, by the objective's head.
-AUTO_MODELS = (
-    transformers.AutoModelForCausalLM, transformers.AutoModelForMaskedLM, transformers.AutoModelForSeq2SeqLM
-)  # fmt: skip
+# Names of transformers' classes that open a saved model, by the objective's head.
+AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 # Values of `model.attention` that `use_kernels` applies when the device is known; before, the architecture's default.
 DEFERRED_ATTENTION = {"auto": None, "blocked": None}
@@ -39,10 +37,8 @@ def build_model(
     not read. Raises `UserError` if the configuration is invalid, or `config.pretrained` cannot be loaded or belongs to
     another tokenizer.
     """
-    special = {
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": pad_token_id(tokenizer),
-    }  # fmt: skip
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special["pad_token_id"] = pad_token_id(tokenizer)
     architecture = build_architecture(config, auto_model, special)
     multiple = config.vocabulary_multiple
     entries = max(len(tokenizer), architecture.vocab_size if config.pretrained else 0)
@@ -51,23 +47,18 @@ def build_model(
         model = load_pretrained(config, tokenizer, auto_model, architecture)
     else:
         try:
-            model = auto_model.from_config(
-                architecture,
-                attn_implementation=DEFERRED_ATTENTION.get(config.attention, config.attention),
-                dtype=torch.float32,
-            )
+            attention = DEFERRED_ATTENTION.get(config.attention, config.attention)
+            model = auto_model.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
         except Exception as error:  # each class checks in its own way
-            raise UserError(
-                f"model.architecture {architecture.model_type}: {short(error)}; choose other sizes, or another "
-                "architecture, objective.name or model.attention"
-            ) from None
+            why = f"model.architecture {architecture.model_type}: {short(error)}"
+            raise UserError(f"{why}; choose another one, other sizes, objective.name or model.attention") from None
         INITIALIZATIONS[config.initialization](model)
     model.config.update(special)
     if model.can_generate():
-        model.generation_config = GenerationConfig(
-            **(special | {"eos_token_id": stop_token_ids(tokenizer)}),
-            **({"decoder_start_token_id": special["pad_token_id"]} if architecture.is_encoder_decoder else {}),
-        )
+        options = special | {"eos_token_id": stop_token_ids(tokenizer)}
+        if architecture.is_encoder_decoder:
+            options["decoder_start_token_id"] = special["pad_token_id"]
+        model.generation_config = GenerationConfig(**options)
     if config.lora.rank:
         model = add_adapters(model, config.lora)
     enable_activation_checkpointing(model, config)
@@ -134,17 +125,14 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
     entries = architecture.vocab_size
     architecture.vocab_size = read_config(name).vocab_size
     if not covers_vocabulary(tokenizer, name):
-        raise UserError(
-            f"model.pretrained {name} was trained with another tokenizer than the dataset's; prepare the data with "
-            f"--tokenizer.pretrained {name}"
-        )
+        mismatch = f"model.pretrained {name} was trained with another tokenizer than the dataset's"
+        raise UserError(f"{mismatch}; prepare the data with --tokenizer.pretrained {name}")
     model = load_model(name, config.attention, auto_model, architecture)
     if entries > architecture.vocab_size:
         if config.lora.rank:
-            raise UserError(
-                f"model.lora: {name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}, and adapters "
-                "do not train the embedding: train all weights (model.lora.rank 0), or use data without new tokens"
-            )
+            why = f"{name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}"
+            remedy = "train all weights (model.lora.rank 0), or use data without new tokens"
+            raise UserError(f"model.lora: {why}, and adapters do not train the embedding: {remedy}")
         model.resize_token_embeddings(entries)
     return model
 
@@ -161,14 +149,12 @@ def load_model(
         base = base_of(name)
         architecture = read_config(base)
         set_dropout(architecture, dropout)
-        model = load_model(base, attention, architecture=architecture)
-        model = read_adapters(import_peft(), model, name)
+        model = read_adapters(import_peft(), load_model(base, attention, architecture=architecture), name)
     else:
         architecture = architecture or read_config(name)
-        model = read_weights(
-            auto_model or saved_class(architecture), name, architecture,
-            attn_implementation=DEFERRED_ATTENTION.get(attention, attention), dtype=torch.float32,
-        )  # fmt: skip
+        auto_model = auto_model or saved_class(architecture)
+        chosen = DEFERRED_ATTENTION.get(attention, attention)
+        model = read_weights(auto_model, name, architecture, attn_implementation=chosen, dtype=torch.float32)
     # From the mapped file into torch's own memory: the last bits of a product can depend on the alignment of its
     # inputs, and a resumed run must equal the uninterrupted one.
     for parameter in model.parameters():
@@ -179,7 +165,7 @@ def load_model(
 def saved_class(architecture: Any) -> Any:
     """The Auto class whose head a saved model has."""
     saved = (architecture.architectures or [""])[0]
-    for auto_model in AUTO_MODELS:
+    for auto_model in (getattr(transformers, name) for name in AUTO_MODELS):
         if type(architecture) in auto_model._model_mapping:
             found = auto_model._model_mapping[type(architecture)]
             if saved in [getattr(cls, "__name__", "") for cls in (found if isinstance(found, tuple) else (found,))]:
@@ -194,10 +180,8 @@ def enable_activation_checkpointing(model: Any, config: ModelConfig) -> None:
     if config.activation_offload and not torch.accelerator.is_available():
         raise UserError("model.activation_offload is for GPUs: on a CPU activations are in host memory already")
     try:
-        model.activation_checkpointing_enable(
-            {"use_reentrant": False}, every_n_layers=config.activation_checkpointing_every,
-            offload=config.activation_offload,
-        )  # fmt: skip
+        every, offload = config.activation_checkpointing_every, config.activation_offload
+        model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every, offload=offload)
     except ValueError as error:
         raise UserError(f"model.activation_checkpointing: {short(error)}") from None
 
@@ -208,20 +192,18 @@ def covers_vocabulary(tokenizer: Any, name: str | Path) -> bool:
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
         return True
     try:
-        vocabulary = read_tokenizer(name).get_vocab()
+        return read_tokenizer(name).get_vocab().items() <= tokenizer.get_vocab().items()  # type: ignore[no-any-return]
     except UserError:
         if Path(name).is_dir():
             raise
         return True
-    return vocabulary.items() <= tokenizer.get_vocab().items()
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:
     """The tokens that end a text, with a chat template also the one that ends the assistant's turn."""
     found = [tokenizer.eos_token_id]
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
-        ids = chat_ids(tokenizer, turns)
+        ids = chat_ids(tokenizer, [{"role": role, "content": "x"} for role in ("user", "assistant")])
         found += [token for token in ids[-2:] if token in tokenizer.all_special_ids]  # white space may follow the token
     return sorted(set(found))
 

@@ -39,20 +39,16 @@ def initialize_gpt2(model: PreTrainedModel) -> None:
     for stack in stacks:
         projections = residual_projections(stack)
         if len(projections) < 2 * model.config.num_hidden_layers:
-            raise UserError(
-                f"model.initialization gpt2: the residual projections of {type(model).__name__} are not known; choose "
-                "model or normal"
-            )
+            unknown = f"the residual projections of {type(model).__name__} are not known"
+            raise UserError(f"model.initialization gpt2: {unknown}; choose model or normal")
         for projection in projections:
             projection.weight.div_(math.sqrt(len(projections)))  # type: ignore[operator, union-attr]
 
 
 def residual_projections(model: nn.Module) -> list[nn.Module]:
     """The linear layers of attention and MLP that write into the residual stream."""
-    return [
-        module for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name.endswith(RESIDUAL_PROJECTIONS)
-    ]  # fmt: skip
+    linear = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return [module for name, module in linear if name.endswith(RESIDUAL_PROJECTIONS)]
 
 
 INITIALIZATIONS: dict[str, Callable[[PreTrainedModel], None]] = {

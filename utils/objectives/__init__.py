@@ -44,8 +44,7 @@ class Objective(nn.Module):
     def __init__(self, model: nn.Module, config: ObjectiveConfig | None = None, *, chunked_head: bool = False) -> None:
         """`chunked_head`: only for a model with `has_linear_head`."""
         super().__init__()
-        self.chunked_head = chunked_head
-        self.model, self.config = model, config or ObjectiveConfig()
+        self.model, self.config, self.chunked_head = model, config or ObjectiveConfig(), chunked_head
         self.context: Any = None  # set where ranks share the positions of a row; its `masks` go to the attention
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
@@ -57,9 +56,8 @@ class Objective(nn.Module):
         Args:
             targets: (B, T); the token that the logits at each position should predict, -100 where there is none. No
                 hidden shift takes place.
-            inputs: what the model's own forward takes, such as input_ids (B, T). In packed rows `position_ids` (B, T)
-                restart at 0 with each document. By them, given neither mask nor cache, transformers' decoders keep
-                the documents of a row apart; an encoder gets a mask that does so.
+            inputs: what the model's own forward takes, such as input_ids (B, T). By `position_ids` (B, T), which
+                restart at 0 with each document, a decoder without mask and cache keeps packed documents apart.
 
         Label smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv 1512.00567). The z-loss
         adds weight × log²Z per target, Z being the softmax's normaliser (Chowdhery et al., 2022, arXiv 2204.02311).
@@ -88,8 +86,7 @@ class Objective(nn.Module):
         """`inputs`, with the masks for ranks that share the positions of a row."""
         if self.context is None:
             return inputs
-        rows = inputs.pop("row_position_ids", None)
-        return {**inputs, "context_masks": self.context.masks(rows)}
+        return {**inputs, "context_masks": self.context.masks(inputs.pop("row_position_ids", None))}
 
     def predict(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The likeliest token at each position, (B, T)."""
@@ -108,8 +105,8 @@ def has_linear_head(model: Any) -> bool:
     """Whether the logits are one linear map of the last hidden state, and nothing else; a short pass finds out.
 
     Some architectures scale or cap their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a
-    decoder). The pass compares the tensors themselves, not their numbers: small logits would differ little, and a model
-    on the meta device has none. On that device the answer for a model that computes by values (a router) is False.
+    decoder). The pass compares the tensors themselves: small logits would differ little, and a model on the meta device
+    has no numbers. There the answer for a model that computes by values (a router) is False.
     """
     bare, head = without_adapters(model), model.get_output_embeddings()
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
@@ -127,11 +124,10 @@ def has_linear_head(model: Any) -> bool:
 def _logits_are_the_heads(model: Any) -> bool:
     """Whether the head reads the base model's last hidden state, and its output is what the model returns."""
     seen: dict[str, torch.Tensor] = {}
+    base, head = model.base_model, model.get_output_embeddings()
     hooks = [
-        model.base_model.register_forward_hook(lambda _, __, output: seen.update(hidden=output[0])),
-        model.get_output_embeddings().register_forward_hook(
-            lambda _, inputs, output: seen.update(input=inputs[0], output=output)
-        ),
+        base.register_forward_hook(lambda _, __, output: seen.update(hidden=output[0])),
+        head.register_forward_hook(lambda _, inputs, output: seen.update(input=inputs[0], output=output)),
     ]
     ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     with evaluating(model):
@@ -146,10 +142,9 @@ def _logits_are_the_heads(model: Any) -> bool:
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
     """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0.
 
-    A decoder in transformers keeps documents apart by their restarting `position_ids`. An encoder does not: it needs
-    this as `attention_mask`, along with `position_ids`. The mask is added to the scores: 0 where two positions belong
-    to one document, else the lowest fp32 number. It is not boolean, because transformers passes a mask of four
-    dimensions on unchanged, and eager attention would add 0 and 1: documents would silently see each other.
+    The mask is added to the scores: 0 where two positions belong to one document, else the lowest fp32 number. It is
+    not boolean, because transformers passes a mask of four dimensions on unchanged, and eager attention would add 0 and
+    1: documents would silently see each other.
     """
     documents = (position_ids == 0).cumsum(-1)
     same = documents[:, None, :, None] == documents[:, None, None, :]
@@ -157,10 +152,7 @@ def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
-    """`document_mask`; for a model with layers that see only a window (ModernBERT), one mask per kind of layer.
-
-    transformers passes a mask of four dimensions on to all layers, and would lose the window.
-    """
+    """`document_mask`; for a model with layers that see only a window (ModernBERT), one mask per kind of layer."""
     mask = document_mask(position_ids)
     if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
         return mask

@@ -38,13 +38,12 @@ class FillInTheMiddle:
         <prefix> prefix <suffix> suffix <middle> middle eos
         <prefix> <suffix> suffix <middle> prefix middle eos      with `suffix_first_rate`
 
-    The second order is the paper's SPM, variant 2 (appendix D), in which prefix and middle are contiguous. A document
-    is cut between tokens at two places, drawn uniformly and independently (the paper cuts between characters). The cut
-    is made in the row (the paper's context-level variant), so a piece of a document counts as a document.
+    The second order is the paper's SPM, variant 2 (appendix D). A document is cut between tokens at two places, drawn
+    uniformly and independently (the paper cuts between characters). The cut is made in the row (the paper's
+    context-level variant), so a piece of a document counts as a document.
 
     The row keeps its length: the sentinels, and an eos that the piece lacked, replace the last 3 or 4 tokens of its
-    content, which are not learnt in this epoch. A bos or eos token in front stays there. A piece that would keep fewer
-    than `LEAST_CONTENT` tokens stays as it is.
+    content. A bos or eos token in front stays there. A piece that would keep fewer than `LEAST_CONTENT` tokens stays.
     """
 
     config: FillInTheMiddleConfig

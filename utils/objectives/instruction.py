@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoModelForCausalLM
 
 from utils.cli import UserError
 from utils.config import ObjectiveConfig
 from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
+from utils.objectives import causal
 
-AUTO_MODEL = AutoModelForCausalLM
+AUTO_MODEL = causal.AUTO_MODEL
 
 
 def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
@@ -21,8 +21,5 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 def collate(rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
     """The layouts' targets, without those that the dataset's loss mask excludes."""
     if "loss_mask" not in rows:
-        raise UserError(
-            "objective.name instruction needs a dataset of conversations; prepare one with --messages_column messages"
-        )
-    batch = {name: values for name, values in rows.items() if name not in ("lengths", "loss_mask")}
-    return batch | {"targets": np.where(rows["loss_mask"], rows["targets"], IGNORED)}
+        raise UserError("objective.name instruction needs conversations; prepare some with --messages_column messages")
+    return causal.collate(rows, generators) | {"targets": np.where(rows["loss_mask"], rows["targets"], IGNORED)}

@@ -20,9 +20,7 @@ AUTO_MODEL = AutoModelForMaskedLM
 MASK = "<|mask|>"
 BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 # Thai to Lao, Burmese, Khmer, kana, Chinese characters: scripts without spaces between words.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 
 
 def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
@@ -45,10 +43,9 @@ def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
 class Masking:
     """Chooses tokens to predict, each independently with probability `mask_rate`, and hides most of them.
 
-    Of the chosen tokens `replace_rate` become the mask token, `random_rate` a random token, and the rest stay; the
-    model must predict all of them. Special tokens are neither chosen nor inserted. With `whole_words` all tokens of a
-    word are chosen together, at the same rate; each of them is then replaced independently, as in BERT's own whole word
-    masking (github.com/google-research/bert, create_pretraining_data.py). A row may end up without a target.
+    Special tokens are neither chosen nor inserted. With `whole_words` all tokens of a word are chosen together, at the
+    same rate; each of them is then replaced independently, as in BERT's own whole word masking
+    (github.com/google-research/bert, create_pretraining_data.py). A row may end up without a target.
     """
 
     config: MaskedConfig
@@ -59,8 +56,7 @@ class Masking:
 
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
         """Rows → input_ids and targets (B, T), and the rows' position_ids or attention_mask."""
-        tokens = rows["input_ids"]
-        width = tokens.shape[1]
+        tokens, width = rows["input_ids"], rows["input_ids"].shape[1]
         # One draw per position: what a row draws does not depend on how far its batch is padded.
         draws = np.stack([generator.random((width, 3)) for generator in generators])
         choice, change, substitute = draws.transpose(2, 0, 1)
@@ -78,8 +74,7 @@ class Masking:
     def word_starts(self, rows: Batch) -> np.ndarray:
         """The column where the word of each position begins, (B, T); no word goes beyond its document."""
         assert self.edges is not None
-        tokens = rows["input_ids"]
-        open_left, open_right = self.edges
+        tokens, (open_left, open_right) = rows["input_ids"], self.edges
         begins = np.ones(tokens.shape, bool)
         begins[:, 1:] = ~(open_left[tokens[:, 1:]] & open_right[tokens[:, :-1]])
         if "position_ids" in rows:
@@ -115,16 +110,14 @@ def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.n
         else:
             raw = token.replace("▁", " ").encode()
         text = raw.decode(errors="replace")
-        if text.startswith("\ufffd"):
-            # A piece of a character: later bytes continue it. First bytes of 0xC3 to 0xDF nearly always begin letters
-            # (Latin to Arabic); higher ones begin a Chinese character, an emoji or a dash just as often.
-            open_left[id_] = 0x80 <= raw[0] <= 0xBF or 0xC3 <= raw[0] <= 0xDF
-        else:
-            open_left[id_] = is_word_character(text[:1])
+        # A piece of a character: later bytes continue it. First bytes of 0xC3 to 0xDF nearly always begin letters
+        # (Latin to Arabic); higher ones begin a Chinese character, an emoji or a dash just as often.
+        piece = text.startswith("\ufffd") and (0x80 <= raw[0] <= 0xBF or 0xC3 <= raw[0] <= 0xDF)
+        open_left[id_] = piece or is_word_character(text[:1])
         open_right[id_] = text.endswith("\ufffd") or is_word_character(text[-1:])
     return open_left, open_right
 
 
 def is_word_character(char: str) -> bool:
     """Whether `char` is a letter, digit or mark of a script with spaces between words; False for the empty string."""
-    return char != "" and unicodedata.category(char)[0] in "LNM" and not UNSPACED.match(char)
+    return char != "" and unicodedata.category(char)[0] in "LNM" and not re.match(UNSPACED, char)

@@ -35,11 +35,10 @@ class SpanCorruption:
 
     Text and spans follow T5's code (github.com/google-research/text-to-text-transfer-transformer, t5/data:
     preprocessors.py, `random_spans_noise_mask` and `span_corruption`; tasks.py). A row counts as one text even if it
-    holds several documents, as T5 joins documents and cuts them into pieces of one length (`reduce_concat_tokens`,
-    `split_tokens`). The row's eos tokens stay in it as separators, except one at its end. The text begins with kept
-    tokens and ends with a span, so the target ends with eos, without the last sentinel of the paper's figures. All cuts
-    with the numbers of `counts` are equally likely. A text that would need more spans than there are sentinels has
-    longer spans.
+    holds several documents, as in T5 (`reduce_concat_tokens`, `split_tokens`). Their eos tokens stay as separators,
+    except one at the row's end. The text begins with kept tokens and ends with a span, so the target ends with eos,
+    without the last sentinel of the paper's figures. All cuts with the numbers of `counts` are equally likely. A text
+    that would need more spans than there are sentinels has longer spans.
     """
 
     config: SpanCorruptionConfig
@@ -50,29 +49,24 @@ class SpanCorruption:
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
         """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U).
 
-        S and U are the lengths that a text of T tokens needs: the shapes depend on T alone. decoder_input_ids are the
-        targets shifted right behind the padding token, T5's decoder start. The decoder is causal and padded on the
-        right, so it needs no mask. A row with fewer than two tokens of text has no target.
+        S and U are the lengths that a text of T tokens needs. decoder_input_ids are the targets shifted right behind
+        the padding token, T5's decoder start. A row with fewer than two tokens of text has no target.
         """
         tokens = rows["input_ids"]
         input_width, target_width = self.widths(tokens.shape[1])
         inputs = np.full((len(tokens), input_width), self.pad_token_id)
-        attention_mask = np.zeros_like(inputs)
-        targets = np.full((len(tokens), target_width), IGNORED)
+        mask, targets = np.zeros_like(inputs), np.full((len(tokens), target_width), IGNORED)
         for number, (length, generator) in enumerate(zip(rows["lengths"].tolist(), generators, strict=True)):
             text = tokens[number, :length]
             if length and text[-1] == self.eos_token_id:
                 text = text[:-1]
             left, cut_out = self.corrupt(text, generator)
-            inputs[number, : len(left)], attention_mask[number, : len(left)] = left, 1
+            inputs[number, : len(left)], mask[number, : len(left)] = left, 1
             targets[number, : len(cut_out)] = cut_out
-        starts = np.full((len(tokens), 1), self.pad_token_id)
-        shifted = np.where(targets[:, :-1] == IGNORED, self.pad_token_id, targets[:, :-1])
-        decoder_inputs = np.concatenate([starts, shifted], axis=1)
-        return {
-            "input_ids": inputs, "attention_mask": attention_mask, "decoder_input_ids": decoder_inputs,
-            "targets": targets,
-        }  # fmt: skip
+        # The decoder is causal and padded on the right, so it needs no mask.
+        shifted = np.full_like(targets, self.pad_token_id)
+        shifted[:, 1:] = np.where(targets[:, :-1] == IGNORED, self.pad_token_id, targets[:, :-1])
+        return {"input_ids": inputs, "attention_mask": mask, "decoder_input_ids": shifted, "targets": targets}
 
     def corrupt(self, text: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Input and target of one text (L,), each with its eos; for L < 2 the text with eos and an empty target."""
