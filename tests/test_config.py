@@ -81,6 +81,7 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
         (["--optimizer.ema_decay", "1"], "optimizer.ema_decay is 1.0; it must be > 0 and < 1"),
         (["--config", "configs"], "configs: not a file"),
         (["--model.num_attention_heads", "5"], "does not divide model.hidden_size"),
+        (["--model.num_attention_heads", "0"], "model.num_attention_heads is 0; it must be >= 1"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, expected, capsys):

@@ -116,7 +116,7 @@ def parse_config(cls: type[Config], description: str | None, argv: list[str] | N
     """Read `--config FILE` and flags into `cls`; exit with one line if a name, a type or a value is wrong."""
     try:
         return _parse(cls, description, sys.argv[1:] if argv is None else argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         exit_with(error)
 
 
@@ -190,8 +190,8 @@ def _one_line(error: Exception, names: list[str]) -> str:
 
 
 def find_problems(config: object, section: str = "") -> list[str]:
-    """One line for every value that is null, not finite or outside its type's bounds, and what `problems()` returns:
-    the values of a section that do not go together, provided that each is valid by itself."""
+    """One line for every value that is null, not finite or outside its type's bounds. If there is none, what `problems()`
+    returns: the values that do not go together."""
     nested, found = [], []
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         name, value, bound = section + item.name, getattr(config, item.name), _bound_of(item.type)
@@ -204,7 +204,9 @@ def find_problems(config: object, section: str = "") -> list[str]:
             found.append(f"{name} is {value}; it must be a finite number")
         elif not all(COMPARISONS[sign](value, float(limit)) for sign, limit in re.findall(r"([<>]=?) (\S+)", bound)):
             found.append(f"{name} is {value}; it must be {bound}")
-    return nested + (found or (config.problems() if hasattr(config, "problems") else []))
+    if not nested and not found and hasattr(config, "problems"):
+        return config.problems()
+    return nested + found
 
 
 def _bound_of(kind: Any) -> str:
