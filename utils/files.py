@@ -117,8 +117,7 @@ def replace_text(path: Path, text: str) -> None:
 def hold_lock(path: Path) -> Iterator[bool]:
     """Whether this process got the lock on `path`. The end of the block or of the process releases it.
 
-    Worker processes that outlive a killed parent do not keep a `lockf`, as they would a `flock`. The file names the
-    owner's host and process.
+    Workers that outlive a killed parent do not keep a `lockf`, as they would a `flock`. The file names the owner.
     """
     with path.open("a") as file:
         try:

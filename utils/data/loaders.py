@@ -7,6 +7,7 @@ or moves is a pure function of (seed, draw), however batches are split and where
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,10 +87,10 @@ def build_evaluation_loader(layout: Layout, collate: Collator, batch_size: int) 
     return _build_loader(CollatedRows(layout, collate, EVALUATION_SEED), sampler, num_workers=0)
 
 
-def _build_loader(rows: CollatedRows, sampler, num_workers: int) -> DataLoader:
-    return DataLoader(  # `rows` is a map-style dataset by its methods; `to_tensors` gets what its `__getitems__` returns
-        rows, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=ignore_signals,  # type: ignore[arg-type]
-        collate_fn=to_tensors, pin_memory=torch.cuda.is_available(),  # type: ignore[arg-type]
+def _build_loader(rows: Any, sampler: Any, num_workers: int) -> DataLoader:
+    return DataLoader(
+        rows, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=ignore_signals,
+        collate_fn=to_tensors, pin_memory=torch.cuda.is_available(),  # type: ignore[arg-type] # gets a batch
     )  # fmt: skip
 
 

@@ -49,10 +49,8 @@ def sample_ids(samples_seen: int, count: int, num_samples: int, seed: int) -> np
 
 
 class TrainBatchSampler:
-    """Endless batches of `batch_size` draws (epoch × num_samples + sample id) from a position of the sample order.
-
-    A batch here is one micro-batch of *all* ranks; accelerate's `split_batches` gives each rank its slice.
-    """
+    """Endless batches of `batch_size` draws (epoch × num_samples + sample id) from a position of the sample order. A
+    batch is one micro-batch of *all* ranks; accelerate's `split_batches` gives each rank its slice."""
 
     drop_last = False
 

@@ -134,8 +134,7 @@ class BestFitLayout(PackedLayout):
 class PaddedLayout:
     """One document per row, or several rows for one longer than T; a batch is padded to its longest row.
 
-    A batch is `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
-    with 1 ≤ longest ≤ T; (B, T) with `fixed_length`.
+    A batch is `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64.
     """
 
     def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False):

@@ -1,7 +1,4 @@
-"""The costly parts of a training step, computed with less work or memory and the same result.
-
-The tests compare each with its plain counterpart in torch or transformers; `KernelConfig` switches each off.
-"""
+"""The costly parts of a training step, computed with less work or memory; `KernelConfig` switches each off."""
 
 from typing import Any
 

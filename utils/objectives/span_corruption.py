@@ -47,11 +47,8 @@ class SpanCorruption:
     pad_token_id: int
 
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
-        """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U).
-
-        S and U are the lengths that a text of T tokens needs. decoder_input_ids are the targets shifted right behind
-        the padding token, T5's decoder start. A row with fewer than two tokens of text has no target.
-        """
+        """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U); a text of T tokens needs S and U.
+        decoder_input_ids are the targets shifted right behind the padding token, T5's decoder start."""
         tokens = rows["input_ids"]
         input_width, target_width = self.widths(tokens.shape[1])
         inputs = np.full((len(tokens), input_width), self.pad_token_id)

@@ -1,6 +1,5 @@
 """The former home of training's modules. CHANGELOG.md maps the old names to the new ones."""
 
 raise SystemExit(
-    "utils.training has moved: `python -m utils.checkpoints list|verify RUN` and `python -m training.launch FILE` "
-    "replace its two commands; CHANGELOG.md maps the modules for scripts that import them"
+    "utils.training has moved to `python -m utils.checkpoints` and `python -m training.launch`; see CHANGELOG.md"
 )
