@@ -1,8 +1,5 @@
-"""Reading the tensors of a checkpoint: from one file, or from shards that any number of FSDP ranks wrote.
-
-A shard knows its place in the whole tensor (torch.distributed.checkpoint), so any number of ranks reads what any other
-number wrote, and each rank reads only the part that it holds. Everything is safetensors.
-"""
+"""Reading the tensors of a checkpoint: from one file, or from shards that any number of FSDP ranks wrote. A shard knows
+its place in the whole tensor (torch.distributed.checkpoint), so each rank reads only the part that it holds."""
 
 import warnings
 from collections.abc import Callable, Mapping

@@ -153,7 +153,7 @@ class ModelConfig:
     vocabulary_multiple: PositiveInt = 1
     """Round the number of embedding rows up to a multiple of this. 64 or 128 suit matrix units."""
     initialization: Literal["model", "normal", "gpt2"] = "model"
-    """model: the architecture's own. normal: N(0, 0.02), biases 0, norms 1. gpt2: residual projections / √(their number)."""
+    """model: the architecture's own. normal: N(0, 0.02), biases 0, norms 1. gpt2: residual projections / √(number)."""
     attention: Literal["auto", "blocked", "sdpa", "eager"] = "auto"
     """blocked: in training, on rows below 1,024 positions, skip keys that a block of queries may not see; else sdpa.
     sdpa: torch's fused attention. eager: plain products. auto: blocked on a CPU, else sdpa; eager if it has no other."""

@@ -45,15 +45,13 @@ class RowGenerators(Sequence[np.random.Generator]):
 
     def __init__(self, seed: int, draws: Sequence[int]) -> None:
         self.seed, self.draws = seed, draws
-        self.made: dict[int, np.random.Generator] = {}
+        self.made: list[np.random.Generator | None] = [None] * len(draws)
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def __getitem__(self, index):  # type: ignore[override] # no slices
-        if index >= len(self.draws):
-            raise IndexError(index)
-        if index not in self.made:
+        if self.made[index] is None:  # an IndexError ends an iteration
             self.made[index] = np.random.default_rng([self.seed, self.draws[index] + 1])  # a padding row's draw is -1
         return self.made[index]
 

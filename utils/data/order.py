@@ -1,8 +1,6 @@
-"""The order of the samples: a pure function of (seed, samples seen), on any number of processes.
-
-The order of an epoch is a keyed permutation, computed without a table: a Feistel network over the next power of four,
-repeated until it lands inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-"""
+"""The order of the samples: a pure function of (seed, samples seen), on any number of processes. The order of an epoch
+is a keyed permutation, computed without a table: a Feistel network over the next power of four, repeated until it lands
+inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002)."""
 
 import itertools
 from collections.abc import Iterator

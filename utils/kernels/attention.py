@@ -22,13 +22,11 @@ def blocked_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention by transformers' interface; if causal, each block of queries reads only the keys up to its end.
 
-    Args:
-        query: (B, H, T, D).
-        key, value: (B, G, S, D) and (B, G, S, E), G dividing H.
-        attention_mask: (B or 1, H or 1, T, S), added to the scores; for a causal module it hides later positions.
+    query: (B, H, T, D); key, value: (B, G, S, D) and (B, G, S, E), G dividing H; attention_mask: (B or 1, H or 1, T, S),
+    added to the scores (for a causal module it hides later positions); returns (B, T, H, E), and no weights.
 
-    Returns (B, T, H, E), and no weights. `sdpa` computes long rows, evaluations, and features of only some models.
-    Under autocast to bf16 the scores are rounded to bf16 before the softmax, as in transformers' eager attention.
+    `sdpa` computes long rows, evaluations, and features of only some models. Under autocast to bf16 the scores are
+    rounded to bf16 before the softmax, as in transformers' eager attention.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     length, seen, mask = query.shape[2], key.shape[2], attention_mask

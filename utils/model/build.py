@@ -34,11 +34,9 @@ OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_positio
 def build_model(
     config: ModelConfig, tokenizer: Any, auto_model: Any = transformers.AutoModelForCausalLM, *, weights: bool = True
 ) -> PreTrainedModel:
-    """A model in fp32 with an embedding row for each token; the caller seeds torch first.
-
-    `auto_model` is the objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are
-    not read. `UserError` if the options do not fit, or `config.pretrained` cannot be loaded or has another tokenizer.
-    """
+    """A model in fp32 with an embedding row for each token; the caller seeds torch first. `auto_model` is the
+    objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are not read.
+    `UserError` if the options do not fit, or `config.pretrained` cannot be loaded or has another tokenizer."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     special["pad_token_id"] = pad_token_id(tokenizer)
     architecture = build_architecture(config, auto_model, special)

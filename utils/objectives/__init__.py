@@ -7,6 +7,7 @@ All have the same loss: cross-entropy between the logits and the targets at the 
 wraps the module `Objective`, so autocast, DDP and sharding see every use of the parameters.
 """
 
+import contextlib
 import importlib
 from types import ModuleType
 from typing import Any
@@ -111,11 +112,9 @@ def has_linear_head(model: Any) -> bool:
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
         return False
     if head.weight.is_meta:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            try:
-                return _logits_are_the_heads(fake_copy(bare, "cpu"))
-            except RuntimeError:
-                return False
+        with contextlib.suppress(RuntimeError), FakeTensorMode(allow_non_fake_inputs=True):
+            return _logits_are_the_heads(fake_copy(bare, "cpu"))
+        return False
     return _logits_are_the_heads(bare)
 
 
@@ -139,11 +138,9 @@ def _logits_are_the_heads(model: Any) -> bool:
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0.
-
-    It is added to the scores: 0 where two positions belong to one document, else the lowest fp32 number. Of a boolean
-    mask eager attention would add 0 and 1, and documents would silently see each other.
-    """
+    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0. It is
+    added to the scores: 0 where two positions belong to one document, else the lowest fp32 number. Of a boolean mask
+    eager attention would add 0 and 1, and documents would silently see each other."""
     documents = (position_ids == 0).cumsum(-1)
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return torch.where(same, 0.0, torch.finfo(torch.float32).min)

@@ -8,7 +8,6 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from utils.config import FillInTheMiddleConfig, ObjectiveConfig
-from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch, ranges
 
 AUTO_MODEL = AutoModelForCausalLM
@@ -19,7 +18,7 @@ SPELLINGS = [
 LEAST_CONTENT = 8  # tokens; a shorter document hardly has a middle
 
 
-def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> "FillInTheMiddle":
     """Uses the tokenizer's own sentinels, or adds some in place: the model is built afterwards."""
     vocabulary = tokenizer.get_vocab()
     known = (spelling for spelling in SPELLINGS if all(token in vocabulary for token in spelling))

@@ -13,7 +13,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.cli import UserError
 from utils.config import MaskedConfig, ObjectiveConfig
-from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 
 AUTO_MODEL = AutoModelForMaskedLM
@@ -23,7 +22,7 @@ BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 
 
-def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> "Masking":
     """Adds a mask token to a tokenizer without one, in place: the model is built afterwards."""
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})

@@ -8,7 +8,6 @@ import numpy as np
 from transformers import AutoModelForSeq2SeqLM
 
 from utils.config import ObjectiveConfig, SpanCorruptionConfig
-from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 from utils.model.build import pad_token_id
 
@@ -16,7 +15,7 @@ AUTO_MODEL = AutoModelForSeq2SeqLM
 SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
 
 
-def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> "SpanCorruption":
     """Adds T5's sentinels that the tokenizer lacks, in place: the model is built afterwards."""
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in SENTINELS if token not in vocabulary]:
