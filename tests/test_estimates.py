@@ -45,8 +45,7 @@ from training.launch import plan_batches
 from training.model import count_parameters_by_part, describe_model
 from training.optimization.optimizers import build_optimizer
 from utils.config import KernelConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
-from utils.model.build import count_parameters, enable_activation_checkpointing
-from utils.model.modules import fake_copy
+from utils.model.build import count_parameters, enable_activation_checkpointing, fake_copy
 from utils.objectives import Objective, build_objective
 
 D, L, H, M, V, P = 64, 2, 4, 160, 500, 128  # width, blocks, heads, MLP, vocabulary, positions

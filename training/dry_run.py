@@ -31,8 +31,7 @@ from utils.config import OptimizerConfig, TrainConfig
 from utils.files import readable, short
 from utils.kernels.dropout import FastDropout
 from utils.model.adapters import without_adapters
-from utils.model.build import build_model, count_parameters
-from utils.model.modules import fake_copy
+from utils.model.build import build_model, count_parameters, fake_copy
 from utils.objectives import Objective, build_objective, objective_module
 
 # A batch: name → a tensor, or only its shape (int64).

@@ -15,9 +15,8 @@ from training.parallel.sharding import keep_sums_in_fp32
 from utils.cli import UserError
 from utils.config import TrainConfig
 from utils.model.adapters import without_adapters
-from utils.model.build import longest_sequence
+from utils.model.build import evaluating, longest_sequence
 from utils.model.initialization import is_norm, residual_projections
-from utils.model.modules import evaluating
 from utils.objectives import Objective, build_objective
 from utils.pretrained import read_tokenizer
 

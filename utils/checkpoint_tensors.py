@@ -1,8 +1,5 @@
-"""Reading the tensors of a checkpoint: from one file, or from shards that any number of FSDP ranks wrote.
-
-A shard knows its place in the whole tensor (torch.distributed.checkpoint), so any number of ranks reads what any other
-number wrote, and each rank reads only the part that it holds. Everything is safetensors.
-"""
+"""Reading the tensors of a checkpoint: from one file, or from shards that any number of FSDP ranks wrote. A shard knows
+its place in the whole tensor (torch.distributed.checkpoint), so each rank reads only the part that it holds."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,11 +18,8 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read_tensors(checkpoint: Path, group: str, like: Callable[[str], torch.Tensor | None]) -> Tensors:
-    """The tensors of `optimizer` or `average`, each sharded like the tensor that `like` returns for its name.
-
-    A tensor is read whole if `like` returns None or a tensor of another shape. Raises what torch and safetensors raise,
-    and `OSError` if a shard is missing.
-    """
+    """The tensors of `optimizer` or `average`, each sharded like the tensor that `like` returns for its name, or whole
+    if that is None or has another shape. Raises what torch and safetensors raise, and `OSError` without a shard."""
     if not (checkpoint / group).is_dir():
         whole = load_file(checkpoint / f"{group}.safetensors")
         # `clone` moves a tensor out of the mapped file, as in `load_model`.

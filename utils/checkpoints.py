@@ -1,21 +1,17 @@
 """What a checkpoint holds, how to find one, and whether it is intact; training/saving/ writes them.
 
     checkpoints/step-00000100/
-        model.safetensors, config.json, tokenizer.json, …   `from_pretrained` of transformers opens them; a run with
-                                                            adapters saves these alone, and base.json
-        optimizer.safetensors                               tensors of the optimizer's state
-        average.safetensors                                 moving average of the weights, if the run keeps one
-        optimizer/, average/                                with FSDP, instead of these two files: one shard per rank
-        state.json                                          TrainState, scheduler, the rest of the optimizer's state,
-                                                            fp16's gradient scaler
-        manifest.json                                       size and SHA-256 of every other file; written last
-    checkpoints/best, checkpoints/last                      links to two of the folders
+        model.safetensors, config.json, …   for transformers' `from_pretrained`; with LoRA only adapters and base.json
+        optimizer.safetensors               tensors of the optimizer's state
+        average.safetensors                 moving average of the weights, if the run keeps one
+        optimizer/, average/                with FSDP, instead of these two files: one shard per rank
+        state.json                          TrainState, scheduler, gradient scaler, the rest of the optimizer's state
+        manifest.json                       size and SHA-256 of every other file; written last
+    checkpoints/best, checkpoints/last      links to two of the folders
 
 No random state is stored: train.py seeds every step from (seed, samples seen, rank). Nothing is pickled.
-
-    python -m utils.checkpoints list runs/demo      the checkpoints of a run; `verify` also checks every byte of them
-
-This module does not import torch, so that both commands answer at once.
+`python -m utils.checkpoints list RUN` prints the checkpoints of a run; `verify` also checks every byte of them. This
+module does not import torch, so that both commands answer at once.
 """
 
 import os
@@ -38,35 +34,21 @@ LINKS = ("best", "last")
 class TrainState:
     """Where a run stands. It is saved and restored as a whole."""
 
-    dataset_key: str
-    """Identity of the dataset, from its manifest."""
-    optimizer_step: int = 0
-    """Updates made; drives the schedule."""
-    samples_seen: int = 0
-    """Rows consumed by all ranks; drives the data order."""
-    tokens_seen: int = 0
-    """Target tokens consumed by all ranks."""
-    last_evaluated_step: int = 0
-    """Last step whose evaluation and sample are done; behind optimizer_step if the run was stopped before them."""
-    skipped: int = 0
-    """Updates that were not made. They consume data, but no step of the schedule."""
-    nonfinite: int = 0
-    """Updates skipped because loss or gradient was not finite, without fp16's overflows."""
-    spikes: int = 0
-    """Updates skipped because of a spike of loss or gradient norm."""
-    recent: list[list[float]] = field(default_factory=list)
-    """Loss and gradient norm of the latest updates, the window of guards.spike_window."""
-    train_seconds: float = 0.0
-    """Time spent in training steps, over all launches of the run."""
-    best_loss: float | None = None
-    """Lowest evaluation loss, in nats per token."""
-    best_step: int | None = None
-    """Step of the lowest evaluation loss; export.py takes its checkpoint."""
-    patience_loss: float | None = None
-    """Early stopping's reference: the next evaluation must be lower by early_stopping_min_delta. In nats per token."""
+    dataset_key: str  # identity of the dataset, from its manifest
+    optimizer_step: int = 0  # updates made; drives the schedule
+    samples_seen: int = 0  # rows consumed by all ranks; drives the data order
+    tokens_seen: int = 0  # target tokens consumed by all ranks
+    last_evaluated_step: int = 0  # behind optimizer_step if the run was stopped before evaluation and sample
+    skipped: int = 0  # updates that were not made; they consume data, but no step of the schedule
+    nonfinite: int = 0  # updates skipped because loss or gradient was not finite, without fp16's overflows
+    spikes: int = 0  # updates skipped because of a spike of loss or gradient norm
+    recent: list[list[float]] = field(default_factory=list)  # [loss, gradient norm] of the latest updates: spike_window
+    train_seconds: float = 0.0  # time spent in training steps, over all launches of the run
+    best_loss: float | None = None  # lowest evaluation loss, in nats per token
+    best_step: int | None = None  # its step; export.py takes its checkpoint
+    patience_loss: float | None = None  # the next evaluation must be lower by early_stopping_min_delta; nats per token
     evaluations_without_improvement: int = 0
-    stream: dict[str, Any] | None = None
-    """Position of each lane of a streamed dataset (`StreamLoader.state`); None for stored data."""
+    stream: dict[str, Any] | None = None  # position of each lane (`StreamLoader.state`); None for stored data
 
 
 def load_state(checkpoint: Path) -> TrainState:

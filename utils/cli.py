@@ -1,7 +1,5 @@
-"""From the command line to a checked configuration: defaults, then YAML files, then flags.
-
-This module imports neither torch nor datasets, so `--help` and a typing mistake answer in a fraction of a second.
-"""
+"""From the command line to a checked configuration: defaults, then YAML files, then flags. Imports no torch, so that
+`--help` and a typing mistake answer in a fraction of a second."""
 
 import contextlib
 import dataclasses
@@ -114,42 +112,36 @@ set_loader("yaml", load_plain, exceptions=(yaml.YAMLError,))
 
 def parse_config(cls: type[Config], description: str | None, argv: list[str] | None = None) -> Config:
     """Read `--config FILE` and flags into `cls`; exit with one line if a name, a type or a value is wrong."""
-    try:
-        return _parse(cls, description, sys.argv[1:] if argv is None else argv)
-    except (UserError, OSError) as error:
-        exit_with(error)
-
-
-def _parse(cls: type[Config], description: str | None, argv: list[str]) -> Config:
+    argv = sys.argv[1:] if argv is None else argv
     parser = _build_parser(cls, description=(description or "").strip().split("\n\n")[0])
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win.")
     names = sorted(action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config"))
-    # Each file is first parsed by itself, so that its mistakes are reported under its name.
-    paths = [value for flag, value in pairwise(argv) if flag == "--config"]
-    for path in paths + [flag.partition("=")[2] for flag in argv if flag.startswith("--config=")]:
-        if not Path(path).is_file():
-            raise UserError(f"--config {path}: {'not a file' if Path(path).exists() else 'no such file'}")
-        try:
-            read_yaml(Path(path))
-            parser.parse_path(path)
-        except (yaml.YAMLError, TypeError, ArgumentError) as error:
-            raise UserError(f"{path}: {_one_line(error, names)}") from None
     # `--dry_run` is short for `--dry_run true`, for options of type bool outside of sections.
     switches = {f"--{item.name}" for item in dataclasses.fields(cls) if item.type is bool}  # type: ignore[arg-type]
     completed: list[str] = []
     for flag, value in pairwise([*argv, "--"]):
         completed += [flag, "true"] if flag in switches and value.startswith("--") else [flag]
     try:
+        # Each file is first parsed by itself, so that its mistakes are reported under its name.
+        paths = [value for flag, value in pairwise(argv) if flag == "--config"]
+        for path in paths + [flag.partition("=")[2] for flag in argv if flag.startswith("--config=")]:
+            if not Path(path).is_file():
+                raise UserError(f"--config {path}: {'not a file' if Path(path).exists() else 'no such file'}")
+            try:
+                read_yaml(Path(path))
+                parser.parse_path(path)
+            except (yaml.YAMLError, TypeError, ArgumentError) as error:
+                raise UserError(f"{path}: {_one_line(error, names)}") from None
         namespace = parser.parse_args(completed)
-    except ArgumentError as error:
-        raise UserError(_one_line(error, names)) from None
-    namespace.pop("config", None)
-    for name in names:
-        if namespace.get(name) is None and any(option.startswith(f"{name}.") for option in names):
-            raise UserError(f"{name} is null; leave the section out, or give it options")
-    config = cls(**vars(parser.instantiate(namespace)))
-    if problems := find_problems(config):
-        raise UserError("; ".join(problems))
+        namespace.pop("config", None)
+        for name in names:
+            if namespace.get(name) is None and any(option.startswith(f"{name}.") for option in names):
+                raise UserError(f"{name} is null; leave the section out, or give it options")
+        config = cls(**vars(parser.instantiate(namespace)))
+        if problems := find_problems(config):
+            raise UserError("; ".join(problems))
+    except (UserError, OSError, ArgumentError) as error:
+        exit_with(_one_line(error, names) if isinstance(error, ArgumentError) else error)
     return config
 
 

@@ -43,9 +43,8 @@ class DataConfig:
     sequence_length: Annotated[int, ">= 2"] = 256
     """Positions per row (T), in tokens. For an encoder-decoder: tokens of text, before spans are cut out."""
     layout: Literal["packed", "best_fit", "padded"] = "packed"
-    """packed: documents end to end, cut every T tokens; each attends only to itself. best_fit: the same, but only
-    documents longer than T are cut, and a row may have a few free positions. padded: one document, or one piece of a
-    longer one, per row, with an attention_mask. No layout loses a target."""
+    """packed: documents end to end, cut every T tokens; each attends only to itself. best_fit: the same, but cuts only
+    documents longer than T. padded: one document, or one piece of a longer one, per row. No layout loses a target."""
     pad_to: Literal["longest", "max_length"] = "longest"
     """Layout padded: pad rows to the longest row of the batch, or to sequence_length, so that all shapes are equal."""
     num_workers: NonNegativeInt = 0
@@ -98,9 +97,8 @@ class ObjectiveConfig:
     """What the model learns to predict."""
 
     name: Literal["causal", "masked", "span_corruption", "fill_in_the_middle", "instruction"] = "causal"
-    """causal: the next token. masked: tokens hidden from an encoder. span_corruption: spans cut out of an
-    encoder-decoder's input. fill_in_the_middle: causal, with the middle of documents moved to their end. instruction:
-    the assistant's turns of conversations."""
+    """causal: the next token. masked: tokens hidden from an encoder. span_corruption: spans cut out of an encoder's
+    input. fill_in_the_middle: causal, documents' middle moved to their end. instruction: the assistant's turns."""
     label_smoothing: BelowOne = 0.0
     """Share of each target's probability that is spread over the vocabulary, in training only."""
     z_loss: NonNegativeFloat = 0.0
@@ -155,12 +153,10 @@ class ModelConfig:
     vocabulary_multiple: PositiveInt = 1
     """Round the number of embedding rows up to a multiple of this. 64 or 128 suit matrix units."""
     initialization: Literal["model", "normal", "gpt2"] = "model"
-    """model: the architecture's own. normal: weights N(0, 0.02), biases 0, norm weights 1. gpt2: the same, but
-    projections into the residual stream are divided by the square root of their number."""
+    """model: the architecture's own. normal: N(0, 0.02), biases 0, norms 1. gpt2: residual projections / √(number)."""
     attention: Literal["auto", "blocked", "sdpa", "eager"] = "auto"
-    """blocked: in training, on rows shorter than 1,024 positions, multiply each block of queries only with the keys
-    that it may see; elsewhere use sdpa. sdpa: torch's fused attention. eager: plain matrix products. auto: blocked on a
-    CPU, else sdpa; eager where the architecture has nothing else."""
+    """blocked: in training, on rows below 1,024 positions, skip keys that a block of queries may not see; else sdpa.
+    sdpa: torch's fused attention. eager: plain products. auto: blocked on a CPU, else sdpa; eager if it has no other."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
     activation_checkpointing_every: PositiveInt = 1
@@ -187,13 +183,11 @@ class ModelConfig:
             known = ", ".join(SIZES.get(self.architecture, ()))
             advice = f"it has {known}" if known else "give model.size null and the sizes one by one"
             return [*found, f"model.architecture {self.architecture} has no size {self.size}; {advice}"]
-        sizes = self.sizes()
-        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-        if width is not None and heads is not None:
-            if width % heads:
-                found.append(f"model.num_attention_heads ({heads}) does not divide model.hidden_size ({width})")
-            elif self.architecture in ("llama", "modernbert") and width // heads % 2:
-                found.append("model.hidden_size / model.num_attention_heads must be even for rotary positions")
+        width, heads = self.sizes()["hidden_size"], self.sizes()["num_attention_heads"]
+        if width and heads and width % heads:
+            found.append(f"model.num_attention_heads ({heads}) does not divide model.hidden_size ({width})")
+        elif width and heads and self.architecture in ("llama", "modernbert") and width // heads % 2:
+            found.append("model.hidden_size / model.num_attention_heads must be even for rotary positions")
         return found
 
 
@@ -225,10 +219,9 @@ class OptimizerConfig:
 
     name: str = "adamw"
     """adamw: AdamW. muon: Muon for the matrices of hidden layers, AdamW for embeddings, output head, norms and biases;
-    Muon's updates are scaled to suit AdamW's learning_rate and weight_decay. adafactor: keeps one row and one column in
-    place of each matrix of squared gradients, no momentum; learning_rate is relative to the size of each parameter, at
-    most 1 / sqrt(step). sgd: Nesterov momentum; trains transformers slowly, even at ten times the learning_rate.
-    adamw_8bit: AdamW with 8-bit state; needs bitsandbytes (`[optim8bit]`); saves memory, not time."""
+    its updates are scaled to suit AdamW's learning_rate. adafactor: a row and a column in place of each matrix of
+    squared gradients; learning_rate is relative to a parameter's size, at most 1 / sqrt(step). sgd: Nesterov momentum;
+    slow for transformers. adamw_8bit: AdamW with 8-bit state; needs bitsandbytes (`[optim8bit]`)."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.1
@@ -252,9 +245,8 @@ class ScheduleConfig:
     """The learning rate as a function of the step, and how long to train."""
 
     shape: Literal["linear", "cosine", "warmup_stable_decay", "inverse_sqrt", "constant"] = "cosine"
-    """What follows the linear warm-up. linear, cosine: decay over all steps. warmup_stable_decay: constant, then decay
-    over the last decay_steps as 1 - sqrt. inverse_sqrt: decay as 1 / sqrt(step), independent of the number of steps.
-    constant: the peak."""
+    """After the linear warm-up. linear, cosine: decay over all steps. warmup_stable_decay: constant, then decay over
+    decay_steps as 1 - sqrt. inverse_sqrt: decay as 1 / sqrt(step), whatever the number of steps. constant: the peak."""
     warmup_steps: NonNegativeInt = 40
     """Steps from 0 to the peak learning rate."""
     decay_steps: PositiveInt | None = None

@@ -11,8 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from utils.model.build import longest_sequence, stop_token_ids
-from utils.model.modules import evaluating
+from utils.model.build import evaluating, longest_sequence, stop_token_ids
 from utils.objectives import count_targets
 from utils.pretrained import chat_ids
 
@@ -21,20 +20,16 @@ from utils.pretrained import chat_ids
 class Evaluation:
     """What a model scored on a split."""
 
-    loss: float
-    """Mean cross-entropy over all target tokens, in nats."""
-    num_tokens: int
-    """Target tokens scored, over all ranks."""
+    loss: float  # mean cross-entropy over all target tokens, in nats
+    num_tokens: int  # target tokens scored, over all ranks
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     def bits_per_byte(self, num_bytes: int) -> float:
-        """Bits to code the text, per byte of it: comparable between tokenizers, and with a compressor.
-
-        Slightly too low for a tokenizer that adds no token in front: it leaves each document's first token unpredicted.
-        """
+        """Bits to code the text, per byte of it: comparable between tokenizers. Slightly too low for a tokenizer that
+        adds no token in front: each document's first token is not predicted."""
         return self.loss * self.num_tokens / math.log(2) / num_bytes
 
     def metrics(self, num_bytes: int | None) -> dict[str, float]:
@@ -48,10 +43,8 @@ def evaluate(
     accelerator: Accelerator, objective: nn.Module, loader: Iterable[dict[str, torch.Tensor]],
     after_batch: Callable[[], None] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Mean loss over the target tokens of `loader`, over all ranks (all of which call this), each counted once.
-
-    `after_batch` may raise, on all ranks alike, to abort the evaluation.
-    """
+    """Mean loss over the target tokens of `loader`, over all ranks, each counted once; all ranks call this.
+    `after_batch` may raise, on all ranks alike, to abort the evaluation."""
     losses, counts = [], []
     try:
         with evaluating(objective):
@@ -76,13 +69,9 @@ def generate_text(
 ) -> str:  # fmt: skip
     """Continue `prompt` (empty: start a document) on this rank alone; returns prompt and continuation.
 
-    Args:
-        prompt: loses its beginning where it is longer than the model's positions.
-        max_new_tokens: upper limit, besides the positions that the prompt leaves.
-        temperature: 0 takes the likeliest token.
-        seed: for torch's generators. The caller's own random numbers must not depend on their state.
-        chat: a prompt that is not empty is the user's message, and the model answers as the assistant.
-        generate: called instead of the model's own.
+    Of a prompt that is longer than the model's positions the end counts. temperature: 0 takes the likeliest token.
+    seed: for torch's generators, whose state is lost. chat: the prompt is the user's message, and the model answers as
+    the assistant. generate: called instead of the model's own.
     """
     positions = longest_sequence(model)
     if chat and prompt:
@@ -96,11 +85,8 @@ def generate_text(
     input_ids = torch.tensor([ids], device=model.device)
     with evaluating(model):
         output = (generate or model.generate)(  # type: ignore[operator]
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
+            input_ids, attention_mask=torch.ones_like(input_ids), eos_token_id=stop_token_ids(tokenizer),
             max_new_tokens=min(max_new_tokens, positions - len(ids)),
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            eos_token_id=stop_token_ids(tokenizer),
-        )
+            do_sample=temperature > 0, temperature=temperature or None,
+        )  # fmt: skip
     return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -115,11 +115,8 @@ def replace_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[bool]:
-    """Whether this process got the lock on `path`. The end of the block or of the process releases it.
-
-    Worker processes that outlive a killed parent do not keep a `lockf`, as they would a `flock`. The file names the
-    owner's host and process.
-    """
+    """Whether this process got the lock on `path`, which names its owner, until the end of the block or the process.
+    Workers that outlive a killed parent do not keep a `lockf`, as they would a `flock`."""
     with path.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,5 @@
 """Tokenizers, configurations and weights that others saved. All calls of transformers' `from_pretrained` are here.
-
-A folder is data: none of its code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`); a fault is a `UserError`.
-"""
+A folder is data: none of its code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`); a fault is a `UserError`."""
 
 from pathlib import Path
 from typing import Any

@@ -29,7 +29,7 @@ from utils.config import TrainConfig
 from utils.data.packing import IGNORED
 from utils.evaluation import generate_text
 from utils.files import flatten, replace_text, short
-from utils.model.modules import evaluating
+from utils.model.build import evaluating
 from utils.objectives import Objective, objective_module
 
 WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it

@@ -23,7 +23,7 @@ from utils.cli import UserError
 from utils.data.loaders import Collator
 from utils.data.packing import Batch
 from utils.kernels.head_loss import product_dtype
-from utils.model.modules import evaluating
+from utils.model.build import evaluating
 
 # Arguments that some models pass to their attention and this attention ignores.
 UNSUPPORTED_ARGUMENTS = ("softcap", "position_bias", "s_aux")

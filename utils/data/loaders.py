@@ -7,6 +7,7 @@ or moves is a pure function of (seed, draw), however batches are split and where
 import multiprocessing
 import signal
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,15 +45,13 @@ class RowGenerators(Sequence[np.random.Generator]):
 
     def __init__(self, seed: int, draws: Sequence[int]) -> None:
         self.seed, self.draws = seed, draws
-        self.made: dict[int, np.random.Generator] = {}
+        self.made: list[np.random.Generator | None] = [None] * len(draws)
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def __getitem__(self, index):  # type: ignore[override] # no slices
-        if index >= len(self.draws):
-            raise IndexError(index)
-        if index not in self.made:
+        if self.made[index] is None:  # an IndexError ends an iteration
             self.made[index] = np.random.default_rng([self.seed, self.draws[index] + 1])  # a padding row's draw is -1
         return self.made[index]
 
@@ -86,10 +85,10 @@ def build_evaluation_loader(layout: Layout, collate: Collator, batch_size: int) 
     return _build_loader(CollatedRows(layout, collate, EVALUATION_SEED), sampler, num_workers=0)
 
 
-def _build_loader(rows: CollatedRows, sampler, num_workers: int) -> DataLoader:
-    return DataLoader(  # `rows` is a map-style dataset by its methods; `to_tensors` gets what its `__getitems__` returns
-        rows, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=ignore_signals,  # type: ignore[arg-type]
-        collate_fn=to_tensors, pin_memory=torch.cuda.is_available(),  # type: ignore[arg-type]
+def _build_loader(rows: Any, sampler: Any, num_workers: int) -> DataLoader:
+    return DataLoader(
+        rows, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=ignore_signals,
+        collate_fn=to_tensors, pin_memory=torch.cuda.is_available(),  # type: ignore[arg-type] # gets a batch
     )  # fmt: skip
 
 

@@ -1,8 +1,6 @@
-"""The order of the samples: a pure function of (seed, samples seen), on any number of processes.
-
-The order of an epoch is a keyed permutation, computed without a table: a Feistel network over the next power of four,
-repeated until it lands inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-"""
+"""The order of the samples: a pure function of (seed, samples seen), on any number of processes. The order of an epoch
+is a keyed permutation, computed without a table: a Feistel network over the next power of four, repeated until it lands
+inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002)."""
 
 import itertools
 from collections.abc import Iterator
@@ -49,10 +47,8 @@ def sample_ids(samples_seen: int, count: int, num_samples: int, seed: int) -> np
 
 
 class TrainBatchSampler:
-    """Endless batches of `batch_size` draws (epoch × num_samples + sample id) from a position of the sample order.
-
-    A batch here is one micro-batch of *all* ranks; accelerate's `split_batches` gives each rank its slice.
-    """
+    """Endless batches of `batch_size` draws (epoch × num_samples + sample id) from a position of the sample order. A
+    batch is one micro-batch of *all* ranks; accelerate's `split_batches` gives each rank its slice."""
 
     drop_last = False
 

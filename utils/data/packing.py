@@ -24,11 +24,9 @@ Batch = dict[str, np.ndarray]  # name → (B, T); `lengths` (B,)
 
 
 class PackedLayout:
-    """Documents end to end, cut every T tokens.
-
-    A batch is `input_ids`, `targets` (the next token of the same document) and `position_ids`, each (B, T) int64. By
-    `position_ids` a model keeps documents apart: they restart at 0 with each document, row and run of free positions.
-    """
+    """Documents end to end, cut every T tokens. A batch is `input_ids`, `targets` (the next token of the same document)
+    and `position_ids`, each (B, T) int64. By `position_ids` a model keeps documents apart: they restart at 0 with each
+    document, row and run of free positions."""
 
     def __init__(self, tokens: TokenDataset, sequence_length: int) -> None:
         self.tokens, self.sequence_length = tokens, sequence_length
@@ -53,10 +51,8 @@ class PackedLayout:
         return self._batch(starts.tolist(), (starts + length + 1).tolist(), end - starts, ends)
 
     def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
-        """The batch of the token spans [start, stop), B × (T + 1) tokens in all: each row and the token behind it.
-
-        Row i begins with used[i] tokens of documents. `ends` (of B × T) are the places behind each document's last one.
-        """
+        """The batch of the token spans [start, stop), B × (T + 1) tokens: each row and the token behind it. Row i begins
+        with used[i] tokens of documents. `ends` (of B × T) are the places behind each document's last one."""
         length = self.sequence_length
         buffer = self.tokens.gather(starts, stops).reshape(-1, length + 1)
         labels = buffer[:, 1:].astype(np.int64)
@@ -132,11 +128,8 @@ class BestFitLayout(PackedLayout):
 
 
 class PaddedLayout:
-    """One document per row, or several rows for one longer than T; a batch is padded to its longest row.
-
-    A batch is `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64
-    with 1 ≤ longest ≤ T; (B, T) with `fixed_length`.
-    """
+    """One document per row, or several rows for one longer than T; a batch is padded to its longest row. It is
+    `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64."""
 
     def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False):
         self.tokens, self.sequence_length = tokens, sequence_length

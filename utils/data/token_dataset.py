@@ -43,12 +43,9 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 class TokenDataset:
-    """The tokens of many documents as one long stream, read in place and never copied as a whole.
-
-    Attributes:
-        offsets: (N + 1,) int64; document i is stream positions offsets[i] to offsets[i + 1].
-        loss_mask: a stream of the same documents, 1 for a token that may be trained on, else 0; None if all may be.
-    """
+    """The tokens of many documents as one long stream, read in place. Document i is positions offsets[i] to
+    offsets[i + 1]; `offsets` (N + 1,) int64. `loss_mask` is a stream of the same documents, 1 for a token that may be
+    trained on, else 0; None if all may be."""
 
     def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray, loss_mask: "TokenDataset | None" = None) -> None:
         """`chunks` are the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""

@@ -1,7 +1,4 @@
-"""The costly parts of a training step, computed with less work or memory and the same result.
-
-The tests compare each with its plain counterpart in torch or transformers; `KernelConfig` switches each off.
-"""
+"""The costly parts of a training step, computed with less work or memory; `KernelConfig` switches each off."""
 
 from typing import Any
 
@@ -16,10 +13,8 @@ from utils.kernels.dropout import FastDropout
 
 
 def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.device) -> None:
-    """Choose the attention of `model` for `device`, and replace activations and dropout by faster equivalents.
-
-    Where `attention` is auto or blocked, transformers has built `model` with its default. `UserError` if it lacks it.
-    """
+    """Choose the attention of `model`, built with its default for auto and blocked, and replace activations and dropout
+    by faster equivalents on `device`. `UserError` for an attention that the model lacks."""
     wanted = attention == "blocked" or (attention == "auto" and device.type == "cpu")
     if wanted and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("blocked")

@@ -22,37 +22,27 @@ def blocked_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention by transformers' interface; if causal, each block of queries reads only the keys up to its end.
 
-    Args:
-        query: (B, H, T, D).
-        key, value: (B, G, S, D) and (B, G, S, E), G dividing H.
-        attention_mask: (B or 1, H or 1, T, S), added to the scores; for a causal module it hides later positions.
+    query: (B, H, T, D); key, value: (B, G, S, D) and (B, G, S, E), G dividing H; attention_mask: (B or 1, H or 1, T, S),
+    added to the scores (for a causal module it hides later positions); returns (B, T, H, E), and no weights.
 
-    Returns:
-        (B, T, H, E), and no weights.
-
-    Long rows, evaluation, a cache and features of only some models are left to `sdpa`. Under autocast to bf16 the
-    scores are rounded to bf16 before the softmax, as in transformers' eager attention but not in sdpa.
+    `sdpa` computes long rows, evaluations, and features of only some models. Under autocast to bf16 the scores are
+    rounded to bf16 before the softmax, as in transformers' eager attention.
     """
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    length, seen = query.shape[2], key.shape[2]
-    plain_mask = attention_mask is None or (
-        attention_mask.is_floating_point()
-        and not attention_mask.requires_grad
-        and attention_mask.shape[2:] == (length, seen)
-    )
-    usual = plain_mask and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    length, seen, mask = query.shape[2], key.shape[2], attention_mask
+    usual = mask is None or (mask.is_floating_point() and not mask.requires_grad and mask.shape[2:] == (length, seen))
+    usual = usual and all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
     known = causal is not None and (length == seen or not causal)
     # Without gradients sdpa keeps nothing. But a pass with dropout may be recomputed with gradients: same kernel.
     pays = (torch.is_grad_enabled() or dropout > 0) and max(length, seen) < LONGEST_BLOCKED
     if not (usual and known and pays):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal, **kwargs)  # type: ignore[no-any-return]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = product_dtype(query)  # rotary positions leave query and key in fp32 even under autocast
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if attention_mask is not None:
-        attention_mask = attention_mask.to(dtype)
+    mask = None if mask is None else mask.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        return _BlockedAttention.apply(query, key, value, attention_mask, scaling, causal, dropout), None
+        return _BlockedAttention.apply(query, key, value, mask, scaling, causal, dropout), None
 
 
 class _BlockedAttention(torch.autograd.Function):
@@ -76,7 +66,8 @@ class _BlockedAttention(torch.autograd.Function):
             if mask is not None:
                 by_head += mask[:, :, start:end, :seen]
             elif causal:
-                by_head[..., start:] += causal_mask(end - start, query)
+                lowest = query.new_full((end - start, end - start), torch.finfo(query.dtype).min)
+                by_head[..., start:] += lowest.triu(1)  # where the key comes after the query
             probability = torch.softmax(scores, dim=-1)
             probabilities.append(probability)
             if dropout:
@@ -98,8 +89,7 @@ class _BlockedAttention(torch.autograd.Function):
         blocks = range(0, length, QUERIES_AT_ONCE)
         for number, start in enumerate(blocks):
             end = min(start + QUERIES_AT_ONCE, length)
-            probability = saved[number]
-            seen = probability.shape[-1]
+            probability, seen = saved[number], saved[number].shape[-1]
             queries = query[:, :, start:end].reshape(batch * groups, -1, size)
             d_output = gradient[:, start:end].transpose(1, 2).reshape(batch * groups, -1, value.shape[3])
             weights, d_weights = probability, torch.bmm(d_output, values[:, :seen].transpose(1, 2))
@@ -113,11 +103,6 @@ class _BlockedAttention(torch.autograd.Function):
             block = torch.bmm(d_scores, keys[:, :seen]).mul_(ctx.scaling)
             d_query[:, :, start:end] = block.view(batch, heads, end - start, size)
         return d_query, d_keys.view(key.shape), d_values.view(value.shape), None, None, None, None
-
-
-def causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:
-    """(T, T), added to scores: the lowest number where the key comes after the query."""
-    return torch.full((length, length), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device).triu(1)
 
 
 def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> torch.Tensor | None:

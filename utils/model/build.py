@@ -1,10 +1,12 @@
-"""The model: from its configuration, a pretrained folder or a checkpoint."""
+"""The model: from its configuration, a pretrained folder or a checkpoint; copies of it without memory."""
 
+import contextlib
+import copy
 import dataclasses
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -19,6 +21,7 @@ from utils.model.adapters import add_adapters, base_of, has_adapters, import_pef
 from utils.model.initialization import INITIALIZATIONS
 from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights
 
+Module = TypeVar("Module", bound=nn.Module)
 # Names of transformers' classes that open a saved model, by the objective's head.
 AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
@@ -31,12 +34,9 @@ OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_positio
 def build_model(
     config: ModelConfig, tokenizer: Any, auto_model: Any = transformers.AutoModelForCausalLM, *, weights: bool = True
 ) -> PreTrainedModel:
-    """A model in fp32 with an embedding row for each token; the caller seeds torch first.
-
-    `auto_model` is the objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are
-    not read. Raises `UserError` if the configuration is invalid, or `config.pretrained` cannot be loaded or belongs to
-    another tokenizer.
-    """
+    """A model in fp32 with an embedding row for each token; the caller seeds torch first. `auto_model` is the
+    objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are not read.
+    `UserError` if the options do not fit, or `config.pretrained` cannot be loaded or has another tokenizer."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     special["pad_token_id"] = pad_token_id(tokenizer)
     architecture = build_architecture(config, auto_model, special)
@@ -141,9 +141,7 @@ def load_model(
     name: str | Path, attention: str = "auto", auto_model: Any = None, architecture: Any = None, dropout: float = 0.0
 ) -> PreTrainedModel:
     """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), with the class it was saved as by default.
-
-    From a folder with adapters: the base model, with `dropout`, and trainable adapters beside its weights.
-    """
+    From a folder with adapters: the base model, with `dropout`, and trainable adapters beside its weights."""
     transformers_logging.disable_progress_bar()
     if has_adapters(name):
         base = base_of(name)
@@ -225,3 +223,23 @@ def longest_sequence(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             longest -= int(module.padding_idx) + 1  # type: ignore[arg-type]
     return longest
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put `module` in evaluation mode for the block, and back in its own mode after it."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def fake_copy(module: Module, device: str) -> Module:
+    """`module` with parameters and buffers that have no memory. Call it, and use the result, in a `FakeTensorMode`."""
+    memo: dict[int, Any] = {}  # deepcopy takes these as copied: it reads nothing, and shared parameters stay shared
+    for tensor in [*module.parameters(), *module.buffers()]:
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    return copy.deepcopy(module, memo)

@@ -7,6 +7,7 @@ All have the same loss: cross-entropy between the logits and the targets at the 
 wraps the module `Objective`, so autocast, DDP and sharding see every use of the parameters.
 """
 
+import contextlib
 import importlib
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from utils.data.packing import IGNORED
 from utils.kernels import use_kernels
 from utils.kernels.head_loss import head_loss
 from utils.model.adapters import without_adapters
-from utils.model.modules import evaluating, fake_copy
+from utils.model.build import evaluating, fake_copy
 
 
 def objective_module(name: str) -> ModuleType:
@@ -54,8 +55,7 @@ class Objective(nn.Module):
         """Summed cross-entropy in nats, an fp32 scalar; in training with the configured label smoothing and z-loss.
 
         Args:
-            targets: (B, T); the token that the logits at each position should predict, -100 where there is none. No
-                hidden shift takes place.
+            targets: (B, T); what the logits at the same position should predict, -100 where there is no target.
             inputs: what the model's own forward takes, such as input_ids (B, T). By `position_ids` (B, T), which
                 restart at 0 with each document, a decoder without mask and cache keeps packed documents apart.
 
@@ -112,11 +112,9 @@ def has_linear_head(model: Any) -> bool:
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
         return False
     if head.weight.is_meta:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            try:
-                return _logits_are_the_heads(fake_copy(bare, "cpu"))
-            except RuntimeError:
-                return False
+        with contextlib.suppress(RuntimeError), FakeTensorMode(allow_non_fake_inputs=True):
+            return _logits_are_the_heads(fake_copy(bare, "cpu"))
+        return False
     return _logits_are_the_heads(bare)
 
 
@@ -140,12 +138,9 @@ def _logits_are_the_heads(model: Any) -> bool:
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0.
-
-    The mask is added to the scores: 0 where two positions belong to one document, else the lowest fp32 number. It is
-    not boolean, because transformers passes a mask of four dimensions on unchanged, and eager attention would add 0 and
-    1: documents would silently see each other.
-    """
+    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0. It is
+    added to the scores: 0 where two positions belong to one document, else the lowest fp32 number. Of a boolean mask
+    eager attention would add 0 and 1, and documents would silently see each other."""
     documents = (position_ids == 0).cumsum(-1)
     same = documents[:, None, :, None] == documents[:, None, None, :]
     return torch.where(same, 0.0, torch.finfo(torch.float32).min)

@@ -8,7 +8,6 @@ import numpy as np
 from transformers import AutoModelForCausalLM
 
 from utils.config import FillInTheMiddleConfig, ObjectiveConfig
-from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch, ranges
 
 AUTO_MODEL = AutoModelForCausalLM
@@ -19,7 +18,7 @@ SPELLINGS = [
 LEAST_CONTENT = 8  # tokens; a shorter document hardly has a middle
 
 
-def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> "FillInTheMiddle":
     """Uses the tokenizer's own sentinels, or adds some in place: the model is built afterwards."""
     vocabulary = tokenizer.get_vocab()
     known = (spelling for spelling in SPELLINGS if all(token in vocabulary for token in spelling))
@@ -88,11 +87,8 @@ def find_pieces(rows: Batch, generators: Sequence[np.random.Generator]) -> tuple
 def arrange(
     end: int, firsts: np.ndarray, cuts: np.ndarray, contents: np.ndarray, suffix_first: np.ndarray
 ) -> np.ndarray:
-    """The source index of each token of the rearranged documents, document after document.
-
-    Content i is the `contents[i]` tokens from `firsts[i]` on, cut at `cuts[0, i]` and `cuts[1, i]`. The prefix, suffix,
-    middle and eos sentinels have the indices from `end` on.
-    """
+    """The source index of each token of the rearranged documents; the sentinels have the indices from `end` on. Content
+    i is the `contents[i]` tokens from `firsts[i]` on, cut at `cuts[0, i]` and `cuts[1, i]`."""
     (left, right), one = cuts, np.ones_like(contents)
     before, behind, fill, eos = (np.full_like(contents, end + number) for number in range(4))
     prefix, suffix, middle = (firsts, left), (firsts + right, contents - right), (firsts + left, right - left)

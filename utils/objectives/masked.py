@@ -13,7 +13,6 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from utils.cli import UserError
 from utils.config import MaskedConfig, ObjectiveConfig
-from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 
 AUTO_MODEL = AutoModelForMaskedLM
@@ -23,11 +22,8 @@ BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 
 
-def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
-    """Adds a mask token to a tokenizer without one, in place: the model is built afterwards.
-
-    Raises `UserError` if `whole_words` is set and the tokens do not show where a word begins.
-    """
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> "Masking":
+    """Adds a mask token to a tokenizer without one, in place: the model is built afterwards."""
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK})
     vocabulary = tokenizer.get_vocab()
@@ -84,8 +80,8 @@ class Masking:
 
 def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Two tables over the vocabulary, (V,) bool: tokens that may continue a word, tokens that a word may continue after.
+    `UserError` if the tokens do not show where a word begins.
 
-    A token belongs to the word of the token before it if the first table holds for it and the second for that one.
     WordPiece marks the tokens that continue a word. Other tokens continue one if they begin with a letter, digit or
     mark and the token before ends with one; a space is part of the token (Ġ in byte-level vocabularies, ▁ in
     SentencePiece's). In scripts without spaces each token is a word.

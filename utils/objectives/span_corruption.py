@@ -8,7 +8,6 @@ import numpy as np
 from transformers import AutoModelForSeq2SeqLM
 
 from utils.config import ObjectiveConfig, SpanCorruptionConfig
-from utils.data.loaders import Collator
 from utils.data.packing import IGNORED, Batch
 from utils.model.build import pad_token_id
 
@@ -16,7 +15,7 @@ AUTO_MODEL = AutoModelForSeq2SeqLM
 SENTINELS = [f"<extra_id_{number}>" for number in range(100)]  # as many as T5 has
 
 
-def build_collator(config: ObjectiveConfig, tokenizer: Any) -> Collator:
+def build_collator(config: ObjectiveConfig, tokenizer: Any) -> "SpanCorruption":
     """Adds T5's sentinels that the tokenizer lacks, in place: the model is built afterwards."""
     vocabulary = tokenizer.get_vocab()
     if missing := [token for token in SENTINELS if token not in vocabulary]:
@@ -47,11 +46,8 @@ class SpanCorruption:
     pad_token_id: int
 
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
-        """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U).
-
-        S and U are the lengths that a text of T tokens needs. decoder_input_ids are the targets shifted right behind
-        the padding token, T5's decoder start. A row with fewer than two tokens of text has no target.
-        """
+        """Rows → input_ids, attention_mask (B, S), decoder_input_ids, targets (B, U); a text of T tokens needs S and U.
+        decoder_input_ids are the targets shifted right behind the padding token, T5's decoder start."""
         tokens = rows["input_ids"]
         input_width, target_width = self.widths(tokens.shape[1])
         inputs = np.full((len(tokens), input_width), self.pad_token_id)

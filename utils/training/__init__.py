@@ -1,6 +1,3 @@
 """The former home of training's modules. CHANGELOG.md maps the old names to the new ones."""
 
-raise SystemExit(
-    "utils.training has moved: `python -m utils.checkpoints list|verify RUN` and `python -m training.launch FILE` "
-    "replace its two commands; CHANGELOG.md maps the modules for scripts that import them"
-)
+raise SystemExit("utils.training has moved: see `python -m utils.checkpoints`, `training.launch` and CHANGELOG.md")
