@@ -15,9 +15,8 @@ from training.hardware import resolve_matmul_precision
 from utils.cli import UserError
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
-from utils.kernels import use_kernels
+from utils.kernels import FastDropout, use_kernels
 from utils.kernels.attention import blocked_attention, sdpa_attention_forward
-from utils.kernels.dropout import FastDropout
 from utils.kernels.head_loss import head_loss
 from utils.objectives import Objective, build_objective, has_linear_head
 

@@ -29,7 +29,7 @@ from training.optimization.optimizers import OPTIMIZERS, build_optimizer
 from training.parallel.sharding import ranks_per_copy
 from utils.config import OptimizerConfig, TrainConfig
 from utils.files import readable, short
-from utils.kernels.dropout import FastDropout
+from utils.kernels import FastDropout
 from utils.model.adapters import without_adapters
 from utils.model.build import build_model, count_parameters, fake_copy
 from utils.objectives import Objective, build_objective, objective_module

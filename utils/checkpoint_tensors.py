@@ -67,9 +67,9 @@ def read_average(checkpoint: Path, expected: Tensors) -> Tensors:
     except Exception as error:  # torch and safetensors fail in many ways
         raise UserError(f"{checkpoint}: the average of the weights cannot be read: {short(error)}") from None
     for name in sorted(tensors.keys() | expected.keys()):
+        pair = [group.get(name) for group in (tensors, expected)]
         found, wanted = (
-            tuple(group[name].shape) if name in group and torch.is_floating_point(group[name]) else "none"
-            for group in (tensors, expected)
+            tuple(part.shape) if part is not None and part.is_floating_point() else "none" for part in pair
         )
         if found != wanted:
             raise UserError(f"{checkpoint}: {name} of the average has the shape {found}, this model's is {wanted}")

@@ -95,7 +95,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose files match their hashes, and one line for each newer one that does not."""
-    problems = []
+    problems: list[str] = []
     for checkpoint in reversed(list_checkpoints(folder)):
         if (problem := find_problem(checkpoint)) is None:
             return checkpoint, problems

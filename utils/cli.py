@@ -81,7 +81,7 @@ def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """` (did you mean X?)` with the known name that has `name` as its last part, or the most similar one, or nothing."""
+    """` (did you mean X?)` with the known name that has `name` as its last part, or the most similar one, or ""."""
     known = list(known)
     found = [option for option in known if option.endswith("." + str(name).lstrip("-"))]
     found = found or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

@@ -2,10 +2,8 @@
 
 No layout loses a target: every token except its document's first is a target exactly once. The target of a row's last
 position is the next token of the document, whichever row that token is in. Ignored targets are -100. A layout is a
-map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target.
-
-Every batch has `lengths` (B,) int64: the number of positions with tokens in each row, 0 for a `PADDING_SAMPLE`. If the
-tokens have a loss mask, it also has `loss_mask`, like `targets`, uint8: 1 for a target that may be trained on.
+map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target. Every batch has `lengths`
+(B,) int64, the positions with tokens in each row; if the tokens have a loss mask, also `loss_mask`, like `targets`.
 """
 
 from bisect import bisect_left, insort
@@ -51,8 +49,8 @@ class PackedLayout:
         return self._batch(starts.tolist(), (starts + length + 1).tolist(), end - starts, ends)
 
     def _batch(self, starts: list[int], stops: list[int], used: np.ndarray, ends: np.ndarray) -> Batch:
-        """The batch of the token spans [start, stop), B × (T + 1) tokens: each row and the token behind it. Row i begins
-        with used[i] tokens of documents. `ends` (of B × T) are the places behind each document's last one."""
+        """The batch of the token spans [start, stop), B × (T + 1) tokens: each row and the token behind it. Row i
+        begins with used[i] tokens of documents. `ends` (of B × T) are the places behind each document's last one."""
         length = self.sequence_length
         buffer = self.tokens.gather(starts, stops).reshape(-1, length + 1)
         labels = buffer[:, 1:].astype(np.int64)
@@ -188,8 +186,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     Returns (order, sizes): the indices of the items, bin after bin, (n,), and the number of items in each bin. The
     longest item comes first, and each goes to a bin where it leaves the least space (best-fit decreasing: Johnson et
     al., "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974). One step places all equal
-    items in all equal bins (packing a histogram: Krell et al., 2021, arXiv 2107.02027). A step fills more than half of
-    its bins' space, and a length splits at most two groups, so there are O(capacity × log capacity) steps.
+    items in all equal bins (histogram packing: Krell et al., 2021, arXiv 2107.02027): O(capacity × log capacity) steps.
     """
     steps: list[tuple[int, int, int]] = []  # first bin, number of bins, items that go into each of them
     # Free space → groups of consecutive bins that have it: first bin, number of bins. The spaces, sorted.

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from transformers.activations import GELUTanh, NewGELUActivation
 
-import utils.kernels.attention  # noqa: F401  registers "blocked" with transformers
 from utils.cli import UserError
 from utils.config import KernelConfig
-from utils.kernels.dropout import FastDropout
+from utils.kernels.attention import RANDOM_VALUES, random_mask, scale_kept  # registers "blocked" with transformers
 
 
 def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.device) -> None:
@@ -26,3 +25,12 @@ def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.
                 setattr(module, name, GELUTanh())
             if config.fast_dropout and device.type == "cpu" and type(child) is nn.Dropout:
                 setattr(module, name, FastDropout(child.p).train(child.training))
+
+
+class FastDropout(nn.Dropout):
+    """`nn.Dropout` with its probability rounded to 1/65,536; torch's own on GPUs, and where it rounds to 0 or 1."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.training or not 0 < round(self.p * RANDOM_VALUES) < RANDOM_VALUES or input.device.type != "cpu":
+            return super().forward(input)
+        return scale_kept(input, random_mask(input, self.p), self.p)

@@ -8,9 +8,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from utils.kernels.dropout import random_mask, scale_kept
 from utils.kernels.head_loss import product_dtype
 
+RANDOM_VALUES = 1 << 16  # of the 16 bits that decide whether dropout keeps a number
 QUERIES_AT_ONCE = 128
 LONGEST_BLOCKED = 1024  # positions; from here on sdpa is faster and keeps less, measured on a CPU with AVX2
 
@@ -22,7 +22,7 @@ def blocked_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention by transformers' interface; if causal, each block of queries reads only the keys up to its end.
 
-    query: (B, H, T, D); key, value: (B, G, S, D) and (B, G, S, E), G dividing H; attention_mask: (B or 1, H or 1, T, S),
+    query: (B, H, T, D); key, value: (B, G, S, D), (B, G, S, E), G dividing H; attention_mask: (B or 1, H or 1, T, S),
     added to the scores (for a causal module it hides later positions); returns (B, T, H, E), and no weights.
 
     `sdpa` computes long rows, evaluations, and features of only some models. Under autocast to bf16 the scores are
@@ -103,6 +103,22 @@ class _BlockedAttention(torch.autograd.Function):
             block = torch.bmm(d_scores, keys[:, :seen]).mul_(ctx.scaling)
             d_query[:, :, start:end] = block.view(batch, heads, end - start, size)
         return d_query, d_keys.view(key.shape), d_values.view(value.shape), None, None, None, None
+
+
+def random_mask(like: torch.Tensor, probability: float) -> torch.Tensor:
+    """Which numbers are kept, a bool each; from torch's own generator, which activation checkpointing restores."""
+    quarter = -(-like.numel() // 4)
+    if torch.compiler.is_compiling():  # `random_` would break the graph
+        bits = torch.randint(-(2**63), 2**63 - 1, (quarter,), device=like.device)
+    else:
+        bits = torch.empty(quarter, dtype=torch.int64, device=like.device).random_(-(2**63), None)  # type: ignore[call-overload]
+    kept = bits.view(torch.int16)[: like.numel()] >= round(probability * RANDOM_VALUES) - RANDOM_VALUES // 2
+    return kept.view(like.shape)
+
+
+def scale_kept(values: torch.Tensor, kept: torch.Tensor, probability: float) -> torch.Tensor:
+    """`values` where `kept`, divided by the share that is kept, else 0."""
+    return values * kept * (RANDOM_VALUES / (RANDOM_VALUES - round(probability * RANDOM_VALUES)))
 
 
 def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> torch.Tensor | None:

@@ -40,12 +40,12 @@ def build_model(
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     special["pad_token_id"] = pad_token_id(tokenizer)
     architecture = build_architecture(config, auto_model, special)
-    multiple = config.vocabulary_multiple
     entries = max(len(tokenizer), architecture.vocab_size if config.pretrained else 0)
-    architecture.vocab_size = -(-entries // multiple) * multiple
+    rows = -(-entries // config.vocabulary_multiple) * config.vocabulary_multiple
     if config.pretrained is not None and weights:
-        model = load_pretrained(config, tokenizer, auto_model, architecture)
+        model = load_pretrained(config, tokenizer, auto_model, architecture, rows)
     else:
+        architecture.vocab_size = rows
         try:
             attention = DEFERRED_ATTENTION.get(config.attention, config.attention)
             model = auto_model.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
@@ -119,21 +119,19 @@ def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> N
             setattr(architecture, name, dropout)
 
 
-def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, architecture: Any) -> PreTrainedModel:
-    """The model with the weights of `config.pretrained`, and embedding rows added for new tokens."""
+def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, architecture: Any, rows: int) -> Any:
+    """The model with the weights of `config.pretrained`, and embedding rows added for new tokens, up to `rows`."""
     name = str(config.pretrained)
-    entries = architecture.vocab_size
-    architecture.vocab_size = read_config(name).vocab_size
     if not covers_vocabulary(tokenizer, name):
         mismatch = f"model.pretrained {name} was trained with another tokenizer than the dataset's"
         raise UserError(f"{mismatch}; prepare the data with --tokenizer.pretrained {name}")
     model = load_model(name, config.attention, auto_model, architecture)
-    if entries > architecture.vocab_size:
+    if rows > architecture.vocab_size:
         if config.lora.rank:
             why = f"{name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}"
             remedy = "train all weights (model.lora.rank 0), or use data without new tokens"
             raise UserError(f"model.lora: {why}, and adapters do not train the embedding: {remedy}")
-        model.resize_token_embeddings(entries)
+        model.resize_token_embeddings(rows)
     return model
 
 

@@ -105,8 +105,7 @@ def has_linear_head(model: Any) -> bool:
     """Whether the logits are one linear map of the last hidden state, and nothing else; a short pass finds out.
 
     Some architectures scale or cap their logits (Gemma 2, Cohere, Granite), or have layers in between (BERT as a
-    decoder). The pass compares the tensors themselves: small logits would differ little, and a model on the meta device
-    has no numbers. There the answer for a model that computes by values (a router) is False.
+    decoder). On the meta device the answer for a model that computes by values (a router) is False.
     """
     bare, head = without_adapters(model), model.get_output_embeddings()
     if type(head) is not nn.Linear or bare.base_model is bare or bare.config.is_encoder_decoder:
@@ -120,7 +119,8 @@ def has_linear_head(model: Any) -> bool:
 
 @torch.no_grad()
 def _logits_are_the_heads(model: Any) -> bool:
-    """Whether the head reads the base model's last hidden state, and its output is what the model returns."""
+    """Whether the head reads the base model's last hidden state, and its output is what the model returns: the tensors
+    themselves, because small logits would differ little, and a model on the meta device has no numbers."""
     seen: dict[str, torch.Tensor] = {}
     base, head = model.base_model, model.get_output_embeddings()
     hooks = [

@@ -79,7 +79,7 @@ class Masking:
 
 
 def word_edges(tokenizer: Any, is_special: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two tables over the vocabulary, (V,) bool: tokens that may continue a word, tokens that a word may continue after.
+    """Two tables over the vocabulary, (V,) bool: tokens that may continue a word, and tokens that may precede those.
     `UserError` if the tokens do not show where a word begins.
 
     WordPiece marks the tokens that continue a word. Other tokens continue one if they begin with a letter, digit or

@@ -34,10 +34,9 @@ class SpanCorruption:
 
     Text and spans follow T5's code (github.com/google-research/text-to-text-transfer-transformer, t5/data:
     preprocessors.py, `random_spans_noise_mask` and `span_corruption`; tasks.py). A row counts as one text even if it
-    holds several documents, as in T5 (`reduce_concat_tokens`, `split_tokens`). Their eos tokens stay as separators,
-    except one at the row's end. The text begins with kept tokens and ends with a span, so the target ends with eos,
-    without the last sentinel of the paper's figures. All cuts with the numbers of `counts` are equally likely. A text
-    that would need more spans than there are sentinels has longer spans.
+    holds several documents, as in T5; their eos tokens stay as separators, except one at the row's end. The text ends
+    with a span, so the target ends with eos, without the last sentinel of the paper's figures. All cuts with the
+    numbers of `counts` are equally likely. A text that would need more spans than sentinels has longer spans.
     """
 
     config: SpanCorruptionConfig
