@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, run
+from conftest import ROOT, run, script
 from lowest_versions import lower_bounds
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -94,6 +94,13 @@ def test_prose_lines_of_markdown_stay_within_120_characters():
                 in_code = not in_code
             prose = "" if in_code or line.lstrip().startswith("|") else re.sub(r"\]\([^)]*\)", "]", line)
             assert len(prose) <= 120, (page.relative_to(ROOT), number)
+
+
+@pytest.mark.parametrize("old", ["utils.training.checkpoints", "utils.training.launch_check"])
+def test_the_old_commands_answer_with_the_new_ones(old):
+    result = script("-m", old, "list", "runs/demo", check=False)
+    assert result.returncode != 0 and result.stderr.count("\n") == 1
+    assert "python -m utils.checkpoints" in result.stderr and "python -m training.launch" in result.stderr
 
 
 def test_the_sample_text_is_what_its_readme_says():

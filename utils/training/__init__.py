@@ -1,3 +1,6 @@
 """The former home of training's modules. CHANGELOG.md maps the old names to the new ones."""
 
-raise SystemExit("utils.training has moved: see `python -m utils.checkpoints`, `training.launch` and CHANGELOG.md")
+raise SystemExit(
+    "utils.training has moved: `python -m utils.checkpoints list|verify RUN` and `python -m training.launch FILE` "
+    "replace its commands, and CHANGELOG.md maps its modules"
+)
