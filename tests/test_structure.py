@@ -63,15 +63,15 @@ def test_every_import_of_our_own_finds_its_name():
 def test_utils_holds_only_what_two_scripts_reach():
     scripts = ("prepare_data", "train", "export", "evaluate")
     reached: dict[str, set[str]] = {}
-    for script in scripts:
-        todo = [script]
+    for start in scripts:
+        todo = [start]
         while todo:
             module = todo.pop()
             for base, name in imports_of(file_of(module)):
                 member = f"{base}.{name}"
                 imported = member if file_of(member).exists() else base
-                if script not in reached.setdefault(imported, set()):
-                    reached[imported].add(script)
+                if start not in reached.setdefault(imported, set()):
+                    reached[imported].add(start)
                     todo.append(imported)
     modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / "utils").rglob("*.py")}
     for module, path in modules.items():
