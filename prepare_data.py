@@ -27,8 +27,8 @@ import pyarrow as pa
 import tokenizers
 
 from preparation.cleaning.steps import clean_documents, expand_steps
-from preparation.report.card import TRAINED_HERE, data_card, table
-from preparation.report.page import collect_details, html_report
+from preparation.recipe import SourceConfig
+from preparation.report.page import TRAINED_HERE, collect_details, data_card, html_report, table
 from preparation.selection.duplicates import NUM_HASHES, digest_documents, sketch_documents
 from preparation.selection.splits import Selection, repeat_by_weight, select_documents
 from preparation.sources.conversations import SEPARATOR, without_system
@@ -49,7 +49,6 @@ from preparation.sources.files import (
     recipe_key,
     tokenizer_files,
 )
-from preparation.sources.source_config import SourceConfig
 from preparation.stages import Stages, load_slices, map_slices, slice_files, text_bytes
 from preparation.tokenizer.build import (
     check_chat_template,
@@ -58,8 +57,7 @@ from preparation.tokenizer.build import (
     load_tokenizer,
     train_tokenizer,
 )
-from preparation.tokenizer.conversations import ConversationEncoder
-from preparation.tokenizer.encoding import Encoder, build_encoder
+from preparation.tokenizer.encoding import ConversationEncoder, Encoder, build_encoder
 from utils.data.token_dataset import FORMAT_VERSION, open_split
 from utils.files import hold_lock, read_json
 

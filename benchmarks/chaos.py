@@ -122,7 +122,7 @@ class Launch:
         if victim == "launcher" and "stopped (launcher_gone)" not in printed:
             self.fail("the launcher was killed, and the ranks did not exit cleanly")
         for line in printed.splitlines():
-            if 'train.py", line' in line or ("train.py: error:" in line and "another rank has gone" not in line):
+            if 'train.py", line' in line or ("train.py: error:" in line and "another rank has ended" not in line):
                 self.fail(f"{victim} was killed, and another process ended with an error of its own: {line.strip()}")
 
 

@@ -82,9 +82,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import prepare_data
+from preparation.recipe import SourceConfig
 from preparation.sources.documents import MAX_BROKEN_LISTED, OTHER_KIND, read_sources
 from preparation.sources.files import count_other_files, reading_units
-from preparation.sources.source_config import SourceConfig
 from preparation.stages import iter_slices, load_slices, map_slices
 
 try:

@@ -20,12 +20,11 @@ import numpy as np
 from numpy.random import SeedSequence
 
 from preparation.cleaning.steps import clean_documents
-from preparation.recipe import CleaningConfig, PrepareConfig, resolve_sources
+from preparation.recipe import CleaningConfig, PrepareConfig, SourceConfig, resolve_sources
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import count_uses, draw_chance, is_held_out
 from preparation.sources.documents import OPENERS, Document, Skipped, iter_records, load_table, make_document
 from preparation.sources.files import describe_files, is_saved_dataset
-from preparation.sources.source_config import SourceConfig
 from preparation.stages import hash_json, iter_slices
 from preparation.tokenizer.build import load_tokenizer
 from preparation.tokenizer.encoding import Encoder, build_encoder

@@ -15,12 +15,11 @@ from transformers import AutoTokenizer
 
 import prepare_data
 from preparation.cleaning.steps import EMPTY, clean_documents
-from preparation.recipe import CleaningConfig
+from preparation.recipe import CleaningConfig, SourceConfig
 from preparation.sources.conversations import ROLES, SEPARATOR, join_messages, split_messages, without_system
 from preparation.sources.documents import read_sources
-from preparation.sources.source_config import SourceConfig
 from preparation.tokenizer.build import train_tokenizer
-from preparation.tokenizer.conversations import ConversationEncoder
+from preparation.tokenizer.encoding import ConversationEncoder
 from utils.cli import UserError
 from utils.config import ModelConfig
 from utils.data.loaders import CollatedRows, build_layout, to_tensors

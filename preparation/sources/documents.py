@@ -28,9 +28,9 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
+from preparation.recipe import SourceConfig
 from preparation.sources.conversations import find_fault, join_messages, without_system
 from preparation.sources.files import count_other_files, is_tar, is_wanted, kind_of, known_suffixes, reading_units
-from preparation.sources.source_config import SourceConfig
 from preparation.stages import SLICE_BYTES, SLICE_DOCUMENTS
 from utils.cli import UserError
 

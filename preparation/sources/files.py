@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from preparation.recipe import PrepareConfig
-from preparation.sources.source_config import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, SourceConfig
+from preparation.recipe import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, PrepareConfig, SourceConfig
 from preparation.stages import hash_json
 from utils.cli import UserError
 from utils.data.token_dataset import FORMAT_VERSION
