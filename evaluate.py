@@ -9,8 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from utils.checkpoints import find_checkpoint, resolve_checkpoint
 from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+
+
+def is_export(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / "state.json").is_file()
 
 
 @dataclass
@@ -41,7 +46,9 @@ class EvaluateConfig:
     """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
-        found = [] if Path(self.model).exists() else [f"{self.model} does not exist; train a model, or give --model"]
+        found = []
+        if not is_export(Path(self.model)):
+            find_checkpoint(self.model)
         if self.dataset is not None and self.text_file is not None:
             found.append("give dataset or text_file, not both")
         elif self.dataset is not None:
@@ -62,7 +69,6 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from utils.checkpoints import resolve_checkpoint
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
 from utils.evaluation import evaluate, generate_text
@@ -130,21 +136,16 @@ def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:
 
     The options are None for a model without a run; an export's report keeps them. The dataset is None outside a run.
     """
-    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
-        checkpoint = resolve_checkpoint(path)
-        run_config = checkpoint.parent.parent / "config.yaml"
-        if not run_config.is_file():
-            return checkpoint, None, None
-        run = parse_sections(ScoringConfig, read_yaml(run_config), run_config)
-        return checkpoint, run, run.data.dataset
-    if not (path / "config.json").is_file():
-        reason = "is not a run, a checkpoint or an export" if path.exists() else "does not exist"
-        if (path / "config.yaml").is_file():
-            reason = "is a run without a checkpoint so far"
-        raise UserError(f"{path} {reason}; give --model, or train and export first")
-    report = path / "export_report.json"
-    exported_from = read_json(report).get("run") if report.is_file() else None
-    return path, None if exported_from is None else parse_sections(ScoringConfig, exported_from, report), None
+    if is_export(path):
+        report = path / "export_report.json"
+        exported_from = read_json(report).get("run") if report.is_file() else None
+        return path, None if exported_from is None else parse_sections(ScoringConfig, exported_from, report), None
+    checkpoint = resolve_checkpoint(path)
+    run_config = checkpoint.parent.parent / "config.yaml"
+    if not run_config.is_file():
+        return checkpoint, None, None
+    run = parse_sections(ScoringConfig, read_yaml(run_config), run_config)
+    return checkpoint, run, run.data.dataset
 
 
 def read_validation(dataset: str, tokenizer: Any) -> tuple[TokenDataset, int]:

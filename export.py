@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import UserError, parse_config, parse_sections, run_script
 
 
@@ -19,7 +20,7 @@ class ExportConfig:
     """Options of export.py; the defaults are the demo's."""
 
     checkpoint: str = "runs/demo"
-    """Run folder (its best checkpoint is exported) or checkpoint folder."""
+    """Run folder (its best checkpoint is exported, or that of the best average) or checkpoint folder."""
     output: str = "exports/demo"
     """Folder to write. It must not exist."""
     max_logit_difference: float = 1e-5
@@ -28,8 +29,8 @@ class ExportConfig:
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
 
     def problems(self) -> list[str]:
-        found = [] if Path(self.checkpoint).exists() else [f"{self.checkpoint}: no such run or checkpoint folder"]
-        return found + ([f"{self.output} exists; remove it, or choose another --output"] * Path(self.output).exists())
+        find_checkpoint(self.checkpoint)
+        return [f"{self.output} exists; remove it, or choose another --output"] * Path(self.output).exists()
 
 
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
@@ -40,7 +41,6 @@ import torch
 from transformers import PreTrainedModel
 
 from utils.checkpoint_tensors import load_average
-from utils.checkpoints import load_state, resolve_checkpoint
 from utils.config import ScoringConfig
 from utils.files import read_yaml
 from utils.model.build import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
@@ -52,7 +52,8 @@ MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights
 
 def main(config: ExportConfig) -> None:
     output = Path(config.output)
-    checkpoint = resolve_checkpoint(config.checkpoint)
+    pointers = ("best_average", "best", "last") if config.weights == "average" else ("best", "last")
+    checkpoint = resolve_checkpoint(config.checkpoint, *pointers)
     model = load_model(checkpoint)
     if config.weights == "average":
         load_average(checkpoint, model)
@@ -104,6 +105,10 @@ def main(config: ExportConfig) -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}; opens with {auto_model.__name__}")
+    found = list_checkpoints(checkpoint.parent)
+    if checkpoint in found[:-1]:
+        newer = ", ".join(path.name for path in found[found.index(checkpoint) + 1 :])
+        print(f"newer checkpoints of this run, which are not exported: {newer}")
     print(f"largest logit difference to the checkpoint: {difference:.2e} (allowed {config.max_logit_difference:.0e})")
 
 

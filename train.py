@@ -17,7 +17,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -40,14 +40,13 @@ from training.hardware import resolve_matmul_precision
 from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
 from training.model import build_training_objective
 from training.monitoring.guards import check_update
-from training.monitoring.stopping import StopAsked
+from training.monitoring.stopping import end_of_run, update_best
 from training.monitoring.tracking import write_sample
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
 from training.parallel.sharding import enable_sharded_generate
 from training.run import Run
-from utils.checkpoints import TrainState
 from utils.evaluation import evaluate
 from utils.model.build import build_model, enable_activation_checkpointing, load_model
 from utils.objectives import count_targets, objective_module
@@ -94,33 +93,36 @@ def main(config: TrainConfig) -> None:
     objective.train()
     batches = iter(train_loader)
     evaluation, look = None, partial(evaluate, accelerator, objective, validation_loader)
+    save = partial(run.save, model, optimizer, scheduler, average)
     if config.evaluation.at_start and state.optimizer_step == 0:
         run.tracker.log(look(lambda: run.beat("evaluating")).metrics(data.validation_bytes), 0)
     while True:
         step = state.optimizer_step
 
+        # ---- Once in a while: a checkpoint (all ranks call; the main process writes, with FSDP each rank its shard). It
+        # is on the disk before an evaluation begins, which may fail.
+        evaluates = due(step, config.evaluation.every_steps, max_steps)
+        samples = due(step, config.tracking.sample_every_steps, max_steps)
+        if step > run.saved_step and due(step, config.checkpoint.every_steps, max_steps):
+            save(wait=evaluates or samples)
+
         # ---- Once in a while: the loss on the validation documents, and a sample (all ranks).
         improved = False
         if state.last_evaluated_step < step and run.stop_reason is None:
-            with suppress(StopAsked):  # the resumed run evaluates instead
-                if due(step, config.evaluation.every_steps, max_steps):
-                    found = look(run.poll)
-                    figures = found.metrics(data.validation_bytes)
+            with run.looking(save):
+                if evaluates:
+                    found, averaged = look(run.poll), None
                     if average is not None:
                         with average.swapped():
-                            figures["eval/average_loss"] = look(run.poll).loss
-                    evaluation = found
-                    improved = update_best(state, evaluation.loss, config.evaluation.early_stopping_min_delta)
-                    run.tracker.log(figures, step)
-                if due(step, config.tracking.sample_every_steps, max_steps):
-                    run.beat("sampling")
-                    run.tracker.sample(write_sample(accelerator, objective, tokenizer, data.example, config), step)
+                            averaged = look(run.poll)
+                    evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
+                    run.tracker.log(found.metrics(data.validation_bytes, averaged), step)
+                if samples:
+                    run.sample(partial(write_sample, accelerator, objective, tokenizer, data.example, config))
                 state.last_evaluated_step = step
         reason = end_of_run(state, config, max_steps) or run.stop_reason
-
-        # ---- Once in a while: a checkpoint (all ranks call; the main process writes, with FSDP each rank its shard).
-        if improved or (step > run.saved_step and (due(step, config.checkpoint.every_steps) or reason)):
-            run.save(model, optimizer, scheduler, average, wait=reason is not None)
+        if improved or (reason and step > run.saved_step):
+            save(wait=reason is not None)
         if reason is not None:
             break
 
@@ -210,28 +212,6 @@ def due(step: int, every: int, last_step: int | None = None) -> bool:
 def step_seed(seed: int, samples_seen: int, rank: int) -> int:
     """Seed of one step's dropout on one rank, 32 bits. A resumed run needs no stored random state."""
     return int(np.random.SeedSequence([seed, samples_seen, rank]).generate_state(1)[0])
-
-
-def update_best(state: TrainState, loss: float, min_delta: float) -> bool:
-    """Whether `loss` (nats per token) is the lowest so far. Counts the evaluations that improve by too little."""
-    if state.patience_loss is None or loss < state.patience_loss - min_delta:
-        state.patience_loss, state.evaluations_without_improvement = loss, 0
-    else:
-        state.evaluations_without_improvement += 1
-    if state.best_loss is not None and not loss < state.best_loss:
-        return False
-    state.best_loss, state.best_step = loss, state.optimizer_step
-    return True
-
-
-def end_of_run(state: TrainState, config: TrainConfig, max_steps: int) -> str | None:
-    """ "max_steps" or "early_stopping" once the run has reached its end and its last model is evaluated, else None."""
-    if state.last_evaluated_step < state.optimizer_step:
-        return None
-    if state.optimizer_step >= max_steps:
-        return "max_steps"
-    patience = config.evaluation.early_stopping_patience
-    return "early_stopping" if patience is not None and state.evaluations_without_improvement >= patience else None
 
 
 if __name__ == "__main__":

@@ -166,10 +166,10 @@ def test_evaluate_scores_a_text_file(export, tmp_path):
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
-        ("export.py", ["--checkpoint", "no/such"], "no such run or checkpoint folder"),
-        ("export.py", ["--checkpoint", "docs"], "not a checkpoint folder"),
+        ("export.py", ["--checkpoint", "no/such"], "does not exist"),
+        ("export.py", ["--checkpoint", "docs"], "is no run and no checkpoint"),
         ("evaluate.py", ["--model", "no/such"], "does not exist"),
-        ("evaluate.py", ["--model", "docs"], "is not a run, a checkpoint or an export"),
+        ("evaluate.py", ["--model", "docs"], "is no run and no checkpoint"),
         ("evaluate.py", ["--dataset", "a", "--text_file", "b"], "dataset or text_file, not both"),
     ],
 )

@@ -1,6 +1,7 @@
 """The apparatus of a run: its folder and state, what a person sees of it, stop requests, heartbeats, checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,21 @@ from training.data import TrainingData
 from training.launch import describe_launch
 from training.model import check_tokenizer
 from training.monitoring.guards import check_limits, write_bad_batch
-from training.monitoring.stopping import StopRequests
+from training.monitoring.stopping import StopAsked, StopRequests
 from training.monitoring.tracking import RunTracker
 from training.monitoring.watchdog import Watchdog
 from training.optimization.optimizers import OPTIMIZERS
 from training.parallel.sharding import full_tensor, is_sharded
 from training.saving.checkpoint_writer import CheckpointWriter
-from training.saving.folders import check_disk, check_shards, open_run, record_launch
+from training.saving.folders import check_disk, check_shards, open_run, record_launch, try_disk
 from training.saving.training_state import load_training_state
 from training.stream_loader import describe_stream
 from utils.checkpoints import TrainState, load_state
-from utils.cli import UserError, at_exit
+from utils.cli import PEER_GONE, UserError, at_exit
 from utils.config import TrainConfig
 from utils.data.loaders import end_workers
 from utils.evaluation import Evaluation
+from utils.files import short
 from utils.model.build import count_parameters
 
 END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
@@ -34,7 +36,7 @@ class Run:
     """One launch of a run. It owns neither model nor optimizer nor loaders, and every rank has one.
 
     `checkpoint` is the folder to resume from (None for a new run), `state` says where the run stands, and `saved_step`
-    is the step of the newest checkpoint.
+    is the step of the newest checkpoint, `first_step` where this launch began.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, data: TrainingData, tokenizer: Any) -> None:
@@ -47,7 +49,7 @@ class Run:
         else:
             check_tokenizer(self.checkpoint, tokenizer)
             self.state = load_state(self.checkpoint)
-        self.saved_step = self.state.optimizer_step
+        self.first_step = self.saved_step = self.state.optimizer_step
         self._logged = (self.state.tokens_seen, self.state.train_seconds)
 
     def begin(self, model: Any, optimizer: Any, scheduler: Any, average: Any, lines: list[str]) -> None:
@@ -63,7 +65,9 @@ class Run:
         bytes_each = checkpoint_bytes(model, config)
         if accelerator.is_main_process:
             steps_left = data.max_steps - self.state.optimizer_step
-            self.notes.append(check_disk(self.folder / "checkpoints", config.checkpoint, bytes_each, steps_left))
+            checkpoints, num_best = self.folder / "checkpoints", 1 if average is None else 2
+            self.notes.append(check_disk(checkpoints, config.checkpoint, bytes_each, steps_left, num_best))
+            self.notes += try_disk(checkpoints)
             record_launch(accelerator, config)  # all checks have passed; the folder is this run's
         self.stops = at_exit.enter_context(StopRequests(accelerator, self.folder, config.max_minutes, bytes_each))
         self.tracker = at_exit.enter_context(RunTracker(accelerator, config, self.state, data.max_steps))
@@ -88,6 +92,19 @@ class Run:
     def beat(self, doing: str) -> None:
         """Tell the watchdog what begins now, in one word."""
         self.watchdog.beat(self.state.optimizer_step + (doing in ("fetching", "training")), doing)
+
+    @contextmanager
+    def looking(self, save: Callable[..., None]) -> Iterator[None]:
+        """Around an evaluation (all ranks): a stop request only ends it. An error ends the run, after a save of this
+        step, if there is none, as far as one is possible without ranks that may be gone."""
+        try:
+            yield
+        except StopAsked:  # the resumed run evaluates instead
+            pass
+        except Exception:
+            if self.saved_step < self.state.optimizer_step and self.writer.can_save():
+                save(wait=False)
+            raise
 
     def poll(self) -> None:
         """Between the batches of an evaluation: raise `StopAsked` on all ranks (which all call) if one is to stop."""
@@ -131,24 +148,42 @@ class Run:
         self.tracker.log(figures, state.optimizer_step)
         self._logged = (state.tokens_seen, state.train_seconds)
 
+    def sample(self, write: Callable[[], str | None]) -> None:
+        """Add what `write` returns to the samples (all ranks call). If it fails, training goes on."""
+        self.beat("sampling")
+        text, step = None, self.state.optimizer_step
+        try:
+            text = write()
+        except Exception as error:
+            if PEER_GONE.search(str(error)):
+                raise
+            self.tracker.warn(f"no sample at step {step}: {type(error).__name__}: {short(error)}")
+        self.writer.meet()
+        self.tracker.sample(text, step)
+
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
-        """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only."""
+        """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only.
+
+        If this step is saved already, only the pointers to the best checkpoints move.
+        """
         self.beat("saving")
+        is_new, self.saved_step = self.saved_step != self.state.optimizer_step, self.state.optimizer_step
         self.state.stream = self.data.stream_state()
         self.writer.save(self.state, model, optimizer, scheduler, average, wait=wait)
-        self.saved_step = self.state.optimizer_step
-        self.tracker.log({"perf/save_pause_seconds": self.writer.pause_seconds}, self.saved_step)
+        if is_new:
+            self.tracker.log({"perf/save_pause_seconds": self.writer.pause_seconds}, self.saved_step)
         if warning := self.stops.time_for_save(self.writer.write_seconds):
             self.tracker.warn(warning)
 
     def finish(self, reason: str, evaluation: Evaluation | None, look: Callable[..., Evaluation], model: Any) -> None:
         """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it.
 
-        `look` evaluates the model if this launch had no step left to make.
+        `look` evaluates the model if this launch has not.
         """
         state, finished = self.state, reason in END_REASONS
-        if finished and evaluation is None:
+        if finished and state.optimizer_step == self.first_step:
             self.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
+        if finished and evaluation is None:
             evaluation = look(lambda: self.beat("evaluating"))
             if state.best_loss is None:
                 state.best_loss, state.best_step = evaluation.loss, state.optimizer_step
@@ -161,12 +196,15 @@ class Run:
             "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
             "eval_loss": evaluation and evaluation.loss, "perplexity": evaluation and evaluation.perplexity,
             "bits_per_byte": bits, "best_loss": state.best_loss, "best_step": state.best_step,
+            "best_average_loss": state.best_average_loss, "best_average_step": state.best_average_step,
             "train_seconds": state.train_seconds, "tokens_per_second": state.tokens_seen / state.train_seconds,
         })  # fmt: skip
         if state.stream is not None:
             self.tracker.say(describe_stream(state.stream))
         if finished:
             best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
+            if state.best_average_step is not None:
+                best += f", of the average {state.best_average_loss:.4f} at step {state.best_average_step}"
             self.tracker.say(f"finished ({reason}); {best}; see {self.config.output}")
         else:
             remedy = "to continue, repeat the command with --checkpoint.resume auto"

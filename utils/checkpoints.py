@@ -7,7 +7,8 @@
         optimizer/, average/                with FSDP, instead of these two files: one shard per rank
         state.json                          TrainState, scheduler, gradient scaler, the rest of the optimizer's state
         manifest.json                       size and SHA-256 of every other file; written last
-    checkpoints/best, checkpoints/last      links to two of the folders
+    checkpoints/pointers.json               the names of two or three of these folders: best, best_average, last
+    checkpoints/best, …                     links to them for users' paths, where the disk has links
 
 No random state is stored: train.py seeds every step from (seed, samples seen, rank). Nothing is pickled.
 `python -m utils.checkpoints list RUN` prints the checkpoints of a run; `verify` also checks every byte of them. This
@@ -27,7 +28,8 @@ from utils.cli import UserError, run_script
 from utils.files import hash_file, read_json, readable
 
 PREFIX = "step-"
-LINKS = ("best", "last")
+POINTERS = ("best", "best_average", "last")
+POINTER_FILE = "pointers.json"
 
 
 @dataclass
@@ -46,6 +48,8 @@ class TrainState:
     train_seconds: float = 0.0  # time spent in training steps, over all launches of the run
     best_loss: float | None = None  # lowest evaluation loss, in nats per token
     best_step: int | None = None  # its step; export.py takes its checkpoint
+    best_average_loss: float | None = None  # the same of the average of the weights, if the run keeps one
+    best_average_step: int | None = None
     patience_loss: float | None = None  # the next evaluation must be lower by early_stopping_min_delta; nats per token
     evaluations_without_improvement: int = 0
     stream: dict[str, Any] | None = None  # position of each lane (`StreamLoader.state`); None for stored data
@@ -89,8 +93,38 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first, valid or not; links and folders of other names do not count."""
-    found = (path for path in folder.glob(PREFIX + "*") if re.fullmatch(r"step-[0-9]{8,18}", path.name))
+    found = (path for path in folder.glob(PREFIX + "*") if is_checkpoint_name(path.name))
     return sorted((path for path in found if not path.is_symlink()), key=step_of)
+
+
+def is_checkpoint_name(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(r"step-[0-9]{8,18}", name) is not None
+
+
+def read_pointers(folder: Path) -> dict[str, str]:
+    """The names of the checkpoints in `folder` that are best, best_average and last, as far as it is known.
+
+    pointers.json decides. Without it, the links do, and without these the state of the newest checkpoint. `UserError`
+    if one of them names anything else than a checkpoint of this folder.
+    """
+    path = folder / POINTER_FILE
+    if path.is_file():
+        pointers = read_json(path)
+        if strange := [name for name in pointers if name not in POINTERS or not is_checkpoint_name(pointers[name])]:
+            raise UserError(
+                f"{path}: {strange[0]!r} names no checkpoint; remove the file, or give a checkpoint folder itself"
+            )
+        return pointers  # type: ignore[no-any-return]
+    found = list_checkpoints(folder)
+    pointers = {"last": found[-1].name} if found else {}
+    for link in (folder / name for name in POINTERS):
+        if link.is_symlink():
+            if not is_inside(link, folder):
+                raise UserError(f"{link} is a link to {os.readlink(link)}, outside of the run; give that folder itself")
+            pointers[link.name] = link.resolve().name
+    if found and "best" not in pointers and (best_step := load_state(found[-1]).best_step):
+        pointers["best"] = checkpoint_name(best_step)
+    return pointers
 
 
 def find_newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -122,22 +156,38 @@ def find_problem(checkpoint: Path) -> str | None:
     return None if "state.json" in expected else "manifest.json does not name state.json"
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """A run folder (its best checkpoint, else its last) or a checkpoint folder → a verified checkpoint folder."""
+def find_checkpoint(path: str | Path, *pointers: str) -> Path:
+    """A run folder → the first of its `pointers` (best, else last) that it has; RUN/checkpoints/best → what it points
+    to; a checkpoint folder → itself. Reads no weights. `UserError` if there is no such checkpoint."""
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such run or checkpoint folder")
-    if (path / "checkpoints").is_dir():
-        links = [path / "checkpoints" / link for link in LINKS]
-        link = next((link for link in links if link.exists()), links[-1])
-        if not is_inside(link, path / "checkpoints"):
-            raise UserError(f"{link} is a link to {os.readlink(link)}, outside of the run; give that folder itself")
-        path = link
-    if not (path / "state.json").is_file():
-        raise UserError(f"{path}: not a checkpoint folder (it has no state.json)")
-    if problem := find_problem(path):
-        raise UserError(f"{path}: {problem}; give a valid one (`python -m utils.checkpoints verify RUN` lists them)")
-    return path.resolve()
+    folder, pointers = path / "checkpoints", pointers or ("best", "last")
+    if path.name in POINTERS and (path.parent / POINTER_FILE).is_file():
+        folder, pointers = path.parent, (path.name,)
+    elif not path.exists():
+        raise UserError(f"{path} does not exist; give a run or a checkpoint")
+    if not folder.is_dir():
+        if (path / "state.json").is_file():
+            return path
+        is_run = (path / "config.yaml").is_file()
+        raise UserError(f"{path} is " + ("a run without a checkpoint so far" if is_run else "no run and no checkpoint"))
+    known = read_pointers(folder)
+    pointer = next((name for name in pointers if name in known), None)
+    if pointer is None:
+        raise UserError(f"{path} has no checkpoint so far")
+    if (found := folder / known[pointer]) not in (left := list_checkpoints(folder)):
+        remedy = (
+            f"left are {', '.join(path.name for path in left)}: give one, as in {left[-1]}" if left else "none is left"
+        )
+        raise UserError(f"{found}, the {pointer.replace('_', ' ')} checkpoint of the run, is gone; {remedy}")
+    return found
+
+
+def resolve_checkpoint(path: str | Path, *pointers: str) -> Path:
+    """`find_checkpoint`, verified: `UserError` unless its files are those that were saved. Reads every byte."""
+    found = find_checkpoint(path, *pointers)
+    if problem := find_problem(found):
+        raise UserError(f"{found}: {problem}; give a valid one (`python -m utils.checkpoints verify RUN` lists them)")
+    return found.resolve()
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -156,12 +206,12 @@ def main(arguments: list[str]) -> None:
     folder = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     if not (found := list_checkpoints(folder)):
         raise UserError(f"{run}: {'no checkpoints here' if run.exists() else 'does not exist'}")
-    linked = {link: (folder / link).resolve().name for link in LINKS}
+    pointers = read_pointers(folder)
     damaged = 0
     for checkpoint in found:
         files = [path.stat() for path in checkpoint.rglob("*") if path.is_file()]
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max((file.st_mtime for file in files), default=0)))
-        marks = " ".join(link for link, name in linked.items() if name == checkpoint.name)
+        marks = " ".join(mark for mark, name in pointers.items() if name == checkpoint.name)
         size = readable(sum(file.st_size for file in files))
         problem = find_problem(checkpoint) if command == "verify" else None
         damaged += problem is not None

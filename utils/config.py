@@ -288,6 +288,8 @@ class EvaluationConfig:
     """Stop after this many evaluations in a row without improvement. null: never."""
     early_stopping_min_delta: NonNegativeFloat = 0.0
     """Patience counts an evaluation as an improvement if its loss falls by more than this, in nats per token."""
+    early_stopping_weights: Literal["trained", "average"] = "trained"
+    """Whose loss patience follows. average: that of the moving average of the weights (optimizer.ema_decay)."""
 
 
 @dataclass
@@ -297,7 +299,7 @@ class CheckpointConfig:
     every_steps: PositiveInt = 200
     """Optimizer steps between checkpoints. The best and the last step are always saved."""
     keep_last: PositiveInt = 2
-    """Number of newest checkpoints to keep, in addition to the best one."""
+    """Number of newest checkpoints to keep, in addition to the best one and the one with the best average."""
     archive_every_steps: PositiveInt | None = None
     """Never remove the checkpoints of steps that are multiples of this. null: archive none."""
     asynchronous: bool = True
@@ -380,6 +382,8 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def problems(self) -> list[str]:
+        if self.evaluation.early_stopping_weights == "average" and self.optimizer.ema_decay is None:
+            return ["evaluation.early_stopping_weights average needs an average: give optimizer.ema_decay, as in 0.999"]
         if self.model.pretrained is not None or self.model.architecture == "t5" or self.model.problems():
             return []
         length, limit = self.data.sequence_length, "max_position_embeddings"

@@ -32,10 +32,12 @@ class Evaluation:
         adds no token in front: each document's first token is not predicted."""
         return self.loss * self.num_tokens / math.log(2) / num_bytes
 
-    def metrics(self, num_bytes: int | None) -> dict[str, float]:
-        """`num_bytes` is the length of the text; None where the targets are not all of its tokens."""
+    def metrics(self, num_bytes: int | None, average: "Evaluation | None" = None) -> dict[str, float]:
+        """`num_bytes` is the length of the text; None where the targets are not all of its tokens. `average`: what the
+        average of the weights scored."""
         found = {"eval/loss": self.loss, "eval/perplexity": self.perplexity}
-        return found | ({} if num_bytes is None else {"eval/bits_per_byte": self.bits_per_byte(num_bytes)})
+        found |= {} if num_bytes is None else {"eval/bits_per_byte": self.bits_per_byte(num_bytes)}
+        return found | ({} if average is None else {"eval/average_loss": average.loss})
 
 
 @torch.no_grad()

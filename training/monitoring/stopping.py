@@ -1,4 +1,4 @@
-"""The requests that can stop a run early, and the vote by which all ranks agree."""
+"""What ends a run: its last step, early stopping, or a request, on which all ranks agree by a vote."""
 
 import contextlib
 import math
@@ -12,7 +12,10 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from utils.checkpoints import TrainState
 from utils.cli import LAUNCHER_PID
+from utils.config import EvaluationConfig, TrainConfig
+from utils.evaluation import Evaluation
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The reasons to stop, in the order of `StopRequests._flags`.
@@ -117,3 +120,34 @@ class StopRequests:
             f"{LAUNCHER_SECONDS} s, which loses the steps since the last checkpoint. `touch {self.stop_file}` stops "
             "without a limit, --max_minutes stops in time"
         )
+
+
+def update_best(state: TrainState, config: EvaluationConfig, trained: Evaluation, average: Evaluation | None) -> bool:
+    """Whether the loss of the trained weights, or of their average, is the lowest so far. Counts the evaluations in
+    which the one that early stopping follows improves by too little."""
+    improved = _is_lower(trained.loss, state.best_loss)
+    if improved:
+        state.best_loss, state.best_step = trained.loss, state.optimizer_step
+    if average is not None and _is_lower(average.loss, state.best_average_loss):
+        improved, state.best_average_loss, state.best_average_step = True, average.loss, state.optimizer_step
+    followed = average if average is not None and config.early_stopping_weights == "average" else trained
+    goal = None if state.patience_loss is None else state.patience_loss - config.early_stopping_min_delta
+    if _is_lower(followed.loss, goal):
+        state.patience_loss, state.evaluations_without_improvement = followed.loss, 0
+    else:
+        state.evaluations_without_improvement += 1
+    return improved
+
+
+def _is_lower(loss: float, best: float | None) -> bool:
+    return best is None or math.isnan(best) or loss < best
+
+
+def end_of_run(state: TrainState, config: TrainConfig, max_steps: int) -> str | None:
+    """ "max_steps" or "early_stopping" once the run has reached its end and its last model is evaluated, else None."""
+    if state.last_evaluated_step < state.optimizer_step:
+        return None
+    if state.optimizer_step >= max_steps:
+        return "max_steps"
+    patience = config.evaluation.early_stopping_patience
+    return "early_stopping" if patience is not None and state.evaluations_without_improvement >= patience else None

@@ -51,6 +51,7 @@ class CheckpointWriter:
         self.pause_seconds = self.write_seconds = 0.0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._saved_step: int | None = None
         self._buffers: Tensors = {}
         self._group: dist.ProcessGroup | None = None
         if is_sharded(accelerator):
@@ -78,14 +79,14 @@ class CheckpointWriter:
     ) -> None:  # fmt: skip
         """Save step N of `state` (all ranks call); with `wait`, also call `finish`.
 
-        An intact checkpoint of that step is kept, and only the links move: a run that was stopped before its evaluation
-        makes that evaluation first when it resumes.
+        If there is an intact checkpoint of that step, only the pointers move: it was saved before its evaluation.
         """
         started = time.perf_counter()
         wait = wait or not self.config.asynchronous
         self.close()
         target = self.folder / checkpoint_name(state.optimizer_step)
-        needed = [self.accelerator.is_main_process and (not target.exists() or find_problem(target) is not None)]
+        step, is_main = state.optimizer_step, self.accelerator.is_main_process
+        needed = [is_main and step != self._saved_step and (not target.exists() or find_problem(target) is not None)]
         if self._group is not None:
             broadcast_object_list(needed)
         write: Callable[[], None] | None = None
@@ -93,9 +94,9 @@ class CheckpointWriter:
             # Copy from the GPU even for a blocking save: the buffer exists, and safetensors would make another.
             snapshot = not wait or self.accelerator.device.type != "cpu"
             write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
-        if write is not None or self.accelerator.is_main_process:
-            arguments = (write, state.optimizer_step, state.best_step, started)
-            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        if write is not None or is_main:
+            steps = {"last": step, "best": state.best_step, "best_average": state.best_average_step}
+            self._thread = threading.Thread(target=self._write, args=(write, steps, started), name="checkpoint")
             self._thread.start()
         if wait:
             self.finish()
@@ -113,6 +114,19 @@ class CheckpointWriter:
         if failure := self._join():
             self.warn(f"a checkpoint could not be written: {failure}, and the next save tries again")
 
+    def can_save(self) -> bool:
+        """Whether a save can be made now although ranks may be gone: by the main process, under FSDP by all or none."""
+        try:
+            self.meet()
+        except RuntimeError:
+            return False
+        return self._group is not None or self.accelerator.is_main_process
+
+    def meet(self) -> None:
+        """Under FSDP: wait for all ranks, or raise a RuntimeError, as after an error on some of them. Else a no-op."""
+        if self._group is not None:
+            dist.monitored_barrier(self._group, timedelta(minutes=1))
+
     def _join(self) -> str | None:
         """Wait for the thread; why it failed."""
         if self._thread is not None:
@@ -120,18 +134,17 @@ class CheckpointWriter:
         error, self._thread, self._error = self._error, None, None
         return None if error is None else f"{error}; the earlier ones are untouched"
 
-    def _write(self, write: Callable[[], None] | None, step: int, best_step: int | None, started: float) -> None:
-        """In the thread: write the checkpoint unless it exists, move the links, remove old checkpoints."""
+    def _write(self, write: Callable[[], None] | None, steps: dict[str, int | None], started: float) -> None:
+        """In the thread: write the checkpoint unless it exists, move the pointers, remove old checkpoints."""
         try:
             if write is not None:
                 self.note("writing")
                 write()
-                self.write_seconds = time.perf_counter() - started
+                self.write_seconds, self._saved_step = time.perf_counter() - started, steps["last"]
             if self.accelerator.is_main_process:
                 self.note("rotating")
-                folders.link_checkpoint(self.folder, "last", step)
-                if not folders.link_checkpoint(self.folder, "best", best_step) and best_step is not None:
-                    self.warn(f"the checkpoint of the best step, {best_step}, is not there; `best` is an earlier one")
+                for name in folders.point(self.folder, steps):
+                    self.warn(f"the checkpoint of step {steps[name]} is not there; `{name}` is an earlier one")
                 folders.remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
         except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
             if self.accelerator.is_main_process:  # it fails too if another rank does
@@ -172,7 +185,7 @@ class CheckpointWriter:
             (temporary / "state.json").write_text(text, encoding="utf-8")
 
         def write() -> None:
-            with folders.new_checkpoint(self.folder, step) as temporary:
+            with folders.new_folder(self.folder / checkpoint_name(step)) as temporary:
                 model.save_pretrained(temporary, state_dict={name: owned[owner] for name, owner in shared.items()})
                 if has_adapters(temporary):
                     save_base(model, temporary)

@@ -7,6 +7,7 @@ checkpoints/       a checkpoint goes only when a newer one is safe. With FSDP ea
 """
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -30,7 +31,17 @@ from torch import nn
 from training.monitoring.stopping import STOP_FILE
 from training.options import check_resume
 from utils.checkpoint_tensors import Tensors, read_shard_metadata
-from utils.checkpoints import LINKS, PREFIX, checkpoint_name, find_newest_valid, list_checkpoints, load_state, step_of
+from utils.checkpoints import (
+    POINTER_FILE,
+    POINTERS,
+    checkpoint_name,
+    find_newest_valid,
+    find_problem,
+    list_checkpoints,
+    load_state,
+    read_pointers,
+    step_of,
+)
 from utils.cli import UserError, at_exit, save_config
 from utils.config import CheckpointConfig, TrainConfig
 from utils.files import flatten, hash_file, hold_lock, read_json, read_yaml, readable, replace_text
@@ -155,13 +166,12 @@ def _git_commit() -> str | None:
 
 
 @contextlib.contextmanager
-def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder/step-N` at the end of the block, flushed and hashed.
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` at the end of the block, flushed and hashed.
 
-    If the block raises, or is killed, there is no such checkpoint, and the older ones are untouched.
+    If the block raises, or is killed, there is no `target`, and its neighbours are untouched.
     """
-    target = folder / checkpoint_name(step)
-    temporary = folder / f"{TEMPORARY_PREFIX}{target.name}"
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{target.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -175,29 +185,45 @@ def new_checkpoint(folder: Path, step: int) -> Iterator[Path]:
         if target.exists():  # one that a resume passed over as damaged
             _remove(target)
         temporary.rename(target)
-        _flush_to_disk(folder)
+        _flush_to_disk(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def link_checkpoint(folder: Path, link: str, step: int | None) -> bool:
-    """Atomically point `folder/link` at the checkpoint of `step`; False if there is none."""
-    target = checkpoint_name(step or 0)
-    if not (folder / target).exists():
-        return False
-    temporary = folder / f"{TEMPORARY_PREFIX}{link}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    temporary.replace(folder / link)
-    return True
+def point(folder: Path, steps: dict[str, int | None]) -> list[str]:
+    """Record in `folder`, in one step, which checkpoint each pointer names (pointer → optimizer step; None: no change).
+
+    Returns the pointers whose checkpoint is not there; they keep their former one.
+    """
+    pointers = {}
+    with contextlib.suppress(UserError):  # a file that cannot be read is written anew
+        pointers = read_pointers(folder)
+    wanted = {name: checkpoint_name(step) for name, step in steps.items() if step is not None}
+    there = {name: target for name, target in wanted.items() if (folder / target).is_dir()}
+    pointers |= there
+    replace_text(folder / POINTER_FILE, json.dumps(pointers, indent=2) + "\n")
+    _flush_to_disk(folder)
+    for name, target in pointers.items():
+        _link(folder / name, target)
+    return sorted(wanted.keys() - there.keys())
+
+
+def _link(link: Path, target: str) -> None:
+    """A link for users' paths. There is none where the disk has no links, or a copy of the run has a folder there."""
+    temporary = link.with_name(f"{TEMPORARY_PREFIX}{link.name}")
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(link)
+    with contextlib.suppress(OSError):
+        temporary.unlink()
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, archive_every_steps: int | None) -> None:
-    """Remove all but the newest `keep_last`, the linked and the archived checkpoints."""
-    kept = {(folder / link).resolve().name for link in LINKS}
+    """Remove all but the newest `keep_last`, those that pointers name, and the archived checkpoints."""
     found = list_checkpoints(folder)
-    kept |= {path.name for path in found[-keep_last:]}
+    kept = {*read_pointers(folder).values(), *(path.name for path in found[-keep_last:])}
     for path in found:
         if path.name not in kept and not (archive_every_steps and step_of(path) % archive_every_steps == 0):
             _remove(path)
@@ -206,16 +232,52 @@ def remove_old_checkpoints(folder: Path, keep_last: int, archive_every_steps: in
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed save or removal has left."""
-    for path in folder.glob(f"{TEMPORARY_PREFIX}{PREFIX}*"):
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _flush_to_disk(path: Path) -> None:
+def try_disk(folder: Path) -> list[str]:
+    """Do what a save does, with a few bytes, before the first step; lines on what this disk lacks (main process).
+
+    `UserError` if checkpoints cannot be written or read back here.
+    """
+    trial = folder / f"{TEMPORARY_PREFIX}trial"
+    try:
+        with new_folder(trial / checkpoint_name(0)) as temporary:
+            (temporary / "state.json").write_text("{}", encoding="utf-8")
+        point(trial, {"last": 0})
+        problem = find_problem(trial / read_pointers(trial)["last"])
+        flushes, links = _flush_to_disk(trial), (trial / "last").is_symlink()
+        _remove(trial / checkpoint_name(0))
+    except (OSError, UserError) as error:
+        problem = str(error)
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    if problem:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise UserError(f"{folder} cannot hold checkpoints: {problem}; choose another --output")
+    copied = [name for name in POINTERS if (folder / name).is_dir() and not (folder / name).is_symlink()]
+    lines = [f"{folder / name} is a folder, as in a copied run; {POINTER_FILE} counts, so remove it" for name in copied]
+    if not links:
+        lines.append(f"this disk has no links; {folder / POINTER_FILE} names the best and the last checkpoint")
+    if not flushes:
+        lines.append("this disk does not flush folders; a power cut may undo the latest save")
+    return lines
+
+
+def _flush_to_disk(path: Path) -> bool:
+    """Whether it could be done. Some disks do not flush folders; what else fails is an `OSError`."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True
 
 
 def _remove(checkpoint: Path) -> None:
@@ -226,13 +288,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(leaving, ignore_errors=True)
 
 
-def check_disk(folder: Path, config: CheckpointConfig, bytes_each: int, steps_left: int) -> str:
+def check_disk(folder: Path, config: CheckpointConfig, bytes_each: int, steps_left: int, num_best: int) -> str:
     """A line on the space that the coming checkpoints will take; `UserError` if the disk has too little.
 
-    At most, there will be the newest, the best, the archived ones and the one that is being written.
+    At most, there will be the newest, `num_best`, the archived ones and the one that is being written.
     """
     archive = config.archive_every_steps
-    number = config.keep_last + 2 + (steps_left // archive if archive else 0)
+    number = config.keep_last + num_best + 1 + (steps_left // archive if archive else 0)
     removable = [path for path in list_checkpoints(folder) if not archive or step_of(path) % archive]
     freed = sum(file.stat().st_size for path in removable for file in path.rglob("*") if file.is_file())
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
@@ -266,12 +328,12 @@ def check_shards(run: Path, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def shared_checkpoint(folder: Path, step: int, group: dist.ProcessGroup) -> Iterator[Path]:
-    """The main process's `new_checkpoint`, for all ranks of `group` to write into; raises on all if it cannot begin."""
+    """The main process's `new_folder` for a checkpoint, for all ranks of `group` to write into; raises on all if it cannot begin."""
     begun: list[Path | None] = [None]
     with contextlib.ExitStack() as stack:
         try:
             if dist.get_rank() == 0:
-                begun[0] = stack.enter_context(new_checkpoint(folder, step))
+                begun[0] = stack.enter_context(new_folder(folder / checkpoint_name(step)))
         finally:  # else the others would wait for ever
             dist.broadcast_object_list(begun, group=group)
         if begun[0] is None:
