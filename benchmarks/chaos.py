@@ -6,9 +6,10 @@
 
 Two processes train. Most kills are aimed at a step, an evaluation, the writing of a checkpoint, or the rotation after
 it; every fourth kill comes at a random moment. After each kill, once all processes are gone, every checkpoint is
-verified and the run resumes with --checkpoint.resume auto. At the end, weights, optimizer state and losses must equal
-those of an uninterrupted run, bit for bit. The table counts the phase in which a process died, which its heartbeat
-tells. The exit code is 1 if a check fails.
+verified and the run resumes with --checkpoint.resume auto, every second time from a copy of the run folder in which
+links have become folders (cp -rL, as scp and object stores copy). At the end, weights, optimizer state and losses must
+equal those of an uninterrupted run, bit for bit. The table counts the phase in which a process died, which its
+heartbeat tells. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from training.monitoring.watchdog import HEARTBEATS
-from utils.checkpoints import find_problem, list_checkpoints
+from utils.checkpoints import find_checkpoint, find_problem, list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 # At most this many steps per launch before its kill, so that the run cannot end before all kills are made: up to DELAY
@@ -189,6 +190,8 @@ def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tu
                 step, phase = kill_once(launch, target, victim, chance)
                 printed = launch.output()
             hits[phase, victim] += 1
+            if number % 2 == 0:
+                copy_over(run)
         if newest is not None:
             resumes += 1
             if f"resumed from {newest} " not in printed:
@@ -200,6 +203,14 @@ def train_with_kills(command: list[str], run: Path, kills: int, seed: int) -> tu
             print(f"{number:4}  {victim:8} in {phase:10}, step {step:4}; aimed at {target or 'any moment'}; newest: "
                   f"{newest and newest.name}", *filter(None, problems.values()), flush=True)  # fmt: skip
     return hits, resumes, invalid
+
+
+def copy_over(run: Path) -> None:
+    """Put a copy of the run folder, with folders for links, in its place."""
+    copy = run.with_name("copy")
+    subprocess.run(["cp", "-rL", run, copy], check=True)
+    shutil.rmtree(run)
+    copy.rename(run)
 
 
 def same_tensors(one: Path, other: Path) -> bool:
@@ -243,7 +254,7 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     print(f"uninterrupted: {steps} steps, {time.monotonic() - started:.0f} s", flush=True)
     hits, resumes, invalid = train_with_kills(command(broken), broken, options.kills, options.seed)
     losses_equal = losses(broken) == losses(whole)
-    last, expected = broken / "checkpoints" / "last", whole / "checkpoints" / "last"
+    last, expected = find_checkpoint(broken, "last"), find_checkpoint(whole, "last")
     names = sorted(path.relative_to(expected) for path in expected.rglob("*.safetensors"))
     bit_equal = all(same_tensors(last / name, expected / name) for name in names)
 
