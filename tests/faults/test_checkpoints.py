@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from training.optimization.ema import WeightAverage
 from training.optimization.schedule import learning_rate_factor
 from training.saving.checkpoint_writer import CheckpointWriter
-from training.saving.folders import new_checkpoint
+from training.saving.folders import new_folder
 from utils.checkpoints import TrainState, find_problem, list_checkpoints
 from utils.config import CheckpointConfig, ScheduleConfig
 from utils.data.order import sample_ids
@@ -167,14 +167,14 @@ def test_02_kill_9_with_loader_workers_and_bf16(dataset, tmp_path):
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     """What is written becomes visible by one renaming, and only if nothing went wrong before."""
-    with new_checkpoint(tmp_path, 3) as temporary:
+    with new_folder(tmp_path / "step-00000003") as temporary:
         (temporary / "state.json").write_text("{}")
         assert list_checkpoints(tmp_path) == []
         identity = temporary.stat().st_ino
     (checkpoint,) = tmp_path.iterdir()
     assert checkpoint.name == "step-00000003" and checkpoint.stat().st_ino == identity
     assert find_problem(checkpoint) is None
-    with contextlib.suppress(OSError), new_checkpoint(tmp_path, 4) as temporary:
+    with contextlib.suppress(OSError), new_folder(tmp_path / "step-00000004") as temporary:
         (temporary / "state.json").write_text("{")
         raise OSError("a full disk")
     assert list(tmp_path.iterdir()) == [checkpoint]
@@ -496,6 +496,13 @@ def test_too_little_disk_for_the_checkpoints_to_come_is_said_before_training(dat
         assert not (disk / "run" / "config.yaml").exists()
 
 
+POINTED = [
+    ("fsync", "checkpoints/.pointers.json.tmp"),
+    ("rename", "checkpoints/.pointers.json.tmp"),
+    ("fsync", "checkpoints"),
+]
+
+
 def record_disk_calls(monkeypatch: pytest.MonkeyPatch, under: Path) -> list[tuple[str, str, object]]:
     """From here on, what this process flushes and renames below a folder, in order: (call, path, size or new path)."""
     calls: list[tuple[str, str, object]] = []
@@ -525,8 +532,8 @@ def record_disk_calls(monkeypatch: pytest.MonkeyPatch, under: Path) -> list[tupl
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_another_goes(
     dataset, tmp_path, monkeypatch
 ):
-    """Each file, whole, then the folder, then the rename, then the parent, then the links, and only then an old one goes. What
-    is put in the place of a small file is flushed first, too."""
+    """Each file, whole, then the folder, then the rename, then the parent, then the pointers, and only then an old one goes.
+    What is put in the place of a small file is flushed first, too."""
     output = tmp_path.resolve() / "run"
     calls = record_disk_calls(monkeypatch, output)
     train(
@@ -542,8 +549,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_an
         assert dict(before[:-1]) == sizes  # no byte came later
         assert before[-1][0] == temporary
         assert calls[renamed + 1][:2] == ("fsync", "checkpoints")
-        linked = calls.index(("rename", "checkpoints/.tmp-last", "checkpoints/last"), renamed)
-        assert linked == renamed + 2
+        assert [call[:2] for call in calls[renamed + 2 : renamed + 5]] == POINTED
     replaced = [path for call, path, target in calls if call == "rename" and not str(target).startswith("checkpoints/")]
     assert {f".{name}.tmp" for name in ("config.yaml", "environment.json", "summary.json")} <= set(replaced)
     for path in replaced:
@@ -558,14 +564,14 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_an
     order = [(call, path) for call, path, _ in calls if path.startswith("checkpoints")]
     gone = order.index(("rename", "checkpoints/step-00000001"))
     new = order.index(("rename", "checkpoints/.tmp-step-00000004"))
-    assert order[new + 1 : new + 3] == [("fsync", "checkpoints"), ("rename", "checkpoints/.tmp-last")]
-    assert new + 3 <= gone
+    assert order[new + 1 : new + 5] == [("fsync", "checkpoints"), *POINTED]
+    assert new + 5 <= gone
 
 
 def test_the_parts_that_ranks_write_are_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
     folder = tmp_path.resolve()
     calls = record_disk_calls(monkeypatch, folder)
-    with new_checkpoint(folder, 1) as temporary:
+    with new_folder(folder / "step-00000001") as temporary:
         (temporary / "optimizer").mkdir()
         (temporary / "optimizer" / "shard-0.safetensors").write_bytes(b"part")
     order = [(call, path) for call, path, _ in calls]
