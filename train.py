@@ -108,7 +108,7 @@ def main(config: TrainConfig) -> None:
 
         # ---- Once in a while: the loss on the validation documents, and a sample (all ranks).
         improved = False
-        if state.last_evaluated_step < step and run.stop_reason is None:
+        if state.last_evaluated_step < step and run.stops.reason is None:
             with run.looking(save):
                 if evaluates:
                     found, averaged = look(run.poll), None
@@ -118,9 +118,11 @@ def main(config: TrainConfig) -> None:
                     evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
                     run.tracker.log(found.metrics(data.validation_bytes, averaged), step)
                 if samples:
-                    run.sample(partial(write_sample, accelerator, objective, tokenizer, data.example, config))
+                    run.beat("sampling")
+                    write = partial(write_sample, accelerator, objective, tokenizer, data.example, config)
+                    run.tracker.sample(write, step)
                 state.last_evaluated_step = step
-        reason = end_of_run(state, config, max_steps) or run.stop_reason
+        reason = end_of_run(state, config, max_steps) or run.stops.reason
         if improved or (reason and step > run.saved_step):
             save(wait=reason is not None)
         if reason is not None:

@@ -90,7 +90,7 @@ MUTANTS = [
            "Run.looking", "save(wait=False)", "None",
            "test_an_evaluation_that_fails_costs_no_step[no_save_is_due]"),
     Mutant("a failing sample ends the run",
-           "Run.sample", "PEER_GONE.search(str(error))", "True",
+           "RunTracker.sample", "PEER_GONE.search(str(error))", "True",
            "test_a_sample_that_fails_is_a_warning"),
     # ---- Loss and evaluation
     Mutant("label smoothing is in the evaluation, too",

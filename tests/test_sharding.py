@@ -196,3 +196,51 @@ def test_what_is_not_shared_out_rightly_is_refused(way, options, launch_options,
     refused = run(*command, *flags(settings), check=False, GLOO_SOCKET_IFNAME="lo")
     assert refused.returncode and line in refused.stderr, refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+FAILING = """
+import sys
+
+sys.path[:0] = [{root!r}, {tests!r}]
+import train
+
+real_sample, real_evaluate = train.write_sample, train.evaluate
+
+
+def write_sample(accelerator, *arguments):
+    text = real_sample(accelerator, *arguments)
+    if accelerator.process_index == 1:
+        raise MemoryError("no room for a sample")
+    return text
+
+
+def evaluate(*arguments):
+    evaluate.calls += 1
+    if evaluate.calls == {fails}:
+        raise MemoryError("no room for an evaluation")
+    return real_evaluate(*arguments)
+
+
+evaluate.calls = 0
+train.write_sample, train.evaluate = write_sample, evaluate
+import unlocked_train
+"""
+
+
+def test_ranks_agree_when_a_sample_or_an_evaluation_fails(dataset, tmp_path):
+    """A sample that fails on one rank of FSDP2, and an evaluation that fails on all, at a step where no save is due."""
+    output = tmp_path / "run"
+    program = tmp_path / "failing.py"
+    program.write_text(FAILING.format(root=str(ROOT), tests=str(ROOT / "tests"), fails=2))
+    settings = SMALL | {
+        "output": output, "data.dataset": dataset, "schedule.max_steps": 8, "evaluation.every_steps": 3,
+        "tracking.sample_every_steps": 2, "tracking.sample_max_new_tokens": 2,
+    }  # fmt: skip
+    command = [*LAUNCH, "--config_file", launch_file("fsdp2", tmp_path), program, *flags(settings)]
+    result = run(*command, check=False, GLOO_SOCKET_IFNAME="lo")
+    assert result.returncode and "no room for an evaluation" in result.stderr
+    assert (output / "training.log").read_text().count("no sample at step") == 0  # the main process's own was fine
+    assert (output / "samples.md").read_text().count("## Step") == 2
+    assert [path.name for path in (output / "checkpoints").glob("step-*")] == ["step-00000003", "step-00000006"]
+    script("train.py", *flags(settings | {"checkpoint.resume": "auto"}))
+    assert [record["step"] for record in metrics(output) if "eval/loss" in record] == [3, 6, 8]

@@ -22,11 +22,10 @@ from training.saving.folders import check_disk, check_shards, open_run, record_l
 from training.saving.training_state import load_training_state
 from training.stream_loader import describe_stream
 from utils.checkpoints import TrainState, load_state
-from utils.cli import PEER_GONE, UserError, at_exit
+from utils.cli import UserError, at_exit
 from utils.config import TrainConfig
 from utils.data.loaders import end_workers
 from utils.evaluation import Evaluation
-from utils.files import short
 from utils.model.build import count_parameters
 
 END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
@@ -84,11 +83,6 @@ class Run:
         if self.checkpoint:
             self.tracker.say(f"resumed from {self.checkpoint} at step {self.state.optimizer_step}")
 
-    @property
-    def stop_reason(self) -> str | None:
-        """Why the ranks have agreed to stop before the end of the run."""
-        return self.stops.reason
-
     def beat(self, doing: str) -> None:
         """Tell the watchdog what begins now, in one word."""
         self.watchdog.beat(self.state.optimizer_step + (doing in ("fetching", "training")), doing)
@@ -104,6 +98,8 @@ class Run:
         except Exception:
             if self.saved_step < self.state.optimizer_step and self.writer.can_save():
                 save(wait=False)
+            remedy = "a smaller evaluation.per_device_batch_size needs less memory"
+            self.tracker.warn(f"the evaluation of step {self.state.optimizer_step} failed; {remedy}")
             raise
 
     def poll(self) -> None:
@@ -147,19 +143,6 @@ class Run:
             figures["train/epoch"] = state.samples_seen / self.data.num_rows
         self.tracker.log(figures, state.optimizer_step)
         self._logged = (state.tokens_seen, state.train_seconds)
-
-    def sample(self, write: Callable[[], str | None]) -> None:
-        """Add what `write` returns to the samples (all ranks call). If it fails, training goes on."""
-        self.beat("sampling")
-        text, step = None, self.state.optimizer_step
-        try:
-            text = write()
-        except Exception as error:
-            if PEER_GONE.search(str(error)):
-                raise
-            self.tracker.warn(f"no sample at step {step}: {type(error).__name__}: {short(error)}")
-        self.writer.meet()
-        self.tracker.sample(text, step)
 
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
         """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only.

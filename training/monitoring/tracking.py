@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -114,8 +115,17 @@ class RunTracker(contextlib.AbstractContextManager):
         if self.is_main:
             self.progress.update()
 
-    def sample(self, text: str | None, step: int) -> None:
-        """Append what the model wrote to samples.md; nothing if this rank wrote nothing."""
+    def sample(self, write: Callable[[], str | None], step: int) -> None:
+        """Append what `write` returns to samples.md (all ranks call). If it fails, training goes on."""
+        text = None
+        try:
+            text = write()
+        except Exception as error:
+            if PEER_GONE.search(str(error)):
+                raise
+            self.warn(f"no sample at step {step}: {type(error).__name__}: {short(error)}")
+        if is_sharded(self.accelerator):  # all take part, so none goes on alone
+            self.accelerator.wait_for_everyone()
         if self.is_main and text is not None:
             try:
                 with (self.run / "samples.md").open("a", encoding="utf-8") as file:

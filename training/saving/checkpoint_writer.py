@@ -116,16 +116,13 @@ class CheckpointWriter:
 
     def can_save(self) -> bool:
         """Whether a save can be made now although ranks may be gone: by the main process, under FSDP by all or none."""
+        if self._group is None:
+            return self.accelerator.is_main_process
         try:
-            self.meet()
+            dist.monitored_barrier(self._group, timedelta(minutes=1))
         except RuntimeError:
             return False
-        return self._group is not None or self.accelerator.is_main_process
-
-    def meet(self) -> None:
-        """Under FSDP: wait for all ranks, or raise a RuntimeError, as after an error on some of them. Else a no-op."""
-        if self._group is not None:
-            dist.monitored_barrier(self._group, timedelta(minutes=1))
+        return True
 
     def _join(self) -> str | None:
         """Wait for the thread; why it failed."""
