@@ -94,36 +94,35 @@ def main(config: TrainConfig) -> None:
     batches = iter(train_loader)
     evaluation, look = None, partial(evaluate, accelerator, objective, validation_loader)
     save = partial(run.save, model, optimizer, scheduler, average)
+    sample = partial(write_sample, accelerator, objective, tokenizer, data.example, config)
     if config.evaluation.at_start and state.optimizer_step == 0:
         run.tracker.log(look(lambda: run.beat("evaluating")).metrics(data.validation_bytes), 0)
     while True:
         step = state.optimizer_step
 
-        # ---- Once in a while: a checkpoint (all ranks call; the main process writes, with FSDP each rank its shard). It
-        # is on the disk before an evaluation begins, which may fail.
-        evaluates = due(step, config.evaluation.every_steps, max_steps)
-        samples = due(step, config.tracking.sample_every_steps, max_steps)
-        if step > run.saved_step and due(step, config.checkpoint.every_steps, max_steps):
-            save(wait=evaluates or samples)
-
-        # ---- Once in a while: the loss on the validation documents, and a sample (all ranks).
-        improved = False
-        if state.last_evaluated_step < step and run.stops.reason is None:
+        # ---- Once in a while: the loss on the validation documents, and a sample (all ranks). They may fail, so that a
+        # checkpoint of this step is on the disk before. Its state says that the evaluation is due.
+        improved, is_new = False, state.last_evaluated_step < step
+        state.evaluation_due |= is_new and due(step, config.evaluation.every_steps, max_steps)
+        if state.evaluation_due and step > run.saved_step and due(step, config.checkpoint.every_steps, max_steps):
+            save(wait=True)
+        if is_new and run.stops.reason is None:
             with run.looking(save):
-                if evaluates:
+                if state.evaluation_due:
                     found, averaged = look(run.poll), None
                     if average is not None:
                         with average.swapped():
                             averaged = look(run.poll)
                     evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
                     run.tracker.log(found.metrics(data.validation_bytes, averaged), step)
-                if samples:
+                if due(step, config.tracking.sample_every_steps, max_steps):
                     run.beat("sampling")
-                    write = partial(write_sample, accelerator, objective, tokenizer, data.example, config)
-                    run.tracker.sample(write, step)
-                state.last_evaluated_step = step
+                    run.tracker.sample(sample, step)
+                state.last_evaluated_step, state.evaluation_due = step, False
         reason = end_of_run(state, config, max_steps) or run.stops.reason
-        if improved or (reason and step > run.saved_step):
+
+        # ---- Once in a while: a checkpoint (all ranks call; the main process writes, with FSDP each rank its shard).
+        if improved or (step > run.saved_step and (due(step, config.checkpoint.every_steps) or reason)):
             save(wait=reason is not None)
         if reason is not None:
             break

@@ -217,6 +217,9 @@ def test_links_out_of_the_run_are_not_followed(finished_run, dataset, tmp_path):
         (checkpoints / link).unlink()
         (checkpoints / link).symlink_to(elsewhere)
     (checkpoints / "step-00000099").symlink_to(elsewhere)
+    (checkpoints / "pointers.json").write_text('{"best": "step-00000099"}')
+    assert "is gone" in error_line("evaluate.py", "--model", run)
+    (checkpoints / "pointers.json").unlink()
     assert "outside of the run" in error_line("export.py", "--checkpoint", run, "--output", tmp_path / "model")
     assert "outside of the run" in error_line("evaluate.py", "--model", run)
     assert list_checkpoints(checkpoints) == []

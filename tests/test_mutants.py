@@ -22,7 +22,7 @@ def test_a_row_that_has_lost_its_place_is_named():
         (ROW._replace(function="step_sed"), "0 functions"),
         (ROW._replace(function="main"), "[2-9] functions"),
         (ROW._replace(old="[seed, rank]"), "has 0 times"),
-        (ROW._replace(function="update_best", old="loss"), "has [2-9] times"),
+        (ROW._replace(function="update_best", old="trained"), "has [2-9] times"),
     ):
         with pytest.raises(DoesNotApply, match=said):
             plant(changed)

@@ -40,7 +40,8 @@ class TrainState:
     optimizer_step: int = 0  # updates made; drives the schedule
     samples_seen: int = 0  # rows consumed by all ranks; drives the data order
     tokens_seen: int = 0  # target tokens consumed by all ranks
-    last_evaluated_step: int = 0  # behind optimizer_step if the run was stopped before evaluation and sample
+    last_evaluated_step: int = 0  # behind optimizer_step if the state was saved before its evaluation and sample
+    evaluation_due: bool = False  # then: whether there is one to make
     skipped: int = 0  # updates that were not made; they consume data, but no step of the schedule
     nonfinite: int = 0  # updates skipped because loss or gradient was not finite, without fp16's overflows
     spikes: int = 0  # updates skipped because of a spike of loss or gradient norm
