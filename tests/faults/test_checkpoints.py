@@ -562,7 +562,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_an
         checkpoint__keep_last=1, **RESUME,
     )  # fmt: skip
     order = [(call, path) for call, path, _ in calls if path.startswith("checkpoints")]
-    gone = order.index(("rename", "checkpoints/step-00000001"))
+    gone = order.index(("rename", "checkpoints/step-00000003"))
     new = order.index(("rename", "checkpoints/.tmp-step-00000004"))
     assert order[new + 1 : new + 5] == [("fsync", "checkpoints"), *POINTED]
     assert new + 5 <= gone
