@@ -60,6 +60,7 @@ class CheckpointWriter:
             # The writing threads need a group of their own, so that their messages do not mix with the training's. They
             # wait for the merged weights, as long as the disk takes; if a rank dies, the launcher ends all.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            self._meeting = dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
             on_gpu = accelerator.device.type != "cpu"
             self._stager = DefaultStager(StagingOptions(
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
@@ -119,7 +120,7 @@ class CheckpointWriter:
         if self._group is None:
             return self.accelerator.is_main_process
         try:
-            dist.monitored_barrier(self._group, timedelta(minutes=1))
+            dist.barrier(self._meeting)
         except RuntimeError:
             return False
         return True
