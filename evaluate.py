@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+from utils.pretrained import check_checkpoint, read_tokenizer
+
+NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file or --prompt"
 
 
 @dataclass
@@ -41,7 +44,13 @@ class EvaluateConfig:
     """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
-        found = [] if Path(self.model).exists() else [f"{self.model} does not exist; train a model, or give --model"]
+        check_checkpoint(self.model, ("config.json",))
+        is_export = not any((Path(self.model) / name).exists() for name in ("checkpoints", "state.json"))
+        found = []
+        if is_export and (self.dataset, self.text_file, self.prompt) == (None, None, None):
+            found.append(NOTHING_TO_SCORE.format(self.model))
+        if self.report is not None and not Path(self.report).resolve().parent.is_dir():
+            found.append(f"--report {self.report}: there is no folder to write it to")
         if self.dataset is not None and self.text_file is not None:
             found.append("give dataset or text_file, not both")
         elif self.dataset is not None:
@@ -76,7 +85,6 @@ from utils.model.build import (
     saved_class,
 )
 from utils.objectives import Objective, objective_module
-from utils.pretrained import read_tokenizer
 
 NON_GENERATIVE = ("masked", "span_corruption")
 
@@ -85,11 +93,9 @@ def main(config: EvaluateConfig) -> None:
     folder, run, trained_on = locate(Path(config.model))
     dataset = config.dataset or trained_on
     if dataset is None and config.text_file is None and config.prompt is None:
-        raise UserError(f"{config.model} is not in a run folder; say what to score: --dataset, --text_file or --prompt")
+        raise UserError(NOTHING_TO_SCORE.format(config.model))
     if config.prompt is not None and run is not None and run.objective.name in NON_GENERATIVE:
         raise UserError(f"--prompt: a model of objective {run.objective.name} does not continue a text")
-    if config.report is not None and not Path(config.report).resolve().parent.is_dir():
-        raise UserError(f"--report {config.report}: there is no folder to write it to")
     model = load_model(folder)
     tokenizer = read_tokenizer(folder)
     report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}
@@ -137,11 +143,6 @@ def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:
             return checkpoint, None, None
         run = parse_sections(ScoringConfig, read_yaml(run_config), run_config)
         return checkpoint, run, run.data.dataset
-    if not (path / "config.json").is_file():
-        reason = "is not a run, a checkpoint or an export" if path.exists() else "does not exist"
-        if (path / "config.yaml").is_file():
-            reason = "is a run without a checkpoint so far"
-        raise UserError(f"{path} {reason}; give --model, or train and export first")
     report = path / "export_report.json"
     exported_from = read_json(report).get("run") if report.is_file() else None
     return path, None if exported_from is None else parse_sections(ScoringConfig, exported_from, report), None

@@ -167,7 +167,7 @@ def test_evaluate_scores_a_text_file(export, tmp_path):
     ("name", "arguments", "expected"),
     [
         ("export.py", ["--checkpoint", "no/such"], "no such run or checkpoint folder"),
-        ("export.py", ["--checkpoint", "docs"], "not a checkpoint folder"),
+        ("export.py", ["--checkpoint", "docs"], "docs is not a run or a checkpoint"),
         ("evaluate.py", ["--model", "no/such"], "does not exist"),
         ("evaluate.py", ["--model", "docs"], "is not a run, a checkpoint or an export"),
         ("evaluate.py", ["--dataset", "a", "--text_file", "b"], "dataset or text_file, not both"),
