@@ -46,20 +46,22 @@ def main(arguments: list[str]) -> None:
     recipe, options = Path(arguments[0]), shlex.join(arguments[1:])
     before, training = read_commands(recipe)
     output = flatten(read_yaml(recipe)).get("output", "runs/demo")
-    lines = [_unless_exported(command) for command in before]
-    lines += [f"{training} --checkpoint.resume auto {options}".rstrip(), f"python evaluate.py --model {output}"]
-    shown = "\n".join(f"echo {shlex.quote(f'== {line}')}\n{line}" for line in lines)
+    lines = [_again(command) for command in before]
+    lines += [f"{_again(training)} {options}".rstrip(), f"python evaluate.py --model {output}"]
+    shown = "\n".join(f"printf '== %s\\n' {shlex.quote(line)}\n{line}" for line in lines)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     sys.stdout.flush()
     os.execvp("sh", ["sh", "-e", "-c", shown])
 
 
-def _unless_exported(command: str) -> str:
-    """`command`, but an export that is there already stays."""
+def _again(command: str) -> str:
+    """`command` so that it can be repeated: a run is continued, and an export that is there stays."""
     words = shlex.split(command)
-    if "export.py" not in words or "--output" not in words:
-        return command
-    return f"test -d {words[words.index('--output') + 1]} || {command}"
+    if "train.py" in words:
+        return f"{command} --checkpoint.resume auto"
+    if "export.py" in words:
+        return f"test -d {words[words.index('--output') + 1]} || {command}"
+    return command
 
 
 if __name__ == "__main__":
