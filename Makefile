@@ -1,4 +1,5 @@
 # make demo       from text to a trained and exported model: a few minutes on two CPU cores, or on a GPU if there is one
+# make recipe RECIPE=configs/small/code_fim.yaml    what its first lines say: prepare the data, train; then evaluate
 # make test       lint, types, layers and tests
 # make quick      lint, and the tests in fast files: about a minute
 # make test-slow  the tests that take minutes each
@@ -30,7 +31,7 @@ GPU = $(shell $(PYTHON) -c 'import torch; print("GPU" if torch.cuda.is_available
 PRECISION := $(if $(shell grep -sE -m1 -o 'avx512_bf16|amx_bf16' /proc/cpuinfo),bf16,no)
 LAUNCH = $(if $(GPU),single_gpu.yaml,cpu.yaml --mixed_precision $(PRECISION))
 
-.PHONY: demo test quick test-slow
+.PHONY: demo recipe test quick test-slow
 .NOTPARALLEL:
 
 demo: $(ENV)/.plainloop-installed
@@ -46,6 +47,9 @@ demo: $(ENV)/.plainloop-installed
 	$(PYTHON) evaluate.py --model exports/demo --dataset data/demo --compare_with_xz true --report runs/demo/evaluation.json \
 		--prompt "$$(printf 'laptop\n n.\n\n    A')" --temperature 0.6 --seed 1 --max_new_tokens 240
 	@$(PYTHON) examples/demo_summary.py
+
+recipe: $(ENV)/.plainloop-installed
+	@$(PYTHON) -m training.recipe $(RECIPE) $(OPTIONS)
 
 test: $(ENV)/.plainloop-installed-test
 	$(PYTHON) -m ruff check .

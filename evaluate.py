@@ -12,6 +12,9 @@ from typing import Annotated, Any
 from utils.checkpoints import find_checkpoint, resolve_checkpoint
 from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+from utils.pretrained import check_adapters, read_tokenizer
+
+NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file or --prompt"
 
 
 def is_export(path: Path) -> bool:
@@ -46,9 +49,13 @@ class EvaluateConfig:
     """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
+        path = Path(self.model)
+        check_adapters(path if is_export(path) else find_checkpoint(path))
         found = []
-        if not is_export(Path(self.model)):
-            find_checkpoint(self.model)
+        if is_export(path) and (self.dataset, self.text_file, self.prompt) == (None, None, None):
+            found.append(NOTHING_TO_SCORE.format(self.model))
+        if self.report is not None and not Path(self.report).resolve().parent.is_dir():
+            found.append(f"--report {self.report}: there is no folder to write it to")
         if self.dataset is not None and self.text_file is not None:
             found.append("give dataset or text_file, not both")
         elif self.dataset is not None:
@@ -82,7 +89,6 @@ from utils.model.build import (
     saved_class,
 )
 from utils.objectives import Objective, objective_module
-from utils.pretrained import read_tokenizer
 
 NON_GENERATIVE = ("masked", "span_corruption")
 
@@ -91,11 +97,9 @@ def main(config: EvaluateConfig) -> None:
     folder, run, trained_on = locate(Path(config.model))
     dataset = config.dataset or trained_on
     if dataset is None and config.text_file is None and config.prompt is None:
-        raise UserError(f"{config.model} is not in a run folder; say what to score: --dataset, --text_file or --prompt")
+        raise UserError(NOTHING_TO_SCORE.format(config.model))
     if config.prompt is not None and run is not None and run.objective.name in NON_GENERATIVE:
         raise UserError(f"--prompt: a model of objective {run.objective.name} does not continue a text")
-    if config.report is not None and not Path(config.report).resolve().parent.is_dir():
-        raise UserError(f"--report {config.report}: there is no folder to write it to")
     model = load_model(folder)
     tokenizer = read_tokenizer(folder)
     report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import UserError, parse_config, parse_sections, run_script
+from utils.pretrained import check_adapters
 
 
 @dataclass
@@ -29,8 +30,8 @@ class ExportConfig:
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
 
     def problems(self) -> list[str]:
-        find_checkpoint(self.checkpoint)
-        return [f"{self.output} exists; remove it, or choose another --output"] * Path(self.output).exists()
+        check_adapters(find_checkpoint(self.checkpoint))
+        return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
 
 
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
@@ -42,8 +43,8 @@ from transformers import PreTrainedModel
 
 from utils.checkpoint_tensors import load_average
 from utils.config import ScoringConfig
-from utils.files import read_yaml
-from utils.model.build import count_parameters, load_model, longest_sequence, saved_class, stop_token_ids
+from utils.files import flatten, follow_umask, read_yaml
+from utils.model.build import add_special_tokens, count_parameters, load_model, longest_sequence, saved_class
 from utils.pretrained import read_tokenizer
 
 PROBE_TOKENS = 256
@@ -68,8 +69,7 @@ def main(config: ExportConfig) -> None:
         merged: Any = model
         if hasattr(model, "merge_and_unload"):
             merged = copy.deepcopy(merged).merge_and_unload()
-        if merged.can_generate():
-            merged.generation_config.eos_token_id = stop_token_ids(tokenizer)
+        add_special_tokens(merged, tokenizer)
         merged.save_pretrained(work)
         tokenizer.save_pretrained(work)
         # Loaded as by anyone else, without options for precision or attention.
@@ -80,6 +80,7 @@ def main(config: ExportConfig) -> None:
             "checkpoint": str(config.checkpoint),
             "weights": config.weights,
             "opens_with": auto_model.__name__,
+            "pretrained": keep_terms(checkpoint, work),
             "optimizer_step": load_state(checkpoint).optimizer_step,
             "parameters": count_parameters(merged),
             "max_logit_difference": difference,
@@ -97,6 +98,7 @@ def main(config: ExportConfig) -> None:
             raise UserError(
                 f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
             )
+        follow_umask(work)
         if output.exists():
             raise UserError(f"{output} has appeared meanwhile; remove it, or choose another --output")
         work.rename(output)
@@ -120,6 +122,19 @@ def describe_run(checkpoint: Path) -> dict[str, Any] | None:
     run = parse_sections(ScoringConfig, read_yaml(path), path)
     data = {"sequence_length": run.data.sequence_length, "layout": run.data.layout}
     return {"data": data, "objective": asdict(run.objective)}
+
+
+def keep_terms(checkpoint: Path, work: Path) -> str | None:
+    """Copy the licence of the weights that the run started from, because its terms hold for the export too; returns the
+    name of their folder. The model card is not copied: it describes another model."""
+    path = checkpoint.parent.parent / "config.yaml"
+    name = flatten(read_yaml(path)).get("model.pretrained") if path.is_file() else None
+    if not isinstance(name, str):
+        return None
+    for pattern in ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*"):
+        for file in Path(name).glob(pattern):
+            shutil.copyfile(file, work / file.name)
+    return name
 
 
 @torch.no_grad()

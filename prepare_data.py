@@ -16,7 +16,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +87,7 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         if claimed is None:
             return
         files, key = claimed
+        check_tokenizer(config)  # now, not after hours of reading
 
         # ---- Read: sources of any format → one table on disk with the columns text, source and id.
         limit = config.stream_head_documents if config.stream else None
@@ -191,7 +192,11 @@ def claim_output(
                     raise UserError(
                         f"{config.output}: another prepare_data.py is writing it; wait for its end, or stop it"
                     )
-                yield files, key
+                try:
+                    yield files, key
+                finally:  # of a call that was refused before it read anything, nothing stays
+                    if [path.name for path in stages.folder.iterdir()] == ["lock"]:
+                        shutil.rmtree(stages.folder)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -305,22 +310,43 @@ def map_texts(
 
 
 def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: Selection, folder: Path) -> None:
+    if config.tokenizer.pretrained is not None:
+        supplied_tokenizer(config).save_pretrained(folder)
+        return
+    texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), config.tokenizer.sample_bytes)
+    if holds_conversations(resolve_sources(config)):  # messages will be separated by special tokens
+        texts = ([part for text in batch for part in text.split(SEPARATOR)] for batch in texts)
+    trained_tokenizer(config, texts).save_pretrained(folder)
+
+
+def supplied_tokenizer(config: PrepareConfig) -> Any:
+    """`tokenizer.pretrained`, with your chat template."""
+    tokenizer = load_tokenizer(str(config.tokenizer.pretrained))
+    if config.tokenizer.chat_template:
+        tokenizer.chat_template = Path(config.tokenizer.chat_template).read_text(encoding="utf-8")
+        check_chat_template(tokenizer)
+    return tokenizer
+
+
+def trained_tokenizer(config: PrepareConfig, texts: Iterable[list[str]]) -> Any:
+    """A tokenizer trained on batches of texts, with your chat template."""
     options = config.tokenizer
     template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
-    if options.pretrained is not None:
-        tokenizer = load_tokenizer(options.pretrained)
-        if template is not None:
-            tokenizer.chat_template = template
-            check_chat_template(tokenizer)
-    else:
-        texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), options.sample_bytes)
-        if holds_conversations(resolve_sources(config)):  # messages will be separated by special tokens
-            texts = ([part for text in batch for part in text.split(SEPARATOR)] for batch in texts)
-        tokenizer = train_tokenizer(
-            texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=options.special_tokens,
-            chat_template=template,
-        )  # fmt: skip
-    tokenizer.save_pretrained(folder)
+    return train_tokenizer(
+        texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=options.special_tokens,
+        chat_template=template,
+    )  # fmt: skip
+
+
+def check_tokenizer(config: PrepareConfig) -> None:
+    """`UserError` if the tokenizer that you supply cannot be used, or your chat template has a mistake."""
+    tokenizer = None
+    if config.tokenizer.pretrained is not None:
+        tokenizer = supplied_tokenizer(config)
+    elif config.tokenizer.chat_template:
+        tokenizer = trained_tokenizer(config, [["a word"]])
+    if tokenizer is not None and holds_conversations(resolve_sources(config)):
+        ConversationEncoder(tokenizer)
 
 
 def sample_by_source(

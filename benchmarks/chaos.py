@@ -30,6 +30,7 @@ import yaml
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
+from benchmarks.common import count, dataset_folder
 from training.monitoring.watchdog import HEARTBEATS
 from utils.checkpoints import find_checkpoint, find_problem, list_checkpoints
 
@@ -277,11 +278,11 @@ def main(options: argparse.Namespace, folder: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="number of launches to kill")
+    parser.add_argument("--kills", type=count, default=50, help="number of launches to kill")
     parser.add_argument("--sharded", action="store_true", help="shard the parameters over the two processes (FSDP2)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the targets and times of the kills")
     parser.add_argument(
-        "--dataset", type=Path, help="folder written by prepare_data.py (default: made from the sample)"
+        "--dataset", type=dataset_folder, help="folder written by prepare_data.py (default: made from the sample)"
     )
     parser.add_argument("--folder", type=Path, help="new folder to keep runs and logs in (default: deleted at the end)")
     arguments = parser.parse_args()

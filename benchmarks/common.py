@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
+from training.options import read_options
+from utils.cli import parse_config
+from utils.config import TrainConfig
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo"
 # train.py's options for a run in which only the steps count; each step writes a line of metrics.jsonl.
@@ -34,6 +39,25 @@ def build_parser(doc: str | None) -> argparse.ArgumentParser:
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", type=dataset_folder, default=str(DEMO), help="folder written by prepare_data.py")
+
+
+def read_arguments(parser: argparse.ArgumentParser, base: dict[str, Any]) -> tuple[argparse.Namespace, list[str]]:
+    """A benchmark's own options, and those for train.py, checked together with `base`: before the first process starts,
+    and for a mistake one line. Without a dataset in `base`, the benchmark makes its own."""
+    arguments, further = parser.parse_known_args()
+    if "data.dataset" in base:
+        read_options(None, [*flags(base), *further], runs=False)
+    else:
+        parse_config(TrainConfig, None, [*flags(base), *further])
+    return arguments, further
+
+
+def count(text: str) -> int:
+    """The type of an option: a whole number from 1 on, also written 1e8."""
+    value = float(text)
+    if value < 1 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more")
+    return int(value)
 
 
 def dataset_folder(name: str) -> Path:

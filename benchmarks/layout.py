@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--layout", choices=["packed", "best_fit"], help="only this one, in this process")
     options = parser.parse_args()
     documents = int(options.documents)
+    if documents < 1 or options.sequence_length < 1:
+        parser.error("--documents and --sequence_length must be 1 or more")
     if options.layout:
         print(json.dumps(measure(options.layout, documents, options.sequence_length)))
         return

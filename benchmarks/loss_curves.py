@@ -23,7 +23,9 @@ from benchmarks.common import (
     STEPS_ONLY,
     TRAIN,
     build_parser,
+    count,
     flags,
+    read_arguments,
     read_metrics,
     run,
     save_plot,
@@ -52,12 +54,12 @@ def losses(kind: str, steps: int, further: list[str], folder: Path) -> list[floa
 
 def main() -> None:
     parser = build_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=count, default=300)
     parser.add_argument(
         "--fp32", action="store_true", help="fp32 only, because a CPU without bf16 instructions emulates them slowly"
     )
     parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "loss_curves.png")
-    arguments, further = parser.parse_known_args()
+    arguments, further = read_arguments(parser, STEPS_ONLY)
     kinds = [kind for kind in KINDS if "fp32" in kind or not arguments.fp32]
     with tempfile.TemporaryDirectory() as folder:
         curves = {kind: losses(kind, arguments.steps, further, Path(folder)) for kind in kinds}

@@ -17,7 +17,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import DEMO, ONE_PROCESS, ROOT, TRAIN, build_parser, flags, read_metrics, run, save_plot
+from benchmarks.common import (
+    DEMO,
+    ONE_PROCESS,
+    ROOT,
+    TRAIN,
+    build_parser,
+    count,
+    flags,
+    read_arguments,
+    read_metrics,
+    run,
+    save_plot,
+)
 
 LEARNING_RATES = {"adamw": (1e-3, 3e-3, 1e-2), "muon": (3e-3, 1e-2, 3e-2)}
 Curve = dict[int, float]  # optimizer step → evaluation loss
@@ -82,7 +94,7 @@ def plot(curves: dict[str, list[Curve]], results: dict[str, dict[str, object]], 
 if __name__ == "__main__":
     parser = build_parser(__doc__)
     parser.add_argument("--recipe", default=ROOT / "configs" / "small" / "llama_tiny.yaml")
-    parser.add_argument("--steps", type=int, default=180, help="a multiple of 6")
+    parser.add_argument("--steps", type=count, default=180, help="a multiple of 6")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "optimizers.png")
-    main(*parser.parse_known_args())
+    main(*read_arguments(parser, {"data.dataset": DEMO}))

@@ -16,7 +16,18 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import ONE_PROCESS, ROOT, STEPS_ONLY, TRAIN, build_parser, flags, median_speed, run
+from benchmarks.common import (
+    ONE_PROCESS,
+    ROOT,
+    STEPS_ONLY,
+    TRAIN,
+    build_parser,
+    count,
+    flags,
+    median_speed,
+    read_arguments,
+    run,
+)
 
 OPTIONS = STEPS_ONLY | {"batch.global_batch_size": 8, "evaluation.per_device_batch_size": 8}
 KINDS = {
@@ -52,10 +63,10 @@ def tokens_per_second(kind: str, steps: int, length: int, dataset: Path, further
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--entries", choices=["short", "all"], default="short")
-    parser.add_argument("--length", type=int, default=512, help="positions per row")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
-    arguments, further = parser.parse_known_args()
+    parser.add_argument("--length", type=count, default=512, help="positions per row")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=12)
+    arguments, further = read_arguments(parser, {})
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         dataset, mean = prepare("devil/" if arguments.entries == "short" else "", Path(folder))

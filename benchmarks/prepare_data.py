@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from benchmarks import common
-from benchmarks.common import ONE_PROCESS, ROOT, build_parser
+from benchmarks.common import ONE_PROCESS, ROOT, build_parser, count
 
 BLOCK = 1024
 BATCH = 64
@@ -37,8 +37,8 @@ SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--input", nargs="+", default=[str(SAMPLE)], help="files or folders (default: the sample)")
-    parser.add_argument("--vocab_size", type=int, default=32_768)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vocab_size", type=count, default=32_768)
+    parser.add_argument("--rounds", type=count, default=3)
     # With little text, the fixed cost of a run would hide the cost per token.
     parser.add_argument("--megabytes", type=float, default=20, help="repeat smaller texts up to this size")
     parser.add_argument("--loader_seconds", type=float, default=5, help="seconds to read from each loader")

@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import ON_CPU, ONE_PROCESS, ROOT, STEPS_ONLY, build_parser, flags, read_metrics, run
+from benchmarks.common import (
+    ON_CPU,
+    ONE_PROCESS,
+    ROOT,
+    STEPS_ONLY,
+    build_parser,
+    count,
+    flags,
+    read_arguments,
+    read_metrics,
+    run,
+)
 
 SAVE_EVERY, AFTER_SAVE, WARM_UP = 50, 4, 10
 MODEL: dict[str, Any] = STEPS_ONLY | {
@@ -56,10 +67,12 @@ def pauses(records: list[dict[str, float]]) -> list[float]:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument(
-        "--steps", type=int, default=400, help=f"steps of the measured run; more than {SAVE_EVERY + AFTER_SAVE}"
+        "--steps", type=count, default=400, help=f"steps of the measured run; more than {SAVE_EVERY + AFTER_SAVE}"
     )
-    arguments, further = parser.parse_known_args()
+    arguments, further = read_arguments(parser, STEPS_ONLY)
     steps = arguments.steps
+    if steps <= SAVE_EVERY + AFTER_SAVE:
+        parser.error(f"--steps must be more than {SAVE_EVERY + AFTER_SAVE}")
     text = (ROOT / "train.py").read_text()
     for old, new in CHANGES:
         assert text.count(old) == 1, f"train.py no longer has {old!r}"

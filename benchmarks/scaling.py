@@ -23,9 +23,11 @@ from benchmarks.common import (
     TRAIN,
     TWO_PROCESSES,
     build_parser,
+    count,
     environment,
     flags,
     median_speed,
+    read_arguments,
 )
 
 KINDS = {"one": (ONE_PROCESS, 1), "two, no exchange": (ONE_PROCESS, 2), "two, one model": (TWO_PROCESSES, 1)}
@@ -49,10 +51,10 @@ def speed(process: subprocess.Popen[str], output: Path) -> float:
 
 def main() -> None:
     parser = build_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=8, help="rows of 256 positions per process")
-    arguments, further = parser.parse_known_args()
+    parser.add_argument("--rounds", type=count, default=2)
+    parser.add_argument("--steps", type=count, default=12)
+    parser.add_argument("--rows", type=count, default=8, help="rows of 256 positions per process")
+    arguments, further = read_arguments(parser, STEPS_ONLY)
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as temporary:
         for number in range(arguments.rounds):

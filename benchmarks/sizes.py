@@ -25,8 +25,10 @@ from benchmarks.common import (
     TRAIN,
     TWO_PROCESSES,
     build_parser,
+    count,
     flags,
     median_speed,
+    read_arguments,
     run,
 )
 
@@ -74,10 +76,10 @@ def size_options(name: str) -> dict[str, Any]:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3, help="of the comparison of processes")
-    parser.add_argument("--process_steps", type=int, default=30, help="of the comparison of processes")
-    arguments, further = parser.parse_known_args()
+    parser.add_argument("--steps", type=count, default=6)
+    parser.add_argument("--rounds", type=count, default=3, help="of the comparison of processes")
+    parser.add_argument("--process_steps", type=count, default=30, help="of the comparison of processes")
+    arguments, further = read_arguments(parser, STEPS_ONLY)
     table, splits = {}, {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

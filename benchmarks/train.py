@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
-from benchmarks.common import ONE_PROCESS, add_dataset, build_parser, environment
+from benchmarks.common import ONE_PROCESS, add_dataset, build_parser, count, environment
 
 
 @dataclass
@@ -449,15 +449,15 @@ def race(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--rows", type=int, help="rows of a batch, instead of the shape's 8 or 4")
+    parser.add_argument("--rows", type=count, help="rows of a batch, instead of the shape's 8 or 4")
     parser.add_argument(
         "--precision", choices=["no", "bf16"], default="no", help="Plainloop's precision, as for accelerate"
     )
     parser.add_argument("--compile", action="store_true", help="compile Plainloop's model with inductor")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--activation_checkpointing", action="store_true", help="use it in Plainloop's model")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps of each contestant per round")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--steps", type=count, default=2, help="steps of each contestant per round")
     parser.add_argument(
         "--quick", action="store_true", help="a quarter of a batch, two rounds of one step, fewer contestants"
     )

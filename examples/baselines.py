@@ -24,6 +24,11 @@ class BaselinesConfig:
     run: str = "runs/demo"
     """Run folder, written by train.py."""
 
+    def problems(self) -> list[str]:
+        if not (Path(self.run) / "config.yaml").is_file():
+            return [f"{self.run} is not a run folder (it has no config.yaml); name one with --run"]
+        return []
+
 
 config = parse_config(BaselinesConfig, __doc__) if __name__ == "__main__" else None
 
@@ -47,8 +52,6 @@ LARGEST_VOCABULARY = 8192  # the table of pairs is dense
 
 def main(config: BaselinesConfig) -> None:
     path = Path(config.run) / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{config.run} is not a run folder (it has no config.yaml); name one with --run")
     run = parse_sections(ScoringConfig, read_yaml(path), path)
     options = run.objective
     load_manifest(run.data.dataset)

@@ -1,9 +1,14 @@
 """Print the last lines of `make demo`: the results, where to look, and what the model writes."""
 
 import json
+import sys
 import textwrap
 from pathlib import Path
 
+sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what a model writes may be any text
+for name in ("runs/demo/summary.json", "runs/demo/evaluation.json", "exports/demo/export_report.json"):
+    if not Path(name).is_file():
+        sys.exit(f"demo_summary.py: error: {name} does not exist; this shows the results of: make demo")
 run = json.loads(Path("runs/demo/summary.json").read_text(encoding="utf-8"))
 scored = json.loads(Path("runs/demo/evaluation.json").read_text(encoding="utf-8"))
 exported = json.loads(Path("exports/demo/export_report.json").read_text(encoding="utf-8"))

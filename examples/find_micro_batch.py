@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training.options import read_options
 from utils.cli import PositiveInt, UserError, parse_config, run_script
-from utils.config import TrainConfig
 
 
 @dataclass
@@ -25,6 +25,10 @@ class MicroBatchConfig:
     """Number of processes that will train. This script itself runs on one."""
     repeats: PositiveInt = 3
     """Timed passes per size, after one warm-up pass; the median counts."""
+
+    def problems(self) -> list[str]:
+        read_options(None, ["--config", self.recipe], runs=False)  # exits if the recipe has a mistake
+        return []
 
 
 config = parse_config(MicroBatchConfig, __doc__) if __name__ == "__main__" else None
@@ -51,7 +55,7 @@ from utils.pretrained import read_tokenizer
 
 
 def main(config: MicroBatchConfig) -> None:
-    recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
+    recipe = read_options(None, ["--config", config.recipe], runs=False)
     recipe.data.pad_to = "max_length"  # padded rows as in the longest batch
     recipe.batch.per_device_batch_size = None
     accelerator, plan = start_accelerator(recipe)

@@ -13,8 +13,8 @@ from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training.options import read_options
 from utils.cli import PositiveFloat, UserError, at_exit, parse_config, run_script
-from utils.config import TrainConfig
 
 
 @dataclass
@@ -35,6 +35,7 @@ class RangeTestConfig:
     """Image to write."""
 
     def problems(self) -> list[str]:
+        read_options(None, ["--config", self.recipe], runs=False)  # exits if the recipe has a mistake
         if self.min_learning_rate >= self.max_learning_rate:
             return ["min_learning_rate must be less than max_learning_rate"]
         return []
@@ -62,7 +63,7 @@ SMOOTHING = 0.9  # of the exponential moving average of the loss
 
 
 def main(config: RangeTestConfig) -> None:
-    recipe = parse_config(TrainConfig, None, ["--config", config.recipe])
+    recipe = read_options(None, ["--config", config.recipe], runs=False)
     if recipe.optimizer.name == "adafactor":
         raise UserError(
             "optimizer.name adafactor caps the learning rate at 1 / √step, so this test shows nothing; use another"

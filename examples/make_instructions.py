@@ -92,7 +92,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", nargs="?", type=Path, default=Path("data/instructions.jsonl"), help="file to write")
     path = parser.parse_args().output
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{path} cannot be written: {error.strerror}")
     conversations = list(make_conversations(read_entries(SAMPLE)))
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from utils.cli import Fraction, NonNegativeInt, PositiveInt, nearest
+from utils.pretrained import TOKENIZER_FILES, check_name
 
 # The special tokens of a tokenizer trained here, and the fewest other entries that each algorithm works with: the bytes
 # (the unigram trainer overshoots unless there is room for one more piece), or a few characters.
@@ -194,6 +195,7 @@ class TokenizerConfig:
             except (OSError, UnicodeDecodeError) as error:
                 found.append(f"tokenizer.chat_template: {self.chat_template} cannot be read: {error}")
         if self.pretrained is not None:
+            check_name("tokenizer.pretrained", self.pretrained, (*TOKENIZER_FILES, "tokenizer_config.json"))
             if self.special_tokens:
                 found.append("tokenizer.special_tokens only apply to a tokenizer trained here; leave them out")
             return found

@@ -1,12 +1,16 @@
 """Every small recipe trains, whatever its objective: the same run however it is split and resumed, exported and scored."""
 
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import transformers
 import yaml
-from conftest import ROOT, call, metrics, train_losses
+from conftest import ROOT, call, error_line, metrics, run, script, train_losses
+from test_readme import make_copy
 
 from utils.objectives import objective_module
 
@@ -94,3 +98,48 @@ def test_each_recipe_has_a_small_variant_and_each_its_row_of_figures():
     assert full == set(RECIPES)
     for name in RECIPES:
         assert f"| [{name}](small/{name}.yaml) |" in table
+
+
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [("llama_tiny", ["prepare_data.py", "launch", "evaluate.py"]),
+     pytest.param("lora", ["prepare_data.py", "launch", "export.py", "make_instructions.py", "prepare_data.py", "launch",
+                           "evaluate.py"], marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_make_recipe_runs_what_the_file_says_and_can_be_repeated(name, commands, tmp_path):
+    copy, tools = make_copy(tmp_path / "copy", max_steps=3), tmp_path / "tools"
+    sample = copy / "sample_data" / "dictionaries.jsonl"
+    sample.write_text("".join(sample.read_text(encoding="utf-8").splitlines(keepends=True)[::4]), encoding="utf-8")
+    for recipe in {copy / "configs" / "small" / f"{each}.yaml" for each in ("llama_tiny", name)}:
+        text, changes = re.subn(r"max_steps: \d+", "max_steps: 3", recipe.read_text())
+        assert changes == 1
+        recipe.write_text(text)
+    tools.mkdir()
+    for tool, first in (("python", ""), ("accelerate", "shift; ")):  # `accelerate launch` as one process
+        forked = f'exec "{sys.executable}" -I -S "{ROOT}/tests/forked_python.py" "$@"'
+        (tools / tool).write_text(f"#!/bin/sh\n{first}{forked}\n")
+        (tools / tool).chmod(0o755)
+    options = "--seed 5 --tracking.sample_every_steps 0 --model.hidden_size 32 --model.intermediate_size 64"
+    planned = run("make", "--dry-run", "recipe", f"RECIPE=configs/small/{name}.yaml", f"OPTIONS={options}", cwd=copy,
+                  VIRTUAL_ENV=str(Path(sys.prefix))).stdout.splitlines()[-1].split()  # fmt: skip
+    assert planned[1:] == ["-m", "training.recipe", f"configs/small/{name}.yaml", *options.split()]
+    first, again = (script(*planned[1:], cwd=copy, PLAINLOOP_PYTHON=str(tools / "python")).stdout for _ in range(2))
+    shown = re.findall(r"^== (?:.*\|\| )?\w+ (?:examples/)?(\S+)", first, re.M)
+    assert shown == commands
+    run_folder = copy / "runs" / f"small_{name}"
+    assert yaml.safe_load((run_folder / "config.yaml").read_text())["seed"] == 5
+    assert json.loads((run_folder / "summary.json").read_text())["finished"] is True
+    assert again.count("nothing to do") == len([each for each in commands if each in ("prepare_data.py", "launch")])
+    scores = [re.findall(r"loss ([\d.]+) nats per target", text) for text in (first, again)]
+    assert scores[0] == scores[1] and len(scores[0]) == 1
+
+
+def test_a_recipe_whose_dataset_is_missing_is_told_its_own_commands(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, path in {"code_fim": RECIPES["code_fim"], "full lora": ROOT / "configs" / "lora.yaml"}.items():
+        line = error_line("train.py", "--config", path)
+        (command,) = re.findall(r"^# (python .*)", path.read_text(), re.M)
+        assert line.endswith(f"make it with: {command}"), name
+    line = error_line("train.py", "--config", RECIPES["code_fim"], "--data.dataset", "data/other")
+    assert line.endswith("python prepare_data.py --sources '[my_texts/]' --output data/other")
+    assert "usage: make recipe RECIPE=" in script("-m", "training.recipe", "none.yaml", cwd=ROOT, check=False).stderr

@@ -1,31 +1,71 @@
 """The options of train.py, checked as far as possible before torch's slow import."""
 
+import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from training.optimization.optimizers import check_optimizer
+from training.recipe import commands_for
 from utils.cli import UserError, exit_with, parse_config
 from utils.config import TrainConfig
 from utils.data.token_dataset import load_manifest
+from utils.pretrained import check_name, check_peft
+
+STOP_FILE = "stop"  # in the run folder: its user asks the run to save and end
+FP8_LIBRARIES = ("torchao", "transformer_engine", "msamp")  # accelerate's, in its order
 
 
-def read_options(description: str | None) -> TrainConfig:
-    """The command line as a TrainConfig. Exits with one line for a mistake, a missing dataset or a missing library."""
-    config = parse_config(TrainConfig, description)
+def read_options(description: str | None, argv: list[str] | None = None, *, runs: bool = True) -> TrainConfig:
+    """The command line as a TrainConfig. Exits with one line for a mistake, a missing dataset or a missing library.
+
+    `runs`: whether a run folder will be written, and trackers used.
+    """
+    config = parse_config(TrainConfig, description, argv)
     try:
-        load_manifest(config.data.dataset)
-        check_optimizer(config.optimizer, installed=not config.dry_run)
-        if config.model.lora.rank and find_spec("peft") is None:
-            raise UserError("model.lora needs the library peft: pip install -e '.[lora]'")
-        if not config.dry_run:
-            check_resume(config)
+        check_data(config, sys.argv[1:] if argv is None else argv)
+        check_libraries(config, trackers=runs)
+        if config.model.pretrained is not None:
+            check_name("model.pretrained", config.model.pretrained, ("config.json",))
+        if runs and not config.dry_run:
+            check_output(config)
     except (UserError, OSError) as error:
         exit_with(error)
     return config
 
 
-def check_resume(config: TrainConfig) -> None:
-    """`UserError` if the run folder holds a run that this launch must not continue."""
-    if (Path(config.output) / "config.yaml").is_file() and config.checkpoint.resume == "never":
-        remedy = "continue it with --checkpoint.resume auto, or choose another --output"
-        raise UserError(f"{config.output} already holds a run; {remedy}")
+def check_data(config: TrainConfig, argv: list[str]) -> None:
+    """`UserError` if the dataset is missing, naming the recipe's own commands, or does not suit the objective."""
+    dataset = config.data.dataset
+    if not Path(dataset).exists() and (commands := commands_for(dataset, argv)):
+        raise UserError(f"dataset {dataset} does not exist; make it with: {commands}")
+    splits = load_manifest(dataset)["splits"]
+    if config.objective.name == "instruction" and "assistant_tokens" not in splits["validation"]:
+        remedy = "prepare some with --messages_column messages"
+        raise UserError(f"objective.name instruction needs conversations, but {dataset} has none; {remedy}")
+
+
+def check_libraries(config: TrainConfig, trackers: bool) -> None:
+    """`UserError` naming a library that the options need and that is not installed."""
+    check_optimizer(config.optimizer, installed=not config.dry_run)
+    if config.model.lora.rank:
+        check_peft()
+    for name in config.tracking.trackers if trackers and not config.dry_run else ():
+        if find_spec(name) is None:
+            raise UserError(f"tracking.trackers names {name}, which is not installed: pip install {name}")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and not any(map(find_spec, FP8_LIBRARIES)):
+        raise UserError("the launch asks for fp8, which needs torchao: pip install torchao, or choose bf16")
+
+
+def check_output(config: TrainConfig) -> None:
+    """`UserError` if the run folder cannot be one, or holds a run that this launch must not continue."""
+    run = Path(config.output)
+    if run.exists() and not run.is_dir():
+        raise UserError(f"run folder {run} cannot be made: it is a file; choose another --output")
+    if (run / "config.yaml").is_file():
+        if config.checkpoint.resume == "never":
+            remedy = "continue it with --checkpoint.resume auto, or choose another --output"
+            raise UserError(f"{config.output} already holds a run; {remedy}")
+    # The user may ask for a stop while the first launch is still importing.
+    elif run.is_dir() and any(path.name[0] != "." and path.name != STOP_FILE for path in run.iterdir()):
+        raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import difflib
+import io
 import math
 import operator
 import os
@@ -39,6 +40,11 @@ LONGEST_ERROR = 2000  # characters of a message, which may quote a file
 PEER_GONE = re.compile(
     "(closed|reset) by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
 )
+
+# A console that is not UTF-8 shows `\xd7` for `×`; otherwise printing it would end a run.
+for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 # Cleanup that must always run, in reverse order: `main` enters its locks, threads and files here.
 at_exit = contextlib.ExitStack()

@@ -99,6 +99,16 @@ def readable(size: int, of: int | None = None) -> str:
     return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
+def follow_umask(folder: Path) -> None:
+    """Give every file in a folder that this process made the permissions of other new files: safetensors lets only their
+    owner read what it writes (0600), whatever the umask."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with contextlib.suppress(OSError):  # some file systems have no permissions
+                path.chmod(mode)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write `text` beside `path`, flush it to the disk, and rename it to `path` in one step."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,6 +1,7 @@
 """Tokenizers, configurations and weights that others saved. All calls of transformers' `from_pretrained` are here.
 A folder is data: none of its code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`); a fault is a `UserError`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,54 @@ from utils.files import UserError, read_json, short
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OURS = ("data/", "exports/", "models/", "runs/")  # folders of the README's commands, not names on the Hub
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+def check_name(option: str, name: str, files: tuple[str, ...]) -> None:
+    """`UserError` if `name`, the value of `option`, is a path that holds none of `files`: a run, adapters, a file, a
+    folder that is not there. A name on the Hub passes. Imports and reads nothing, so that a mistake is refused at once.
+    """
+    folder, wrong = Path(name), f"{option} {name}"
+    if folder.is_file():
+        convert = f"convert it: python examples/import_gguf.py {name} models/{folder.stem}"
+        raise UserError(
+            f"{wrong} is a file; {convert if folder.suffix == '.gguf' else 'give the folder that holds it'}"
+        )
+    if not folder.is_dir():
+        if name.count("/") > 1 or name.startswith((".", "/", "~", *OURS)):
+            raise UserError(f"{wrong}: there is no such folder")
+        return
+    if any((folder / file).is_file() for file in files):
+        return
+    where = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    names = (f"exports/{where.resolve().name}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
+    output = next(path for path in names if not Path(path).exists())
+    export = f"export it first, and give {output}: python export.py --checkpoint {name} --output {output}"
+    if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
+        saved = any((folder / "checkpoints").glob("step-*"))
+        raise UserError(f"{wrong} is a run{f'; {export}' if saved else ' without a checkpoint so far'}")
+    if (folder / "state.json").is_file():
+        raise UserError(f"{wrong} holds adapters; {export}")
+    if (folder / "adapter_config.json").is_file():
+        merge = f"AutoPeftModelForCausalLM.from_pretrained('{name}').merge_and_unload().save_pretrained('{output}')"
+        merge = f'python -c "from peft import AutoPeftModelForCausalLM; {merge}"'
+        raise UserError(f"{wrong} holds adapters; merge them first, and give {output}: {merge}")
+    if (folder / "tokenizer").is_dir():
+        raise UserError(f"{wrong} is a dataset; its tokenizer is in {folder / 'tokenizer'}")
+    raise UserError(f"{wrong} holds no {files[0]}; give the folder of an export, or one that `save_pretrained` wrote")
+
+
+def check_adapters(folder: Path) -> None:
+    """`UserError` if the folder of a model holds adapters, and the library for them is missing."""
+    if (folder / "adapter_config.json").is_file():
+        check_peft()
+
+
+def check_peft() -> None:
+    """`UserError` if the library for adapters is missing."""
+    if find_spec("peft") is None:
+        raise UserError("adapters (model.lora) need the library peft: pip install -e '.[lora]'")
 
 
 def read_tokenizer(name: str | Path) -> Any:
@@ -40,6 +89,8 @@ def read_config(name: str | Path) -> Any:
         raise UserError(f"{name}: no model can be loaded from here: {short(error)}") from None
     if not isinstance(config.architectures, list | None):
         raise UserError(f"{name}: the architectures in config.json are {config.architectures!r}, which is no list")
+    if hasattr(config, "auto_map"):  # names code of the folder: it never runs, and is not saved beside the weights
+        del config.auto_map
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{name}: its weights are quantized; use the weights that they were made from")
     return config

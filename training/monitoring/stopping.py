@@ -12,6 +12,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from training.options import STOP_FILE
 from utils.checkpoints import TrainState
 from utils.cli import LAUNCHER_PID
 from utils.config import EvaluationConfig, TrainConfig
@@ -20,7 +21,6 @@ from utils.evaluation import Evaluation
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # The reasons to stop, in the order of `StopRequests._flags`.
 REASONS = (*(signum.name for signum in SIGNALS), "launcher_gone", "stop_file", "max_minutes")
-STOP_FILE = "stop"
 LOOK_SECONDS = 1.0  # between looks at the stop file, which may be on a network disk
 SLOW_DISK = 100e6  # bytes per second, assumed until the first save is measured
 END_SECONDS = 5  # from the last save to the exit: plot, trackers

@@ -140,8 +140,8 @@ class RunTracker(contextlib.AbstractContextManager):
         self._write_summary(summary)
         try:
             draw_losses(self.run / "metrics.jsonl").savefig(self.run / "loss.png", dpi=120)
-        except (OSError, ValueError) as error:
-            self.warn(f"loss.png cannot be written: {error}")
+        except Exception as error:  # a picture is not worth the run's exit code
+            self.warn(f"loss.png cannot be written: {short(error)}")
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()

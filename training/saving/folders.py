@@ -2,6 +2,7 @@
 
 config.yaml        the resolved configuration; runs again as --config
 environment.json   one entry per launch: versions, machine, command, git commit
+source/            the scripts that were launched, and changes that are in no commit
 checkpoints/       a checkpoint goes only when a newer one is safe. With FSDP each rank writes its shard into it, by
                    torch.distributed.checkpoint, which takes 1.7 s to import
 """
@@ -12,7 +13,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 import uuid
@@ -28,8 +28,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
-from training.monitoring.stopping import STOP_FILE
-from training.options import check_resume
+from training.options import check_output
+from training.saving.source import record_source
 from utils.checkpoint_tensors import Tensors, read_shard_metadata
 from utils.checkpoints import (
     POINTER_FILE,
@@ -44,7 +44,7 @@ from utils.checkpoints import (
 )
 from utils.cli import UserError, at_exit, save_config
 from utils.config import CheckpointConfig, TrainConfig
-from utils.files import flatten, hash_file, hold_lock, read_json, read_yaml, readable, replace_text
+from utils.files import flatten, follow_umask, hash_file, hold_lock, read_json, read_yaml, readable, replace_text
 from utils.pretrained import WEIGHTS
 
 TEMPORARY_PREFIX = ".tmp-"  # not yet a checkpoint, or no longer one; the next start or save removes it
@@ -81,23 +81,21 @@ def open_run(accelerator: Accelerator, config: TrainConfig, dataset_key: str) ->
 
 
 def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | None, list[str]]:
+    check_output(config)
+    made = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run folder {run} cannot be made: {error.strerror}; choose another --output") from None
     if not os.access(run, os.W_OK):
         raise UserError(f"run folder {run} cannot be written; choose another --output")
-    saved_config = run / "config.yaml"
-    # The user may ask for a stop while the first launch is still importing.
-    is_empty = all(path.name.startswith(".") or path.name == STOP_FILE for path in run.iterdir())
-    if not is_empty and not saved_config.is_file():
-        raise UserError(f"{run} is not empty and not a run folder (no config.yaml); choose another --output")
     lock = run / ".lock"
     if not at_exit.enter_context(hold_lock(lock)):
         raise UserError(f"{run} is in use by {lock.read_text('utf-8')}; wait for it, or choose another --output")
-    at_exit.callback(_leave_no_trace, run)
-    check_resume(config)
-    changes = [] if is_empty else _differences(read_yaml(saved_config), asdict(config))
+    at_exit.callback(_leave_no_trace, run, made)
+    check_output(config)  # again: another launch may have begun and ended since
+    saved_config = run / "config.yaml"
+    changes = _differences(read_yaml(saved_config), asdict(config)) if saved_config.is_file() else []
     if refused := [text for name, text in changes if not name.startswith(FREE_TO_CHANGE)]:
         raise UserError(f"{run} holds another run: {'; '.join(refused)}; choose another --output")
     checkpoint, problems = find_newest_valid(run / "checkpoints")
@@ -109,11 +107,13 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
     return checkpoint, [*(f"changed since the last launch: {text}" for _, text in changes), *problems]
 
 
-def _leave_no_trace(run: Path) -> None:
-    """After a refused run, remove its lock file, while still holding the lock."""
+def _leave_no_trace(run: Path, made: list[Path]) -> None:
+    """After a refused run, remove its lock file, while still holding the lock, and the folders `made` for it."""
     with contextlib.suppress(OSError):
         if [path.name for path in run.iterdir()] == [".lock"]:
             (run / ".lock").unlink()
+        for folder in made:  # the innermost first; only an empty one goes
+            folder.rmdir()
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any]) -> list[tuple[str, str]]:
@@ -135,7 +135,7 @@ def record_launch(accelerator: Accelerator, config: TrainConfig) -> None:
     launches.append({
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "git_commit": _git_commit(),
+        **record_source(run),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -157,14 +157,6 @@ def past_launches(run: Path) -> list[dict[str, Any]]:
     return [launch for launch in launches if isinstance(launch, dict)]
 
 
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(sys.argv[0]).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `target` at the end of the block, flushed and hashed.
@@ -176,6 +168,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        follow_umask(temporary)
         files: dict[str, Any] = {}
         for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
             files[str(path.relative_to(temporary))] = {"bytes": path.stat().st_size, "sha256": hash_file(path)}

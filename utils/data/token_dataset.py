@@ -24,7 +24,7 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         reason = "is not a dataset folder (it has no manifest.json)" if Path(folder).exists() else "does not exist"
-        sources = "" if Path(folder) == Path("data/demo") else "--sources '[my_texts/]' "
+        sources = "" if Path(folder).parts[-2:] == ("data", "demo") else "--sources '[my_texts/]' "
         output = "data/mine" if Path(folder).exists() else folder
         raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
     manifest = read_json(path)

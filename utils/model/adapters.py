@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from utils.cli import UserError
 from utils.config import LoraConfig
 from utils.files import hash_file, read_json, short
+from utils.pretrained import check_peft
 
 BASE_FILE = "base.json"
 
 
 def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise UserError("model.lora needs the library peft: pip install -e '.[lora]'") from None
+    check_peft()
+    import peft
+
     return peft
 
 

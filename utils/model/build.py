@@ -19,12 +19,11 @@ from utils.config import SIZE_OVERRIDES, ModelConfig
 from utils.files import short
 from utils.model.adapters import add_adapters, base_of, has_adapters, import_peft
 from utils.model.initialization import INITIALIZATIONS
-from utils.pretrained import chat_ids, read_adapters, read_config, read_tokenizer, read_weights
+from utils.pretrained import TOKENIZER_FILES, chat_ids, read_adapters, read_config, read_tokenizer, read_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 # Names of transformers' classes that open a saved model, by the objective's head.
 AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 # Values of `model.attention` that `use_kernels` applies when the device is known; before, the architecture's default.
 DEFERRED_ATTENTION = {"auto": None, "blocked": None}
 # Our name of a size → further names in configuration classes, beyond transformers' own `attribute_map`.
@@ -39,6 +38,9 @@ def build_model(
     `UserError` if the options do not fit, or `config.pretrained` cannot be loaded or has another tokenizer."""
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     special["pad_token_id"] = pad_token_id(tokenizer)
+    # A decoder's embedding does not train the row of its padding token, so that must be none that texts contain.
+    if auto_model is transformers.AutoModelForCausalLM and pad_token_id(tokenizer) in (*special.values(),)[:2]:
+        special["pad_token_id"] = None
     architecture = build_architecture(config, auto_model, special)
     entries = max(len(tokenizer), architecture.vocab_size if config.pretrained else 0)
     rows = -(-entries // config.vocabulary_multiple) * config.vocabulary_multiple
@@ -53,16 +55,58 @@ def build_model(
             why = f"model.architecture {architecture.model_type}: {short(error)}"
             raise UserError(f"{why}; choose another one, other sizes, objective.name or model.attention") from None
         INITIALIZATIONS[config.initialization](model)
-    model.config.update(special)
-    if model.can_generate():
-        options = special | {"eos_token_id": stop_token_ids(tokenizer)}
-        if architecture.is_encoder_decoder:
-            options["decoder_start_token_id"] = special["pad_token_id"]
-        model.generation_config = GenerationConfig(**options)
+    if config.pretrained is None and model.can_generate():
+        model.generation_config = GenerationConfig()
+    add_special_tokens(model, tokenizer)
     if config.lora.rank:
         model = add_adapters(model, config.lora)
     enable_activation_checkpointing(model, config)
     return model
+
+
+def add_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
+    """Complete what `model`'s configurations, for computing and generating, say of special tokens; nothing else changes.
+
+    A tokenizer without a bos token leaves the folder's, a second eos token stays, and so does a padding token or none:
+    with another one a resumed run would train other rows of the embedding.
+    """
+    config, decoder_start = model.config, pad_token_id(tokenizer)  # with which every objective begins a decoder's input
+    if tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    if tokenizer.eos_token_id not in _as_list(config.eos_token_id):
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = decoder_start
+    if not model.can_generate():
+        return
+    generation = model.generation_config
+    if generation.bos_token_id is None:
+        generation.bos_token_id = config.bos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = pad_token_id(tokenizer)
+    if missing := [token for token in stop_token_ids(tokenizer) if token not in _as_list(generation.eos_token_id)]:
+        generation.eos_token_id = _as_list(generation.eos_token_id) + missing
+    if config.is_encoder_decoder:
+        generation.decoder_start_token_id = decoder_start
+    try:
+        if not _is_savable(generation):  # many published folders set a temperature without this
+            generation.do_sample = True
+            generation.validate(strict=True)
+    except ValueError as error:
+        why = f"{model.name_or_path}: transformers would not save its generation_config.json again"
+        raise UserError(f"{why}: {short(error)}; correct or remove that file") from None
+
+
+def _is_savable(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, Any]) -> Any:
