@@ -49,9 +49,11 @@ class EvaluateConfig:
     """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
-        path = Path(self.model)
-        check_adapters(path if is_export(path) else find_checkpoint(path))
-        found = []
+        found, path = [], Path(self.model)
+        try:
+            check_adapters(path if is_export(path) else find_checkpoint(path))
+        except UserError as error:
+            found.append(str(error))
         if is_export(path) and (self.dataset, self.text_file, self.prompt) == (None, None, None):
             found.append(NOTHING_TO_SCORE.format(self.model))
         if self.report is not None and not Path(self.report).resolve().parent.is_dir():

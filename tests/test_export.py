@@ -191,7 +191,7 @@ def test_train_mistakes_get_one_line_and_touch_nothing(dataset, tmp_path):
         ({"data.dataset": damaged}, "the train split cannot be read"),
         ({"output": tmp_path / "occupied"}, "not empty and not a run folder"),
         ({"output": tmp_path / "file"}, "cannot be made"),
-        ({"model.pretrained": tmp_path / "nowhere"}, "no model can be loaded"),
+        ({"model.pretrained": tmp_path / "nowhere"}, "no such folder"),
         ({"batch.per_device_batch_size": 3}, "1, 2, 4, 8 would fit"),
     ]
     for options, expected in cases:

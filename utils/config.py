@@ -32,6 +32,11 @@ SIZES: dict[str, dict[str, tuple[int, int, int, int, int]]] = {
 }  # fmt: skip
 # What a published model has beyond its five sizes.
 SIZE_OVERRIDES = {("llama", "135m"): {"num_key_value_heads": 3}, ("llama", "1b"): {"num_key_value_heads": 8}}
+# The objectives that transformers has a head for, by architecture; of others it is known when the model is built.
+DECODER = ("causal", "fill_in_the_middle", "instruction")
+OBJECTIVES = {
+    "llama": DECODER, "gpt2": DECODER, "bert": (*DECODER, "masked"), "modernbert": ("masked",), "t5": ("span_corruption",)
+}  # fmt: skip
 
 
 @dataclass
@@ -384,7 +389,14 @@ class TrainConfig:
     def problems(self) -> list[str]:
         if self.evaluation.early_stopping_weights == "average" and self.optimizer.ema_decay is None:
             return ["evaluation.early_stopping_weights average needs an average: give optimizer.ema_decay, as in 0.999"]
-        if self.model.pretrained is not None or self.model.architecture == "t5" or self.model.problems():
+        if self.model.pretrained is not None or self.model.problems():
+            return []
+        name, architecture = self.objective.name, self.model.architecture
+        fitting = [known for known, objectives in OBJECTIVES.items() if name in objectives]
+        if architecture in OBJECTIVES and fitting and architecture not in fitting:  # none: an objective of your own
+            remedy = f"choose from {', '.join(fitting)}"
+            return [f"model.architecture {architecture} has no head for objective.name {name}; {remedy}"]
+        if architecture == "t5":
             return []
         length, limit = self.data.sequence_length, "max_position_embeddings"
         positions: Any = (self.model.sizes() | self.model.overrides)[limit]

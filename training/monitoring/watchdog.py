@@ -27,7 +27,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.folder / f"rank-{self.rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._file = os.open(self.folder / f"rank-{self.rank}", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self._stacks = (self.folder / f"stacks-{self.rank}").open("w")  # opened now: later the disk may be full
         self.beat(0, "starting")
         self.note_writing("idle")

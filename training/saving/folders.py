@@ -110,7 +110,7 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
 def _leave_no_trace(run: Path, made: list[Path]) -> None:
     """After a refused run, remove its lock file, while still holding the lock, and the folders `made` for it."""
     with contextlib.suppress(OSError):
-        if [path.name for path in run.iterdir()] == [".lock"]:
+        if not (run / "config.yaml").exists():
             (run / ".lock").unlink()
         for folder in made:  # the innermost first; only an empty one goes
             folder.rmdir()
