@@ -15,6 +15,7 @@ No random state is stored: train.py seeds every step from (seed, samples seen, r
 module does not import torch, so that both commands answer at once.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -123,8 +124,10 @@ def read_pointers(folder: Path) -> dict[str, str]:
             if not is_inside(link, folder):
                 raise UserError(f"{link} is a link to {os.readlink(link)}, outside of the run; give that folder itself")
             pointers[link.name] = link.resolve().name
-    if found and "best" not in pointers and (best_step := load_state(found[-1]).best_step):
-        pointers["best"] = checkpoint_name(best_step)
+    if found and "best" not in pointers:
+        with contextlib.suppress(UserError):
+            if best_step := load_state(found[-1]).best_step:
+                pointers["best"] = checkpoint_name(best_step)
     return pointers
 
 
