@@ -14,6 +14,8 @@ from training.parallel.context_parallel import use_context_parallel
 from training.parallel.sharding import keep_sums_in_fp32
 from utils.cli import UserError
 from utils.config import TrainConfig
+from utils.data.packing import IGNORED
+from utils.files import short
 from utils.model.adapters import without_adapters
 from utils.model.build import evaluating, longest_sequence
 from utils.model.initialization import is_norm, residual_projections
@@ -26,12 +28,22 @@ def build_training_objective(
 ) -> Objective:
     """`model` with its loss, and the kernels that compute it on this device.
 
-    `UserError` if the model cannot read rows of this length, or would mix the documents of a row.
+    `UserError` if the model cannot read such rows, or would mix the documents of a row.
     """
     check_length(model, config.data.sequence_length)
-    objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
-    if "position_ids" in data.example:  # packed rows
-        check_documents_stay_apart(objective)
+    try:
+        objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
+        if "position_ids" in data.example:  # packed rows
+            check_documents_stay_apart(objective)
+        else:
+            embedding_gradient(objective, **{name: values[:, :16] for name, values in data.example.items()})
+    except UserError:
+        raise
+    except Exception as error:  # each class has its own limits
+        rows = f"rows of data.layout {config.data.layout} with objective.name {config.objective.name}"
+        remedy = "data.layout padded, other sizes" if "position_ids" in data.example else "other sizes"
+        name = type(without_adapters(model)).__name__
+        raise UserError(f"{name} does not train on {rows}: {short(error)}; try {remedy} or another model") from error
     if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
     keep_sums_in_fp32(accelerator)
@@ -56,24 +68,61 @@ def check_length(model: Any, sequence_length: int) -> None:
 
 
 def check_documents_stay_apart(objective: Objective) -> None:
-    """`UserError` if a document's logits in a packed row differ from those that it has alone; two short passes.
+    """`UserError` if what the model learns from a document depends on its neighbours in a packed row; three short passes.
 
     A model fails silently if it carries a state along the row, makes its own mask, or does not count positions from 0.
-    The passes are made with gradients, as in training: without them attention may compute in another way.
+    The passes are those of training: `Objective.forward` with its kernels, and backward. What they compare is the
+    gradient of a document's loss with respect to the embedded tokens of its row: at its own tokens that of the document
+    alone, elsewhere 0. The loss itself would not do: with new weights it is near log V, whatever the model reads.
     """
     model: Any = objective.model
     window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
-    length = 8 + (window or 0)  # longer than what a layer with a window sees
-    device = next(objective.parameters()).device
-    ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
-    positions = torch.arange(2 * length, device=device)[None] % length
+    width = min(10 + (window or 0), longest_sequence(model))
+    few = max(1, min(3, width // 3))
+    two, rest = max(1, few // 2), width - few  # the rest is longer than what an encoder's layer with a window sees
+    # The lengths of each row's documents, and the one to compare; of rows 0 and 1, and of 2 and 3, it is equally long.
+    rows = [((few, rest), 1), ((rest, few), 0), ((two, few, rest - two), 1), ((rest - two, few, two), 1)]
+    vocabulary = len(model.get_input_embeddings().weight)
+    ids = torch.randint(vocabulary, (len(rows), width), generator=torch.Generator().manual_seed(0))
+    ids = (ids + (ids == model.config.pad_token_id)) % vocabulary  # RoBERTa does not count padding as a position
+    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths, _ in rows])
+    places = [
+        (row, slice(sum(lengths[:number]), sum(lengths[: number + 1]))) for row, (lengths, number) in enumerate(rows)
+    ]
+    targets = torch.full_like(ids, IGNORED)
+    for place in places:
+        targets[place] = ids[place].roll(-1)
     with evaluating(objective):
-        together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
-        alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
-    difference = (together - alone).detach().abs().max()
-    if not float(difference) <= 1e-3 * float(alone.detach().std()):
+        together = embedding_gradient(objective, targets, input_ids=ids, position_ids=positions)
+        alone = torch.zeros_like(together)
+        for pair in (places[:2], places[2:]):
+            documents, wanted = (torch.stack([values[place] for place in pair]) for values in (ids, targets))
+            for place, gradient in zip(pair, embedding_gradient(objective, wanted, input_ids=documents), strict=True):
+                alone[place] = gradient
+    difference, scale = (values.abs().amax((1, 2)) for values in (together - alone, alone))
+    if not bool((difference <= 1e-3 * scale).all()):
         name = type(model).__name__
         raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
+
+
+def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """The gradient of the loss with respect to the embedded tokens, (B, T, D)."""
+    model: Any = objective.model
+    weight, embedded = model.get_input_embeddings().weight, []
+
+    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # some models scale it in place
+
+    # All modules that share the matrix: BART's encoder and decoder have one each.
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight]
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        loss = objective(targets.to(model.device), **{name: values.to(model.device) for name, values in inputs.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.autograd.grad(loss, embedded)[0]
 
 
 def count_parameters_by_part(model: nn.Module) -> dict[str, list[int]]:
