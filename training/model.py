@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from training.data import TrainingData
 from training.parallel.context_parallel import use_context_parallel
@@ -19,7 +20,7 @@ from utils.files import short
 from utils.model.adapters import without_adapters
 from utils.model.build import evaluating, longest_sequence
 from utils.model.initialization import is_norm, residual_projections
-from utils.objectives import Objective, build_objective
+from utils.objectives import Objective, build_objective, objective_module
 from utils.pretrained import read_tokenizer
 
 
@@ -31,19 +32,24 @@ def build_training_objective(
     `UserError` if the model cannot read such rows, or would mix the documents of a row.
     """
     check_length(model, config.data.sequence_length)
+    packed = "position_ids" in data.example
     try:
         objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
-        if "position_ids" in data.example:  # packed rows
+        if objective_module(config.objective.name).AUTO_MODEL is AutoModelForCausalLM:
+            check_future_is_hidden(objective)
+        if packed:
             check_documents_stay_apart(objective)
-        else:
-            embedding_gradient(objective, **{name: values[:, :16] for name, values in data.example.items()})
+        with evaluating(objective):
+            loss = objective(**{name: values[:, :16].to(model.device) for name, values in data.example.items()})
     except UserError:
         raise
     except Exception as error:  # each class has its own limits
         rows = f"rows of data.layout {config.data.layout} with objective.name {config.objective.name}"
-        remedy = "data.layout padded, other sizes" if "position_ids" in data.example else "other sizes"
+        remedy = "data.layout padded, other sizes" if packed else "other sizes"
         name = type(without_adapters(model)).__name__
         raise UserError(f"{name} does not train on {rows}: {short(error)}; try {remedy} or another model") from error
+    if accelerator.ddp_handler is not None and not reaches_every_parameter(loss, model):
+        accelerator.ddp_handler.find_unused_parameters = True  # else DDP raises in the second step
     if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
     keep_sums_in_fp32(accelerator)
@@ -82,9 +88,7 @@ def check_documents_stay_apart(objective: Objective) -> None:
     two, rest = max(1, few // 2), width - few  # the rest is longer than what an encoder's layer with a window sees
     # The lengths of each row's documents, and the one to compare; of rows 0 and 1, and of 2 and 3, it is equally long.
     rows = [((few, rest), 1), ((rest, few), 0), ((two, few, rest - two), 1), ((rest - two, few, two), 1)]
-    vocabulary = len(model.get_input_embeddings().weight)
-    ids = torch.randint(vocabulary, (len(rows), width), generator=torch.Generator().manual_seed(0))
-    ids = (ids + (ids == model.config.pad_token_id)) % vocabulary  # RoBERTa does not count padding as a position
+    ids = random_ids(model, len(rows), width)
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths, _ in rows])
     places = [
         (row, slice(sum(lengths[:number]), sum(lengths[: number + 1]))) for row, (lengths, number) in enumerate(rows)
@@ -101,8 +105,44 @@ def check_documents_stay_apart(objective: Objective) -> None:
                 alone[place] = gradient
     difference, scale = (values.abs().amax((1, 2)) for values in (together - alone, alone))
     if not bool((difference <= 1e-3 * scale).all()):
-        name = type(model).__name__
+        name = type(without_adapters(model)).__name__
         raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
+
+
+def check_future_is_hidden(objective: Objective) -> None:
+    """`UserError` if a model for the next token reads that token, as XLNet does by default; a short pass.
+
+    Compared is the gradient with respect to the last token's embedding: no loss of the others may depend on it.
+    """
+    ids = random_ids(objective.model, 1, min(8, longest_sequence(objective.model)))
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORED
+    with evaluating(objective):
+        gradient = embedding_gradient(objective, targets, input_ids=ids)[0].abs().amax(1)
+    if not float(gradient[-1]) <= 1e-3 * float(gradient.max()):
+        name = type(without_adapters(objective.model)).__name__
+        remedy = "set the option of its configuration that hides them in model.overrides, or choose another model"
+        raise UserError(f"{name} reads the tokens that it must predict; {remedy}")
+
+
+def reaches_every_parameter(loss: torch.Tensor, model: nn.Module) -> bool:
+    """Whether every trainable parameter of `model` is in the graph of `loss`. A pooler is not, nor an expert without a
+    token."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    return all(id(parameter) in reached for parameter in model.parameters() if parameter.requires_grad)
+
+
+def random_ids(model: Any, rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns) token ids, always the same. Without padding, which RoBERTa does not count as a position."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (rows, columns), generator=torch.Generator().manual_seed(0))
+    return (ids + (ids == model.config.pad_token_id)) % vocabulary
 
 
 def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
@@ -122,6 +162,10 @@ def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: to
     finally:
         for hook in hooks:
             hook.remove()
+    if not embedded:
+        raise RuntimeError(
+            f"it embeds tokens by a {type(model.get_input_embeddings()).__name__}, which cannot be checked"
+        )
     return torch.autograd.grad(loss, embedded)[0]
 
 

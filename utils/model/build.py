@@ -216,7 +216,8 @@ def count_parameters(model: nn.Module) -> int:
 
 def longest_sequence(model: PreTrainedModel) -> int:
     """Positions that the model can read; `sys.maxsize` for a model without a limit."""
-    return int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize) - first_position(model)
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 0)
+    return positions - first_position(model) if positions > 0 else sys.maxsize  # XLNet's -1 is no limit
 
 
 def first_position(model: nn.Module) -> int:
