@@ -133,8 +133,8 @@ def main(config: TrainConfig) -> None:
         started = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
         run.beat("training")
-        num_targets = accelerator.reduce(sum(count_targets(batch) for batch in micro_batches), "sum").clamp(min=1)
-        weight = plan.num_processes / num_targets
+        num_targets = accelerator.reduce(sum(count_targets(batch) for batch in micro_batches), "sum")
+        weight = plan.num_processes / num_targets.clamp(min=1)
         # Seeds dropout. After the fetch, because a loader's first batch draws from the same random numbers.
         set_seed(step_seed(config.seed, state.samples_seen, accelerator.process_index))
         loss_sum = torch.zeros((), device=accelerator.device)
@@ -148,14 +148,15 @@ def main(config: TrainConfig) -> None:
 
         # ---- The vote: an all-reduce after which all ranks know the same loss, and whether one of them is asked to stop.
         loss, grad_norm = run.vote(loss_sum / num_targets, norm)
-        fault = check_update(state, config.guards, loss, grad_norm, scaled=accelerator.scaler is not None)
+        targets, scaled = int(num_targets), accelerator.scaler is not None
+        fault = check_update(state, config.guards, loss, grad_norm, targets=targets, scaled=scaled)
         if fault is None:
             optimizer.step()
         else:
             run.skip(fault, micro_batches)
         optimizer.zero_grad()
         state.samples_seen += plan.global_batch_size
-        state.tokens_seen += int(num_targets)
+        state.tokens_seen += targets
         state.train_seconds += time.perf_counter() - started
         if fault is not None or run.count_overflow():
             continue
@@ -164,9 +165,8 @@ def main(config: TrainConfig) -> None:
         state.optimizer_step += 1
         if average is not None:
             average.update(state.optimizer_step)
-        run.tracker.advance()
-        if state.optimizer_step == 1 or due(state.optimizer_step, config.tracking.log_every_steps, max_steps):
-            run.log_step(loss, float(learning_rate), grad_norm)
+        shown = state.optimizer_step == 1 or due(state.optimizer_step, config.tracking.log_every_steps, max_steps)
+        run.log_step(loss, targets, float(learning_rate), grad_norm, shown=shown)
 
     # ---- The end: the last checkpoint, summary, plot, and how to continue.
     run.finish(reason, evaluation, look, model)

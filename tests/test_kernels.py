@@ -1,12 +1,15 @@
 """Every fast part of a step against its plain twin."""
 
+import copy
+import itertools
+import json
 import shutil
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, flags, metrics, run, train, train_losses
+from conftest import SMALL, call, flags, metrics, run, train, train_losses
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.activations import NewGELUActivation
@@ -29,8 +32,13 @@ ARCHITECTURES = {
     "gpt_neox": {},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 100, "head_dim": 16},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 100},
+    "bert": {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 16},
+    "modernbert": {"local_attention": 20},
+    "eurobert": {"num_key_value_heads": 2, "mask_token_id": 5},
     "gpt_oss": {"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
+ENCODERS = ("bert", "modernbert", "eurobert")
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 
 
@@ -40,7 +48,7 @@ def build(architecture: str, **changes):
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     options = sizes | ARCHITECTURES.get(architecture, {}) | special | changes
     config = CONFIG_MAPPING[architecture](vocab_size=101, max_position_embeddings=512, **options)
-    auto_model = AutoModelForMaskedLM if architecture in ("bert", "modernbert") else AutoModelForCausalLM
+    auto_model = AutoModelForMaskedLM if architecture in ENCODERS else AutoModelForCausalLM
     return auto_model.from_config(config, dtype=torch.float32).train()
 
 
@@ -154,6 +162,57 @@ def test_every_attention_keeps_packed_documents_apart_exactly(architecture, atte
     assert float((packed - alone).abs().max()) < 1e-5
     loss, expected = (logits.logsumexp(-1).square().sum() for logits in (packed, alone))
     assert largest_difference(gradients(loss, model), gradients(expected, reference)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        *itertools.product(["masked"], ENCODERS),
+        *itertools.product(["causal"], ["gpt2", "llama", "gemma", "qwen3"]),
+        *itertools.product(["fill_in_the_middle", "instruction"], ["llama"]),
+    ],
+)
+def test_the_loss_of_packed_documents_is_that_of_each_alone_with_every_kernel(name, architecture):
+    """In training and in evaluation, by the chunked head and by all logits; alone by transformers' own loss."""
+    ids, positions, documents = packed_rows()
+    targets = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.5, IGNORED)
+    heads = set()
+    for attention, chunked in itertools.product(["auto", "sdpa", "eager"], [True, False]):
+        model = build(architecture, initializer_range=0.2)
+        reference = copy.deepcopy(model)
+        reference.set_attn_implementation("eager")
+        expected = 0.0
+        for row, start, end in documents:
+            place = slice(row, row + 1), slice(start, end)
+            logits = reference(input_ids=ids[place], use_cache=False).logits
+            expected += F.cross_entropy(logits.flatten(0, 1), targets[place].flatten(), reduction="sum")
+        wanted = torch.cat([gradient.flatten() for gradient in gradients(expected, reference)])
+        if attention in ("sdpa", "eager"):
+            model.set_attn_implementation(attention)
+        kernels = KernelConfig(chunked_head=chunked)
+        objective = build_objective(model, ObjectiveConfig(name=name), attention, kernels, CPU)
+        heads.add(objective.chunked_head)
+        loss = objective(targets, input_ids=ids, position_ids=positions)
+        with torch.no_grad():
+            evaluated = objective.eval()(targets, input_ids=ids, position_ids=positions)
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert float(evaluated) == pytest.approx(float(expected.detach()), rel=1e-5)
+        found = torch.cat([gradient.flatten() for gradient in gradients(loss, model)])
+        assert float((found - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    assert heads == ({False} if architecture in ("bert", "modernbert") else {True, False})
+
+
+@pytest.mark.parametrize("architecture", ["eurobert", "llama"])
+def test_evaluate_py_scores_packed_rows_as_the_run_did(architecture, small_dataset, tmp_path):
+    name = "masked" if architecture in ENCODERS else "causal"
+    options = {"data__dataset": small_dataset, "model__architecture": architecture, "model__size": "null"}
+    options |= {"objective__name": name, "optimizer__learning_rate": 0.03}
+    train(tmp_path / "run", **options)
+    assert "head chunked" in (tmp_path / "run" / "training.log").read_text()
+    code, _, err = call("evaluate.py", "--model", tmp_path / "run", "--report", tmp_path / "report.json")
+    assert code == 0, err
+    scored = json.loads((tmp_path / "report.json").read_text())["loss"]
+    assert scored == pytest.approx(json.loads((tmp_path / "run" / "summary.json").read_text())["eval_loss"], rel=1e-6)
 
 
 def test_queries_and_values_of_two_widths_and_a_mask_that_is_learned():

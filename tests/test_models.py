@@ -121,11 +121,25 @@ def test_a_model_that_mixes_packed_documents_is_found_out(tokenizer):
     sizes = {"size": None, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     with pytest.raises(UserError, match="OPTForCausalLM does not keep the documents of a packed row apart"):
         check_documents_stay_apart(Objective(build(tokenizer, "opt", **sizes)))
-    for architecture in ("bert", "modernbert"):
-        model = build(tokenizer, architecture)
-        check_documents_stay_apart(Objective(model, ObjectiveConfig(name="masked")))
+    HEADS["eurobert"] = AutoModelForMaskedLM
+    for architecture, chunked in (("bert", False), ("modernbert", False), ("eurobert", False), ("eurobert", True)):
+        model = build(tokenizer, architecture, **(sizes if architecture == "eurobert" else {}))
+        check_documents_stay_apart(Objective(model, ObjectiveConfig(name="masked"), chunked_head=chunked))
         with pytest.raises(UserError, match="apart"):  # without the objective's block mask
-            check_documents_stay_apart(Objective(model))
+            check_documents_stay_apart(Objective(model, chunked_head=chunked))
+    for positions in (2, 3, 17):  # the passes are as short as the model
+        check_documents_stay_apart(Objective(build(tokenizer, "gpt2", max_position_embeddings=positions)))
+
+    class OnlySingleRows(Objective):
+        """As an attention does that finds packed documents at batch size 1 only."""
+
+        def model_inputs(self, inputs):
+            rows, columns = inputs["input_ids"].shape
+            one_document = {"position_ids": torch.arange(columns).expand(rows, -1)} if rows > 1 else {}
+            return super().model_inputs(inputs | one_document)
+
+    with pytest.raises(UserError, match="apart"):
+        check_documents_stay_apart(OnlySingleRows(build(tokenizer, "llama")))
 
 
 def test_checkpointed_activations_give_the_same_gradients(tokenizer):

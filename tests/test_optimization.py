@@ -12,7 +12,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from conftest import ROOT
+from conftest import ROOT, SMALL, call, flags
 from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
@@ -25,7 +25,7 @@ from training.optimization.optimizers import (
     hidden_matrices,
     split_by_decay,
 )
-from training.optimization.schedule import build_scheduler, learning_rate_factor, resolve_max_steps
+from training.optimization.schedule import build_scheduler, learning_rate_factor, resolve_max_steps, warn_of_warmup
 from utils.cli import UserError, find_problems
 from utils.config import OptimizerConfig, ScheduleConfig
 
@@ -498,6 +498,21 @@ def test_the_decay_at_the_end_has_the_length_that_is_asked_for_and_never_reaches
     assert decaying(100, warmup_steps=10) == list(range(81, 101))
     assert decaying(100, warmup_steps=90) == list(range(91, 101))
     assert decaying(3, warmup_steps=0) == [3]
+
+
+def test_a_warm_up_as_long_as_the_run_is_mentioned_once_before_it(small_dataset, tmp_path):
+    assert not warn_of_warmup(ScheduleConfig(warmup_steps=9), 10) and not warn_of_warmup(
+        ScheduleConfig(warmup_steps=0), 1
+    )
+    assert "0.9 of its peak" in warn_of_warmup(ScheduleConfig(warmup_steps=10), 10)
+    assert "stays 0" in warn_of_warmup(ScheduleConfig(warmup_steps=10), 1)
+    settings = SMALL | {"data.dataset": small_dataset, "output": tmp_path / "run", "schedule.max_steps": 2}
+    code, _, err = call("train.py", *flags(settings))
+    assert code == 0 and err.count("schedule.warmup_steps (2)") == 1
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert log.index("schedule.warmup_steps (2)") < log.index("step 1/2")
+    code, out, _ = call("train.py", *flags(settings | {"dry_run": "true"}))
+    assert code == 0 and "schedule.warmup_steps (2)" in out
 
 
 def test_the_horizon_is_given_in_steps_epochs_or_positions():

@@ -4,6 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
@@ -13,8 +15,11 @@ from training.optimization.schedule import resolve_max_steps
 from training.parallel.context_parallel import collate_columns
 from training.stream_loader import StreamLoader, check_stream_options
 from utils.checkpoints import TrainState
+from utils.cli import UserError
 from utils.config import TrainConfig
 from utils.data import loaders
+from utils.data.order import PADDING_SAMPLE
+from utils.data.packing import IGNORED
 from utils.data.token_dataset import load_manifest, open_split
 from utils.model.build import pad_token_id
 
@@ -26,7 +31,7 @@ class TrainingData:
         key: identity of the dataset, from its manifest.
         train_rows, num_rows: the training rows and their number; None for a stream.
         max_steps: optimizer steps of the whole run.
-        example: the first validation row, collated; a batch of one row.
+        example: the first validation row that has a target, and a row that only fills up a batch; collated.
         validation_bytes: length of the validation text, if all its tokens are targets; else None.
     """
 
@@ -55,7 +60,9 @@ class TrainingData:
             sequence_length=config.data.sequence_length,
         )  # fmt: skip
         rows = loaders.CollatedRows(self._validation_rows, collate, loaders.EVALUATION_SEED)
-        self.example = loaders.to_tensors(rows.__getitems__([0]))
+        self.example = find_example(rows, "validation")
+        if self.train_rows is not None:
+            find_example(loaders.CollatedRows(self.train_rows, collate, config.seed), "training")
         splits = self.manifest["splits"]
         self.validation_bytes = splits["validation"]["bytes"] if config.objective.name == "causal" else None
 
@@ -100,3 +107,14 @@ class TrainingData:
         epochs = self.max_steps * self.plan.global_batch_size / len(self.train_rows)
         rows = f"{len(self.train_rows):,} rows of {length}, {self.train_rows.utilisation:.2%} used"
         return f"data: {rows}; {self.max_steps} steps, {epochs:.2f} epochs"
+
+
+def find_example(rows: loaders.CollatedRows, split: str) -> dict[str, torch.Tensor]:
+    """The first of `rows` that has a target, and a row of padding, as a batch. `UserError` if none has: the run would
+    look for one for ever, or report the loss of nothing."""
+    for start in range(0, len(rows), 64):
+        targets = rows.__getitems__(list(range(start, min(start + 64, len(rows)))))["targets"]
+        for row in np.flatnonzero((targets != IGNORED).any(axis=1)):
+            return loaders.to_tensors(rows.__getitems__([start + int(row), PADDING_SAMPLE]))
+    remedy = "prepare other text" if split == "training" else "prepare the data with a larger --validation_fraction"
+    raise UserError(f"the objective finds nothing to predict in the {len(rows)} {split} rows; {remedy}")

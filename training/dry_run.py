@@ -6,6 +6,7 @@ parameters. Models whose operations depend on values cannot be estimated.
 """
 
 import copy
+import logging
 import time
 import weakref
 from collections import Counter
@@ -26,6 +27,7 @@ from training.hardware import resolve_matmul_precision
 from training.launch import BatchPlan, describe_launch
 from training.model import check_length, describe_initialization, describe_model
 from training.optimization.optimizers import OPTIMIZERS, build_optimizer
+from training.optimization.schedule import warn_of_warmup
 from training.parallel.sharding import ranks_per_copy
 from utils.config import OptimizerConfig, TrainConfig
 from utils.files import readable, short
@@ -53,6 +55,8 @@ HARDWARE: dict[str, dict[str, float]] = {
 # PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
 UTILISATION = 0.4
 MATMUL_SECONDS = 0.5
+# torch logs a traceback for an operation that fake tensors lack. Our own line says what that means.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
@@ -91,6 +95,8 @@ def dry_run_report(
         f"data: {max_steps:,} steps of {plan.global_batch_size} rows of {length}: {rows:,} rows, "
         f"{rows * length:,} positions{epochs}",
     ]
+    if warning := warn_of_warmup(config.schedule, max_steps):
+        lines.append(f"warning: {warning}")
     precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
     processes, evaluation_rows = plan.num_processes, config.evaluation.per_device_batch_size
     try:

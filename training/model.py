@@ -8,16 +8,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from training.data import TrainingData
 from training.parallel.context_parallel import use_context_parallel
 from training.parallel.sharding import keep_sums_in_fp32
 from utils.cli import UserError
 from utils.config import TrainConfig
+from utils.data.packing import IGNORED
+from utils.files import short
 from utils.model.adapters import without_adapters
 from utils.model.build import evaluating, longest_sequence
 from utils.model.initialization import is_norm, residual_projections
-from utils.objectives import Objective, build_objective
+from utils.objectives import Objective, build_objective, objective_module
 from utils.pretrained import read_tokenizer
 
 
@@ -26,12 +29,27 @@ def build_training_objective(
 ) -> Objective:
     """`model` with its loss, and the kernels that compute it on this device.
 
-    `UserError` if the model cannot read rows of this length, or would mix the documents of a row.
+    `UserError` if the model cannot read such rows, or would mix the documents of a row.
     """
     check_length(model, config.data.sequence_length)
-    objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
-    if "position_ids" in data.example:  # packed rows
-        check_documents_stay_apart(objective)
+    packed = "position_ids" in data.example
+    try:
+        objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
+        if objective_module(config.objective.name).AUTO_MODEL is AutoModelForCausalLM:
+            check_future_is_hidden(objective)
+        if packed:
+            check_documents_stay_apart(objective)
+        with evaluating(objective):
+            loss = objective(**{name: values[:, :16].to(model.device) for name, values in data.example.items()})
+    except UserError:
+        raise
+    except Exception as error:  # each class has its own limits
+        rows = f"rows of data.layout {config.data.layout} with objective.name {config.objective.name}"
+        remedy = "data.layout padded, other sizes" if packed else "other sizes"
+        name = type(without_adapters(model)).__name__
+        raise UserError(f"{name} does not train on {rows}: {short(error)}; try {remedy} or another model") from error
+    if accelerator.ddp_handler is not None and not reaches_every_parameter(loss, model):
+        accelerator.ddp_handler.find_unused_parameters = True  # else DDP raises in the second step
     if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
     keep_sums_in_fp32(accelerator)
@@ -56,24 +74,100 @@ def check_length(model: Any, sequence_length: int) -> None:
 
 
 def check_documents_stay_apart(objective: Objective) -> None:
-    """`UserError` if a document's logits in a packed row differ from those that it has alone; two short passes.
+    """`UserError` if what the model learns from a document depends on its neighbours in a packed row; three short passes.
 
     A model fails silently if it carries a state along the row, makes its own mask, or does not count positions from 0.
-    The passes are made with gradients, as in training: without them attention may compute in another way.
+    The passes are those of training: `Objective.forward` with its kernels, and backward. What they compare is the
+    gradient of a document's loss with respect to the embedded tokens of its row: at its own tokens that of the document
+    alone, elsewhere 0. The loss itself would not do: with new weights it is near log V, whatever the model reads.
     """
     model: Any = objective.model
     window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
-    length = 8 + (window or 0)  # longer than what a layer with a window sees
-    device = next(objective.parameters()).device
-    ids = 5 + torch.arange(2 * length, device=device)[None] % min(90, model.config.vocab_size - 5)
-    positions = torch.arange(2 * length, device=device)[None] % length
+    width = min(10 + (window or 0), longest_sequence(model))
+    few = max(1, min(3, width // 3))
+    two, rest = max(1, few // 2), width - few  # the rest is longer than what an encoder's layer with a window sees
+    # The lengths of each row's documents, and the one to compare; of rows 0 and 1, and of 2 and 3, it is equally long.
+    rows = [((few, rest), 1), ((rest, few), 0), ((two, few, rest - two), 1), ((rest - two, few, two), 1)]
+    ids = random_ids(model, len(rows), width)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths, _ in rows])
+    places = [
+        (row, slice(sum(lengths[:number]), sum(lengths[: number + 1]))) for row, (lengths, number) in enumerate(rows)
+    ]
+    targets = torch.full_like(ids, IGNORED)
+    for place in places:
+        targets[place] = ids[place].roll(-1)
     with evaluating(objective):
-        together = objective.logits(input_ids=ids, position_ids=positions)[:, length:]
-        alone = model(input_ids=ids[:, length:], use_cache=False).logits.float()
-    difference = (together - alone).detach().abs().max()
-    if not float(difference) <= 1e-3 * float(alone.detach().std()):
-        name = type(model).__name__
+        together = embedding_gradient(objective, targets, input_ids=ids, position_ids=positions)
+        alone = torch.zeros_like(together)
+        for pair in (places[:2], places[2:]):
+            documents, wanted = (torch.stack([values[place] for place in pair]) for values in (ids, targets))
+            for place, gradient in zip(pair, embedding_gradient(objective, wanted, input_ids=documents), strict=True):
+                alone[place] = gradient
+    difference, scale = (values.abs().amax((1, 2)) for values in (together - alone, alone))
+    if not bool((difference <= 1e-3 * scale).all()):
+        name = type(without_adapters(model)).__name__
         raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
+
+
+def check_future_is_hidden(objective: Objective) -> None:
+    """`UserError` if a model for the next token reads that token, as XLNet does by default; a short pass.
+
+    Compared is the gradient with respect to the last token's embedding: no loss of the others may depend on it.
+    """
+    model: Any = objective.model
+    ids = random_ids(model, 1, min(8, longest_sequence(model)))
+    targets = ids.roll(-1, dims=1)
+    targets[:, -1] = IGNORED
+    with evaluating(objective):
+        gradient = embedding_gradient(objective, targets, input_ids=ids)[0].abs().amax(1)
+    if not float(gradient[-1]) <= 1e-3 * float(gradient.max()):
+        name = type(without_adapters(model)).__name__
+        remedy = "set the option of its configuration that hides them in model.overrides, or choose another model"
+        raise UserError(f"{name} reads the tokens that it must predict; {remedy}")
+
+
+def reaches_every_parameter(loss: torch.Tensor, model: nn.Module) -> bool:
+    """Whether every trainable parameter of `model` is in the graph of `loss`. A pooler is not, nor an expert without a
+    token."""
+    seen, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [before for before, _ in node.next_functions]
+    reached = {id(node.variable) for node in seen if hasattr(node, "variable")}
+    return all(id(parameter) in reached for parameter in model.parameters() if parameter.requires_grad)
+
+
+def random_ids(model: Any, rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns) token ids, always the same. Without padding, which RoBERTa does not count as a position."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (rows, columns), generator=torch.Generator().manual_seed(0))
+    return (ids + (ids == model.config.pad_token_id)) % vocabulary
+
+
+def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """The gradient of the loss with respect to the embedded tokens, (B, T, D)."""
+    model: Any = objective.model
+    weight, embedded = model.get_input_embeddings().weight, []
+
+    def keep(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # some models scale it in place
+
+    # All modules that share the matrix: BART's encoder and decoder have one each.
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight]
+    hooks = [module.register_forward_hook(keep) for module in modules]
+    try:
+        loss = objective(targets.to(model.device), **{name: values.to(model.device) for name, values in inputs.items()})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not embedded:
+        raise RuntimeError(
+            f"it embeds tokens by a {type(model.get_input_embeddings()).__name__}, which cannot be checked"
+        )
+    return torch.autograd.grad(loss, embedded)[0]
 
 
 def count_parameters_by_part(model: nn.Module) -> dict[str, list[int]]:

@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from training.data import TrainingData
 from training.launch import describe_launch
 from training.model import check_tokenizer
-from training.monitoring.guards import check_limits, write_bad_batch
+from training.monitoring.guards import NO_TARGET, check_limits, write_bad_batch
 from training.monitoring.stopping import StopAsked, StopRequests
 from training.monitoring.tracking import RunTracker
 from training.monitoring.watchdog import Watchdog
 from training.optimization.optimizers import OPTIMIZERS
+from training.optimization.schedule import warn_of_warmup
 from training.parallel.sharding import full_tensor, is_sharded
 from training.saving.checkpoint_writer import CheckpointWriter
 from training.saving.folders import check_disk, check_shards, open_run, record_launch, try_disk
@@ -49,7 +50,9 @@ class Run:
             check_tokenizer(self.checkpoint, tokenizer)
             self.state = load_state(self.checkpoint)
         self.first_step = self.saved_step = self.state.optimizer_step
+        # Tokens and seconds of training at the last line of the log, and after the first step of this launch.
         self._logged = (self.state.tokens_seen, self.state.train_seconds)
+        self._warm: tuple[int, float] | None = None
 
     def begin(self, model: Any, optimizer: Any, scheduler: Any, average: Any, lines: list[str]) -> None:
         """Restore the checkpoint's training state, claim the folder, start everything that runs beside training.
@@ -80,6 +83,8 @@ class Run:
         at_exit.callback(end_workers)
         for line in [*describe_launch(accelerator, data.plan), *self.notes, *lines, data.describe()]:
             self.tracker.say(line)
+        if warning := warn_of_warmup(config.schedule, data.max_steps):
+            self.tracker.warn(warning)
         if self.checkpoint:
             self.tracker.say(f"resumed from {self.checkpoint} at step {self.state.optimizer_step}")
 
@@ -112,12 +117,18 @@ class Run:
         return self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
 
     def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
-        """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`."""
-        state = self.state
-        write_bad_batch(self.accelerator, self.folder, state, micro_batches, self.tokenizer, fault, self.tracker.warn)
-        check_limits(state, self.config.guards, fault)
-        state.skipped += 1
-        self.tracker.warn(f"step {state.optimizer_step + 1}: the update is skipped: {fault}")
+        """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`.
+        Batches without a target are no fault of the run: only the first is mentioned."""
+        state, warn = self.state, self.tracker.warn
+        if fault != NO_TARGET:
+            write_bad_batch(self.accelerator, self.folder, state, micro_batches, self.tokenizer, fault, warn)
+            check_limits(state, self.config.guards, fault)
+            state.skipped += 1
+            warn(f"step {state.optimizer_step + 1}: the update is skipped: {fault}")
+        elif state.without_target == 1:
+            warn(
+                f"step {state.optimizer_step + 1} takes the next global batch: {fault}; summary.json counts such batches"
+            )
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # else its next `unscale_` raises
 
@@ -131,18 +142,30 @@ class Run:
             raise UserError(f"fp16 overflows at every scale after step {step}; try bf16 or a lower learning rate")
         return True
 
-    def log_step(self, loss: float, learning_rate: float, grad_norm: float) -> None:
-        """Log the numbers of a training step, and the speed since the last such line."""
-        state, (tokens, seconds) = self.state, self._logged
+    def log_step(
+        self, loss: float, targets: int, learning_rate: float, grad_norm: float, *, shown: bool
+    ) -> None:  # fmt: skip
+        """Count a step; if it is to be `shown`, log its numbers. Loss and speed are means over the steps since the last such
+        line. The speed leaves out the first step of a launch, which compiles and fills caches, unless it is the only one."""
+        state = self.state
+        state.interval_nats += loss * targets
+        state.interval_targets += targets
+        self._warm = self._warm or (state.tokens_seen, state.train_seconds)
+        self.tracker.advance()
+        if not shown:
+            return
+        now = (state.tokens_seen, state.train_seconds)
+        tokens, seconds = self._logged if self._warm in (None, now) else max(self._logged, self._warm)
         figures = {
-            "train/loss": loss, "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
+            "train/loss": state.interval_nats / state.interval_targets,
+            "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
             "perf/tokens_per_second": (state.tokens_seen - tokens) / (state.train_seconds - seconds),
             "perf/train_seconds": state.train_seconds,
         }  # fmt: skip
         if self.data.num_rows is not None:
             figures["train/epoch"] = state.samples_seen / self.data.num_rows
         self.tracker.log(figures, state.optimizer_step)
-        self._logged = (state.tokens_seen, state.train_seconds)
+        state.interval_nats, state.interval_targets, self._logged = 0.0, 0, now
 
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
         """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only.
@@ -177,6 +200,7 @@ class Run:
         self.tracker.finish({
             "finished": finished, "reason": reason, "optimizer_step": state.optimizer_step,
             "parameters": count_parameters(model), "tokens_seen": state.tokens_seen, "skipped": state.skipped,
+            "without_target": state.without_target,
             "eval_loss": evaluation and evaluation.loss, "perplexity": evaluation and evaluation.perplexity,
             "bits_per_byte": bits, "best_loss": state.best_loss, "best_step": state.best_step,
             "best_average_loss": state.best_average_loss, "best_average_step": state.best_average_step,
@@ -185,8 +209,10 @@ class Run:
         if state.stream is not None:
             self.tracker.say(describe_stream(state.stream))
         if finished:
-            best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
-            if state.best_average_step is not None:
+            best = "no loss was finite"
+            if state.best_loss is not None:
+                best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
+            if state.best_average_loss is not None:
                 best += f", of the average {state.best_average_loss:.4f} at step {state.best_average_step}"
             self.tracker.say(f"finished ({reason}); {best}; see {self.config.output}")
         else:

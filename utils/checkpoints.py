@@ -46,7 +46,10 @@ class TrainState:
     skipped: int = 0  # updates that were not made; they consume data, but no step of the schedule
     nonfinite: int = 0  # updates skipped because loss or gradient was not finite, without fp16's overflows
     spikes: int = 0  # updates skipped because of a spike of loss or gradient norm
+    without_target: int = 0  # updates that were not made because no token of the global batch is a target
     recent: list[list[float]] = field(default_factory=list)  # [loss, gradient norm] of the latest updates: spike_window
+    interval_nats: float = 0.0  # summed loss of the updates since the last one that was logged
+    interval_targets: int = 0  # their target tokens
     train_seconds: float = 0.0  # time spent in training steps, over all launches of the run
     best_loss: float | None = None  # lowest evaluation loss, in nats per token
     best_step: int | None = None  # its step; export.py takes its checkpoint

@@ -105,9 +105,10 @@ class ObjectiveConfig:
     """causal: the next token. masked: tokens hidden from an encoder. span_corruption: spans cut out of an encoder's
     input. fill_in_the_middle: causal, documents' middle moved to their end. instruction: the assistant's turns."""
     label_smoothing: BelowOne = 0.0
-    """Share of each target's probability that is spread over the vocabulary, in training only."""
+    """Share of each target's probability that is spread over the vocabulary, in training only; train/loss has it."""
     z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small, in training only."""
+    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small. In training only;
+    train/loss has it."""
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     span_corruption: SpanCorruptionConfig = field(default_factory=SpanCorruptionConfig)
     fill_in_the_middle: FillInTheMiddleConfig = field(default_factory=FillInTheMiddleConfig)
@@ -149,8 +150,9 @@ class ModelConfig:
     """Width of the MLP."""
     max_position_embeddings: Annotated[int, ">= 2"] | None = None
     """Longest sequence the model can read, in tokens. T5 has no such limit."""
-    overrides: dict[str, bool | int | float | str | None] = field(default_factory=dict)
-    """Further fields of the architecture's configuration class, by name, as in '{num_key_value_heads: 2}'."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the architecture's configuration class, by name, as in '{num_key_value_heads: 2}' or
+    '{layer_types: [linear_attention, full_attention]}'."""
     dropout: BelowOne = 0.0
     """Probability of every dropout that the architecture has (llama has only the attention's)."""
     tie_word_embeddings: bool = True
@@ -338,7 +340,8 @@ class TrackingConfig:
     """What a person sees. metrics.jsonl, training.log, loss.png and summary.json are always written."""
 
     log_every_steps: PositiveInt = 20
-    """Optimizer steps between log lines."""
+    """Optimizer steps between log lines. train/loss and the speed are means over the steps since the last line, the
+    gradient norm is that of the line's step."""
     trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])  # type: ignore[arg-type]
     """Trackers in addition to the files. W&B without a key runs offline."""
     project: str = "plainloop"
@@ -400,6 +403,6 @@ class TrainConfig:
             return []
         length, limit = self.data.sequence_length, "max_position_embeddings"
         positions: Any = (self.model.sizes() | self.model.overrides)[limit]
-        if positions is None or length <= positions:
+        if not isinstance(positions, int) or length <= positions:
             return []
         return [f"data.sequence_length ({length}) is longer than model.{limit} ({positions}); lower it or raise this"]

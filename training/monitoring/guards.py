@@ -1,4 +1,4 @@
-"""Updates to skip: those that are not finite, and spikes of loss or gradient norm."""
+"""Updates to skip: those without a target, those that are not finite, and spikes of loss or gradient norm."""
 
 import json
 import math
@@ -15,17 +15,25 @@ from utils.checkpoints import TrainState
 from utils.cli import UserError
 from utils.config import GuardConfig
 
+NO_TARGET = "no token of the global batch is a target"
 
-def check_update(state: TrainState, config: GuardConfig, loss: float, grad_norm: float, *, scaled: bool) -> str | None:
+
+def check_update(
+    state: TrainState, config: GuardConfig, loss: float, grad_norm: float, *, targets: int, scaled: bool
+) -> str | None:
     """Why to skip this update, or None; counts it in `state`. The numbers are global, so all ranks agree.
 
-    `loss` is in nats per token, `grad_norm` that before clipping. If gradients are `scaled` (fp16), the scaler handles
-    those that are not finite.
+    `loss` is in nats per token, `grad_norm` that before clipping, `targets` the number of target tokens. Without any
+    (all of a long conversation is the user's, say) the loss is 0 / 0, and an update would only apply momentum and decay.
+    If gradients are `scaled` (fp16), the scaler handles those that are not finite.
 
     A spike lies more than `spike_deviations` standard deviations above the mean of the updates in the window. The rule
     is that of OLMo-core's `SkipStepOptimizer` (src/olmo_core/optim/skip_step_optimizer.py; there 6 and 128), except
     that a skipped spike does not enter the window.
     """
+    if targets == 0:
+        state.without_target += 1
+        return NO_TARGET
     if not math.isfinite(loss) or not (scaled or math.isfinite(grad_norm)):
         state.nonfinite += 1
         return f"not finite: loss {loss}, gradient norm {grad_norm}"

@@ -140,7 +140,8 @@ def update_best(state: TrainState, config: EvaluationConfig, trained: Evaluation
 
 
 def _is_lower(loss: float, best: float | None) -> bool:
-    return best is None or math.isnan(best) or loss < best
+    """NaN and infinity never are."""
+    return loss < (math.inf if best is None or math.isnan(best) else best)
 
 
 def end_of_run(state: TrainState, config: TrainConfig, max_steps: int) -> str | None:

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -99,7 +100,7 @@ class RunTracker(contextlib.AbstractContextManager):
 
     def _write(self, record: dict[str, float]) -> None:
         """Append a line to metrics.jsonl. On a full disk the line waits for the next call, and no half of it stays."""
-        self.unwritten += json.dumps(record).encode() + b"\n"
+        self.unwritten += json.dumps(finite(record)).encode() + b"\n"
         size = os.fstat(self.metrics_file.fileno()).st_size
         left = self.unwritten
         try:
@@ -169,7 +170,7 @@ class RunTracker(contextlib.AbstractContextManager):
         self.warn(f"a thread has ended: {type(failed.exc_value).__name__}: {failed.exc_value}")
 
     def _write_summary(self, summary: dict[str, Any]) -> None:
-        replace_text(self.run / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_text(self.run / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
 
     def _start_trackers(self, config: TrainConfig, step: int) -> None:
         options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
@@ -204,6 +205,13 @@ class RunTracker(contextlib.AbstractContextManager):
 
     def _warn_off(self, name: str, error: Exception) -> None:
         self.warn(f"tracker {name} is off from here: {short(error)}; metrics.jsonl has everything")
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with null for infinity and NaN, which JSON does not have: other programs would not read the file."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in record.items()
+    }
 
 
 def _cut_samples(path: Path, step: int) -> None:
@@ -241,7 +249,7 @@ def draw_losses(metrics: Path) -> Any:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
-        points = [(record["step"], record[name]) for record in records if name in record]
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
             step, loss = points[-1]

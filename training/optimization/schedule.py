@@ -29,6 +29,18 @@ def resolve_max_steps(
     return math.ceil(config.num_epochs * num_rows / global_batch_size)  # type: ignore[operator]
 
 
+def warn_of_warmup(config: ScheduleConfig, max_steps: int) -> str:
+    """A line if the run ends before its warm-up does, with hardly trained weights; else nothing."""
+    if config.warmup_steps < max_steps:
+        return ""
+    share = (max_steps - 1) / config.warmup_steps
+    reached = f"the learning rate rises to {share:.2g} of its peak" if share else "the learning rate stays 0"
+    return (
+        f"schedule.warmup_steps ({config.warmup_steps}) is not below the run's {max_steps} steps: {reached}; lower it, or "
+        "train for longer"
+    )
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, max_steps: int) -> LambdaLR:
     """Do not hand it to `accelerator.prepare`, which would step it once per process."""
     return LambdaLR(optimizer, learning_rate_factor(config, max_steps))

@@ -260,11 +260,17 @@ def count_parameters(model: nn.Module) -> int:
 
 def longest_sequence(model: PreTrainedModel) -> int:
     """Positions that the model can read; `sys.maxsize` for a model without a limit."""
-    longest = int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize)
-    for name, module in model.named_modules():  # RoBERTa and its relatives count from behind the padding's row
+    positions = int(getattr(model.config, "max_position_embeddings", None) or 0)
+    return positions - first_position(model) if positions > 0 else sys.maxsize  # XLNet's -1 is no limit
+
+
+def first_position(model: nn.Module) -> int:
+    """The position of a document's first token: 0, but for RoBERTa and its relatives, which count from behind the
+    padding's row."""
+    for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            longest -= int(module.padding_idx) + 1  # type: ignore[arg-type]
-    return longest
+            return int(module.padding_idx) + 1  # type: ignore[arg-type]
+    return 0
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from utils.data.packing import IGNORED
 from utils.kernels import use_kernels
 from utils.kernels.head_loss import head_loss
 from utils.model.adapters import without_adapters
-from utils.model.build import evaluating, fake_copy
+from utils.model.build import evaluating, fake_copy, first_position
 
 
 def objective_module(name: str) -> ModuleType:
@@ -50,6 +50,7 @@ class Objective(nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
         self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
+        self.first_position = first_position(model)
 
     def forward(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         """Summed cross-entropy in nats, an fp32 scalar; in training with the configured label smoothing and z-loss.
@@ -62,31 +63,34 @@ class Objective(nn.Module):
         Label smoothing spreads its share over the whole vocabulary (Szegedy et al., 2016, arXiv 1512.00567). The z-loss
         adds weight × log²Z per target, Z being the softmax's normaliser (Chowdhery et al., 2022, arXiv 2204.02311).
         """
-        targets = targets.flatten()
+        inputs, targets = self.model_inputs(inputs), targets.flatten()
         smoothing = self.config.label_smoothing if self.training else 0.0
         z_loss = self.config.z_loss if self.training else 0.0
         if self.chunked_head:
             backbone = without_adapters(self.model).base_model
-            hidden = backbone(**self._with_masks(inputs), use_cache=False).last_hidden_state.flatten(0, 1)  # (B × T, D)
+            hidden = backbone(**inputs).last_hidden_state.flatten(0, 1)  # (B × T, D)
             head = self.model.get_output_embeddings()  # type: ignore[operator]
             return head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss)
-        logits = self.logits(**inputs).flatten(0, 1)
+        logits = self.model(**inputs).logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
         if z_loss:
             loss = loss + z_loss * logits[targets != IGNORED].logsumexp(-1).square().sum()
         return loss
 
+    def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the model's own forward takes for `inputs` of `forward`. Loss, evaluation and predictions all pass here,
+        because what keeps the documents of a row apart depends on the model and on the ranks that share the row."""
+        inputs = {**inputs, "use_cache": False}
+        if self.is_encoder and "position_ids" in inputs:
+            inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)
+            inputs["position_ids"] = inputs["position_ids"] + self.first_position
+        if self.context is not None:
+            inputs["context_masks"] = self.context.masks(inputs.pop("row_position_ids", None))
+        return inputs
+
     def logits(self, **inputs: torch.Tensor) -> torch.Tensor:
         """(B, T, V) fp32."""
-        if self.is_encoder and "position_ids" in inputs:
-            inputs["attention_mask"] = encoder_masks(inputs["position_ids"], self.model.config)  # type: ignore[assignment]
-        return self.model(**self._with_masks(inputs), use_cache=False).logits.float()
-
-    def _with_masks(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """`inputs`, with the masks for ranks that share the positions of a row."""
-        if self.context is None:
-            return inputs
-        return {**inputs, "context_masks": self.context.masks(inputs.pop("row_position_ids", None))}
+        return self.model(**self.model_inputs(inputs)).logits.float()
 
     def predict(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The likeliest token at each position, (B, T)."""
@@ -132,6 +136,8 @@ def _logits_are_the_heads(model: Any) -> bool:
         logits = model(input_ids=ids, use_cache=False).logits
     for hook in hooks:
         hook.remove()
+    if seen.keys() != {"hidden", "input", "output"}:  # the head reads another module, as OPT's reads its decoder
+        return False
     same = seen["input"].untyped_storage()._cdata == seen["hidden"].untyped_storage()._cdata
     same = same and seen["input"].shape == seen["hidden"].shape
     return same and logits is seen["output"] and not logits._version  # in-place operations count it up
