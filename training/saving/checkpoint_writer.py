@@ -135,14 +135,14 @@ class CheckpointWriter:
     def _write(self, write: Callable[[], None] | None, steps: dict[str, int | None], started: float) -> None:
         """In the thread: write the checkpoint unless it exists, move the pointers, remove old checkpoints."""
         try:
+            self.note("writing")
             if write is not None:
-                self.note("writing")
                 write()
                 self.write_seconds, self._saved_step = time.perf_counter() - started, steps["last"]
             if self.accelerator.is_main_process:
-                self.note("rotating")
                 for name in folders.point(self.folder, steps):
                     self.warn(f"the checkpoint of step {steps[name]} is not there; `{name}` is an earlier one")
+                self.note("rotating")
                 folders.remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
         except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError
             if self.accelerator.is_main_process:  # it fails too if another rank does
