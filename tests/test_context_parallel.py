@@ -68,7 +68,7 @@ def test_sizes_that_accelerate_would_raise_for_are_refused(sizes, said, monkeypa
 
 @pytest.mark.parametrize(("options", "said"), [
     ({}, None), ({"data.sequence_length": 56}, "must be a multiple of 16"), ({"data.layout": "padded"}, "pad_to max_length"),
-    ({"objective.name": "masked"}, "objective.name masked"), ({"model.attention": "eager"}, "leave model.attention auto"),
+    ({"objective.name": "masked", "model.architecture": "bert"}, "objective.name masked"), ({"model.attention": "eager"}, "leave model.attention auto"),
 ])  # fmt: skip
 def test_recipes_that_do_not_go_with_it_are_refused(options, said):
     found = context_problems(parse_config(TrainConfig, None, flags({"data.sequence_length": 64} | options)), 2)

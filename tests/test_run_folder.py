@@ -56,7 +56,7 @@ def test_outside_of_git_the_script_is_kept_all_the_same(tmp_path, monkeypatch):
 
 
 def test_every_launch_has_its_script(finished_run):
-    (launch,) = json.loads((finished_run / "environment.json").read_text())
+    launch, *_ = json.loads((finished_run / "environment.json").read_text())
     assert (finished_run / launch["script"]).read_bytes() == (ROOT / "train.py").read_bytes()
 
 

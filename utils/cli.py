@@ -44,7 +44,8 @@ PEER_GONE = re.compile(
 # A console that is not UTF-8 shows `\xd7` for `×`; otherwise printing it would end a run.
 for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # a pipe that took the place of a file
+            stream.reconfigure(errors="backslashreplace")
 
 # Cleanup that must always run, in reverse order: `main` enters its locks, threads and files here.
 at_exit = contextlib.ExitStack()
