@@ -44,11 +44,7 @@ class EvaluateConfig:
     """JSON file to write the results to. null: only print them."""
 
     def problems(self) -> list[str]:
-        check_checkpoint(self.model, ("config.json",))
-        is_export = not any((Path(self.model) / name).exists() for name in ("checkpoints", "state.json"))
         found = []
-        if is_export and (self.dataset, self.text_file, self.prompt) == (None, None, None):
-            found.append(NOTHING_TO_SCORE.format(self.model))
         if self.report is not None and not Path(self.report).resolve().parent.is_dir():
             found.append(f"--report {self.report}: there is no folder to write it to")
         if self.dataset is not None and self.text_file is not None:
@@ -57,7 +53,13 @@ class EvaluateConfig:
             load_manifest(self.dataset)
         elif self.text_file is not None and not Path(self.text_file).is_file():
             found.append(f"{self.text_file}: no such file")
-        return found
+        if found:
+            return found
+        check_checkpoint(self.model, ("config.json",))
+        in_a_run = any((Path(self.model) / name).exists() for name in ("checkpoints", "state.json"))
+        if not in_a_run and (self.dataset, self.text_file, self.prompt) == (None, None, None):
+            return [NOTHING_TO_SCORE.format(self.model)]
+        return []
 
 
 config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else None
