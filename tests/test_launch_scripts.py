@@ -152,3 +152,32 @@ def two_pods(settings: dict[str, object], log: Path) -> Iterator[list[subprocess
             pod.terminate()
         for pod in pods:
             pod.wait(timeout=60)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_waits_for_the_save(processes, small_dataset, tmp_path):
+    """As a terminal does it: SIGINT to the whole process group. The script, and with it the terminal's user, gets exit code 0
+    when all processes are gone, and no traceback stands between the lines; twice is as good as once."""
+    run_folder, file = tmp_path / "run", "cpu" if processes == 1 else "cpu_2_processes"
+    launch = [
+        BIN / "accelerate",
+        "launch",
+        "--config_file",
+        f"accelerate_configs/{file}.yaml",
+        "--main_process_port",
+        "0",
+    ]
+    options = flags(SMALL | LONG | {"data.dataset": small_dataset})
+    command = [ROOT / "launch" / "interruptible.sh", run_folder, *launch, "train.py", *options]
+    with training([str(word) for word in command], run_folder, GLOO_SOCKET_IFNAME="lo") as started:
+        started.wait_for_step(2)
+        os.killpg(started.process.pid, signal.SIGINT)
+        os.killpg(started.process.pid, signal.SIGINT)
+        code = started.process.wait(timeout=120)
+        assert not [
+            process for process in started.seen if process.is_running() and "train" in "".join(process.cmdline())
+        ]
+        text = started.text()
+    assert code == 0 and "Traceback" not in text, text[-3000:]
+    assert summary(run_folder)["reason"] == "stop_file" and not (run_folder / "stop").exists()
+    assert text.rstrip().splitlines()[-1].startswith("stopped (stop_file) at step")

@@ -18,6 +18,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for
 TESTED_ELSEWHERE = (
     "make test",  # it includes this test; what it would run is tested below
     "python benchmarks/train.py --quick",  # test_benchmarks.py runs it, on less text
+    "make recipe RECIPE=configs/small/code_fim.yaml",  # test_recipes.py runs other recipes
 )
 
 

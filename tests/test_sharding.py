@@ -106,6 +106,8 @@ def test_losses_are_those_of_one_process_and_checkpoints_go_from_one_way_to_anot
     parts = len(list((tmp_path / "run/checkpoints/step-00000020/optimizer").glob("*.safetensors")))
     assert parts == (0 if way == "ddp" else WAYS[way][1])  # each rank has written its own
     script("-m", "utils.checkpoints", "verify", tmp_path / "run")
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1  # the umask's, whatever safetensors writes
 
     # Its step 10 goes on on one process, and one process's here.
     for source, goes_on in ((tmp_path / "run", None), (one, way)):
