@@ -114,13 +114,14 @@ def check_future_is_hidden(objective: Objective) -> None:
 
     Compared is the gradient with respect to the last token's embedding: no loss of the others may depend on it.
     """
-    ids = random_ids(objective.model, 1, min(8, longest_sequence(objective.model)))
+    model: Any = objective.model
+    ids = random_ids(model, 1, min(8, longest_sequence(model)))
     targets = ids.roll(-1, dims=1)
     targets[:, -1] = IGNORED
     with evaluating(objective):
         gradient = embedding_gradient(objective, targets, input_ids=ids)[0].abs().amax(1)
     if not float(gradient[-1]) <= 1e-3 * float(gradient.max()):
-        name = type(without_adapters(objective.model)).__name__
+        name = type(without_adapters(model)).__name__
         remedy = "set the option of its configuration that hides them in model.overrides, or choose another model"
         raise UserError(f"{name} reads the tokens that it must predict; {remedy}")
 

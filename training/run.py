@@ -130,7 +130,7 @@ class Run:
         return True
 
     def count_step(self, loss: float, targets: int) -> None:
-        """After an update: add its loss to the interval's."""
+        """After an update: add its loss (nats per token) to the interval's, and note the end of the launch's first step."""
         state = self.state
         state.interval_nats += loss * targets
         state.interval_targets += targets
