@@ -81,7 +81,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.data.loaders import build_evaluation_loader, build_layout
 from utils.evaluation import evaluate, generate_text
-from utils.files import read_json, read_yaml
+from utils.files import finite, read_json, read_yaml
 from utils.model.build import (
     count_parameters,
     covers_vocabulary,
@@ -134,7 +134,7 @@ def main(config: EvaluateConfig) -> None:
         )  # fmt: skip
         print(f"---\n{report['text']}\n---")
     if config.report is not None:
-        Path(config.report).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        Path(config.report).write_text(json.dumps(finite(report), indent=2) + "\n", encoding="utf-8")
 
 
 def locate(path: Path) -> tuple[Path, ScoringConfig | None, str | None]:

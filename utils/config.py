@@ -105,10 +105,10 @@ class ObjectiveConfig:
     """causal: the next token. masked: tokens hidden from an encoder. span_corruption: spans cut out of an encoder's
     input. fill_in_the_middle: causal, documents' middle moved to their end. instruction: the assistant's turns."""
     label_smoothing: BelowOne = 0.0
-    """Share of each target's probability that is spread over the vocabulary, in training only; train/loss has it."""
+    """Share of each target's probability that is spread over the vocabulary, in training only. train/loss includes it."""
     z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small. In training only;
-    train/loss has it."""
+    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small. In training only.
+    train/loss includes it."""
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     span_corruption: SpanCorruptionConfig = field(default_factory=SpanCorruptionConfig)
     fill_in_the_middle: FillInTheMiddleConfig = field(default_factory=FillInTheMiddleConfig)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from utils.cli import UserError
 from utils.model.build import evaluating, longest_sequence, stop_token_ids
 from utils.objectives import count_targets
 from utils.pretrained import chat_ids
@@ -45,8 +46,8 @@ def evaluate(
     accelerator: Accelerator, objective: nn.Module, loader: Iterable[dict[str, torch.Tensor]],
     after_batch: Callable[[], None] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Mean loss over the target tokens of `loader`, over all ranks, each counted once; all ranks call this.
-    `after_batch` may raise, on all ranks alike, to abort the evaluation."""
+    """Mean loss over the target tokens of `loader`, over all ranks, each counted once; all ranks call this. `UserError`
+    if there is none. `after_batch` may raise, on all ranks alike, to abort the evaluation."""
     losses, counts = [], []
     try:
         with evaluating(objective):
@@ -61,7 +62,9 @@ def evaluate(
     local_loss = torch.stack(losses).cpu().double().sum().to(torch.float32)
     loss_sum = accelerator.reduce(local_loss.to(accelerator.device), "sum")
     num_tokens = int(accelerator.reduce(torch.stack(counts).sum(), "sum"))
-    return Evaluation(loss=float(loss_sum) / max(1, num_tokens), num_tokens=num_tokens)
+    if num_tokens == 0:
+        raise UserError("the objective finds nothing to predict in the rows to score; score other text")
+    return Evaluation(loss=float(loss_sum) / num_tokens, num_tokens=num_tokens)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -21,6 +22,13 @@ class UserError(Exception):
 def short(error: Exception) -> str:
     """The beginning of a library's message, on one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def finite(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` with null for infinity and NaN, which JSON does not have: other programs would not read the file."""
+    return {
+        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in record.items()
+    }
 
 
 class PlainLoader(yaml.SafeLoader):

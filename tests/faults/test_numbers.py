@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import SMALL, error_line, flags, metrics, script, train, train_losses
 from processes import changed_copy, command, state, summary, weights
 from safetensors.torch import load_file
@@ -15,10 +16,12 @@ from training.monitoring.guards import NO_TARGET, check_update
 from training.optimization.schedule import learning_rate_factor
 from training.run import Run
 from utils.checkpoints import TrainState
+from utils.cli import UserError
 from utils.config import GuardConfig, ScheduleConfig
 from utils.data.order import sample_ids
 from utils.data.packing import IGNORED, PaddedLayout
 from utils.data.token_dataset import load_manifest, open_split
+from utils.evaluation import evaluate
 
 MICRO_LOSS = "                micro_loss = objective(**batch)\n"
 
@@ -189,6 +192,15 @@ def test_rows_without_any_target_are_refused(dataset, tmp_path):
     options = {"objective.name": "masked", "objective.masked.mask_rate": 1e-9, "model.architecture": "bert"}
     settings = SMALL | {"output": tmp_path / "run", "data.dataset": dataset} | options
     assert "nothing to predict" in error_line("train.py", *flags(settings))
+
+
+def test_an_evaluation_without_a_target_has_no_loss():
+    class Silent(torch.nn.Module):
+        def forward(self, targets: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(())
+
+    with pytest.raises(UserError, match="nothing to predict"):
+        evaluate(Accelerator(cpu=True), Silent(), [{"targets": torch.full((2, 4), IGNORED)}])
 
 
 def test_the_logged_loss_is_the_mean_over_the_targets_of_its_interval(dataset, tmp_path):

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -30,7 +29,7 @@ from utils.cli import PEER_GONE
 from utils.config import TrainConfig
 from utils.data.packing import IGNORED
 from utils.evaluation import generate_text
-from utils.files import flatten, replace_text, short
+from utils.files import finite, flatten, replace_text, short
 from utils.model.build import evaluating
 from utils.objectives import Objective, objective_module
 
@@ -205,13 +204,6 @@ class RunTracker(contextlib.AbstractContextManager):
 
     def _warn_off(self, name: str, error: Exception) -> None:
         self.warn(f"tracker {name} is off from here: {short(error)}; metrics.jsonl has everything")
-
-
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """`record` with null for infinity and NaN, which JSON does not have: other programs would not read the file."""
-    return {
-        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in record.items()
-    }
 
 
 def _cut_samples(path: Path, step: int) -> None:
