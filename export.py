@@ -29,8 +29,13 @@ class ExportConfig:
     weights: Literal["trained", "average"] = "trained"
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
 
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """Which checkpoint of a run is exported: the first of these that it has."""
+        return ("best_average", "best", "last") if self.weights == "average" else ("best", "last")
+
     def problems(self) -> list[str]:
-        check_adapters(find_checkpoint(self.checkpoint))
+        check_adapters(find_checkpoint(self.checkpoint, *self.pointers))
         return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
 
 
@@ -53,8 +58,7 @@ MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights
 
 def main(config: ExportConfig) -> None:
     output = Path(config.output)
-    pointers = ("best_average", "best", "last") if config.weights == "average" else ("best", "last")
-    checkpoint = resolve_checkpoint(config.checkpoint, *pointers)
+    checkpoint = resolve_checkpoint(config.checkpoint, *config.pointers)
     model = load_model(checkpoint)
     if config.weights == "average":
         load_average(checkpoint, model)

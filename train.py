@@ -100,25 +100,24 @@ def main(config: TrainConfig) -> None:
     while True:
         step = state.optimizer_step
 
-        # ---- Once in a while: the loss on the validation documents, and a sample (all ranks). They may fail, so that a
-        # checkpoint of this step is on the disk before. Its state says that the evaluation is due.
+        # ---- Once in a while: the loss on the validation documents, and a sample (all ranks). Both may fail, so a
+        # checkpoint that is due at this step is written first; its state says what is still to be done.
         improved, is_new = False, state.last_evaluated_step < step
         state.evaluation_due |= is_new and due(step, config.evaluation.every_steps, max_steps)
+        state.sample_due |= is_new and due(step, config.tracking.sample_every_steps, max_steps)
         if state.evaluation_due and step > run.saved_step and due(step, config.checkpoint.every_steps, max_steps):
-            save(wait=True)
+            save(wait=False)
         if is_new and run.stops.reason is None:
             with run.looking(save):
                 if state.evaluation_due:
-                    found, averaged = look(run.poll), None
-                    if average is not None:
-                        with average.swapped():
-                            averaged = look(run.poll)
+                    found = look(run.poll)
+                    averaged = None if average is None else average.evaluate(look, run.poll)
                     evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
                     run.tracker.log(found.metrics(data.validation_bytes, averaged), step)
-                if due(step, config.tracking.sample_every_steps, max_steps):
+                if state.sample_due:
                     run.beat("sampling")
                     run.tracker.sample(sample, step)
-                state.last_evaluated_step, state.evaluation_due = step, False
+                state.last_evaluated_step, state.evaluation_due, state.sample_due = step, False, False
         reason = end_of_run(state, config, max_steps) or run.stops.reason
 
         # ---- Once in a while: a checkpoint (all ranks call; the main process writes, with FSDP each rank its shard).

@@ -110,8 +110,8 @@ class TrainingData:
 
 
 def find_example(rows: loaders.CollatedRows, split: str) -> dict[str, torch.Tensor]:
-    """The first of `rows` that has a target, and a row of padding, as a batch. `UserError` if none has: the run would
-    look for one for ever, or report the loss of nothing."""
+    """The first of `rows` that has a target, and a row of padding, as a batch. `UserError` if none has: training
+    would never make a step, and an evaluation would have no loss."""
     for start in range(0, len(rows), 64):
         targets = rows.__getitems__(list(range(start, min(start + 64, len(rows)))))["targets"]
         for row in np.flatnonzero((targets != IGNORED).any(axis=1)):

@@ -86,7 +86,7 @@ def check_documents_stay_apart(objective: Objective) -> None:
     width = min(10 + (window or 0), longest_sequence(model))
     few = max(1, min(3, width // 3))
     two, rest = max(1, few // 2), width - few  # the rest is longer than what an encoder's layer with a window sees
-    # The lengths of each row's documents, and the one to compare; of rows 0 and 1, and of 2 and 3, it is equally long.
+    # The lengths of each row's documents, and the one to compare; it has the same length in rows 0 and 1, and in rows 2 and 3.
     rows = [((few, rest), 1), ((rest, few), 0), ((two, few, rest - two), 1), ((rest - two, few, two), 1)]
     ids = random_ids(model, len(rows), width)
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths, _ in rows])

@@ -40,14 +40,16 @@ def commands_for(dataset: str, argv: list[str]) -> str | None:
 
 
 def main(arguments: list[str]) -> None:
-    """Become a shell that runs the commands: so Ctrl-C reaches train.py, and the shell waits for what it saves."""
+    """Become a shell that runs the commands."""
     if not arguments or not Path(arguments[0]).is_file():
         raise UserError("usage: make recipe RECIPE=configs/small/code_fim.yaml")
     recipe, options = Path(arguments[0]), shlex.join(arguments[1:])
     before, training = read_commands(recipe)
     output = flatten(read_yaml(recipe)).get("output", "runs/demo")
+    for name, value in pairwise(part for word in arguments[1:] for part in word.split("=", 1)):
+        output = value if name == "--output" else output
     lines = [_again(command) for command in before]
-    lines += [f"{_again(training)} {options}".rstrip(), f"python evaluate.py --model {output}"]
+    lines += [f"{_again(training)} {options}".rstrip(), f"python evaluate.py --model {shlex.quote(output)}"]
     shown = "\n".join(f"printf '== %s\\n' {shlex.quote(line)}\n{line}" for line in lines)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     sys.stdout.flush()
@@ -60,7 +62,7 @@ def _again(command: str) -> str:
     if "train.py" in words:
         return f"{command} --checkpoint.resume auto"
     if "export.py" in words:
-        return f"test -d {words[words.index('--output') + 1]} || {command}"
+        return f"test -d {shlex.quote(words[words.index('--output') + 1])} || {command}"
     return command
 
 

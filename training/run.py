@@ -36,7 +36,7 @@ class Run:
     """One launch of a run. It owns neither model nor optimizer nor loaders, and every rank has one.
 
     `checkpoint` is the folder to resume from (None for a new run), `state` says where the run stands, and `saved_step`
-    is the step of the newest checkpoint, `first_step` where this launch began.
+    is the step of the newest checkpoint, and `first_step` the one where this launch began.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, data: TrainingData, tokenizer: Any) -> None:
@@ -94,17 +94,19 @@ class Run:
 
     @contextmanager
     def looking(self, save: Callable[..., None]) -> Iterator[None]:
-        """Around an evaluation (all ranks): a stop request only ends it. An error ends the run, after a save of this
-        step, if there is none, as far as one is possible without ranks that may be gone."""
+        """Around an evaluation and a sample (all ranks). A stop request ends only these. An error ends the run; the step is
+        saved first, if it is not saved yet and the remaining ranks can do it."""
         try:
             yield
         except StopAsked:  # the resumed run evaluates instead
             pass
-        except Exception:
-            if self.saved_step < self.state.optimizer_step and self.writer.can_save():
+        except Exception as error:
+            alone = self.data.train_rows is not None or self.accelerator.num_processes == 1  # a stream has many cursors
+            if self.saved_step < self.state.optimizer_step and alone and self.writer.can_save():
                 save(wait=False)
-            remedy = "a smaller evaluation.per_device_batch_size needs less memory"
-            self.tracker.warn(f"the evaluation of step {self.state.optimizer_step} failed; {remedy}")
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                remedy = "a smaller evaluation.per_device_batch_size needs less memory"
+                self.tracker.warn(f"the evaluation of step {self.state.optimizer_step} failed; {remedy}")
             raise
 
     def poll(self) -> None:
@@ -126,9 +128,7 @@ class Run:
             state.skipped += 1
             warn(f"step {state.optimizer_step + 1}: the update is skipped: {fault}")
         elif state.without_target == 1:
-            warn(
-                f"step {state.optimizer_step + 1} takes the next global batch: {fault}; summary.json counts such batches"
-            )
+            warn(f"step {state.optimizer_step + 1}: {fault}, so it is skipped; summary.json counts such batches")
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # else its next `unscale_` raises
 
@@ -142,9 +142,7 @@ class Run:
             raise UserError(f"fp16 overflows at every scale after step {step}; try bf16 or a lower learning rate")
         return True
 
-    def log_step(
-        self, loss: float, targets: int, learning_rate: float, grad_norm: float, *, shown: bool
-    ) -> None:  # fmt: skip
+    def log_step(self, loss: float, targets: int, learning_rate: float, grad_norm: float, *, shown: bool) -> None:
         """Count a step; if it is to be `shown`, log its numbers. Loss and speed are means over the steps since the last such
         line. The speed leaves out the first step of a launch, which compiles and fills caches, unless it is the only one."""
         state = self.state
@@ -155,7 +153,7 @@ class Run:
         if not shown:
             return
         now = (state.tokens_seen, state.train_seconds)
-        tokens, seconds = self._logged if self._warm in (None, now) else max(self._logged, self._warm)
+        tokens, seconds = self._logged if self._warm == now else max(self._logged, self._warm)
         figures = {
             "train/loss": state.interval_nats / state.interval_targets,
             "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
@@ -170,12 +168,15 @@ class Run:
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
         """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only.
 
-        If this step is saved already, only the pointers to the best checkpoints move.
+        If this step is saved already, only the pointers to the best checkpoints move. If an evaluation is due, it waits
+        too, but a save that fails is a warning.
         """
         self.beat("saving")
         is_new, self.saved_step = self.saved_step != self.state.optimizer_step, self.state.optimizer_step
         self.state.stream = self.data.stream_state()
         self.writer.save(self.state, model, optimizer, scheduler, average, wait=wait)
+        if self.state.evaluation_due:
+            self.writer.close()
         if is_new:
             self.tracker.log({"perf/save_pause_seconds": self.writer.pause_seconds}, self.saved_step)
         if warning := self.stops.time_for_save(self.writer.write_seconds):
@@ -191,8 +192,6 @@ class Run:
             self.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
         if finished and evaluation is None:
             evaluation = look(lambda: self.beat("evaluating"))
-            if state.best_loss is None:
-                state.best_loss, state.best_step = evaluation.loss, state.optimizer_step
         self.beat("ending")
         self.writer.finish()
         num_bytes = self.data.validation_bytes

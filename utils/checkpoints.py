@@ -42,7 +42,8 @@ class TrainState:
     samples_seen: int = 0  # rows consumed by all ranks; drives the data order
     tokens_seen: int = 0  # target tokens consumed by all ranks
     last_evaluated_step: int = 0  # behind optimizer_step if the state was saved before its evaluation and sample
-    evaluation_due: bool = False  # then: whether there is one to make
+    evaluation_due: bool = False  # then: whether these are to be made
+    sample_due: bool = False
     skipped: int = 0  # updates that were not made; they consume data, but no step of the schedule
     nonfinite: int = 0  # updates skipped because loss or gradient was not finite, without fp16's overflows
     spikes: int = 0  # updates skipped because of a spike of loss or gradient norm
@@ -109,7 +110,8 @@ def is_checkpoint_name(name: Any) -> bool:
 def read_pointers(folder: Path) -> dict[str, str]:
     """The names of the checkpoints in `folder` that are best, best_average and last, as far as it is known.
 
-    pointers.json decides. Without it, the links do, and without these the state of the newest checkpoint. `UserError`
+    pointers.json decides. Without it, the links do, and without these, as a last resort, the state of the newest
+    checkpoint, which was saved before its own evaluation. `UserError`
     if one of them names anything else than a checkpoint of this folder.
     """
     path = folder / POINTER_FILE
@@ -180,7 +182,7 @@ def find_checkpoint(path: str | Path, *pointers: str) -> Path:
     known = read_pointers(folder)
     pointer = next((name for name in pointers if name in known), None)
     if pointer is None:
-        raise UserError(f"{path} has no checkpoint so far")
+        raise UserError(f"{path}: the run has no {pointers[0].replace('_', ' ')} checkpoint so far")
     if (found := folder / known[pointer]) not in (left := list_checkpoints(folder)):
         remedy = (
             f"left are {', '.join(path.name for path in left)}: give one, as in {left[-1]}" if left else "none is left"

@@ -311,7 +311,7 @@ class CheckpointConfig:
     """Never remove the checkpoints of steps that are multiples of this. null: archive none."""
     asynchronous: bool = True
     """Write while training continues, from a copy in the host memory of the main process. The last save of a launch
-    is always synchronous."""
+    is always synchronous, and so is one at a step with an evaluation."""
     resume: Literal["never", "auto"] = "never"
     """auto: continue from the newest valid checkpoint; start if there is none; refuse if all are damaged. never: refuse
     a run folder that is in use."""

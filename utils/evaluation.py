@@ -12,9 +12,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
-from utils.model.build import evaluating, longest_sequence, stop_token_ids
+from utils.model.build import as_list, evaluating, longest_sequence, stop_token_ids
 from utils.objectives import count_targets
 from utils.pretrained import chat_ids
+
+# transformers' own defaults of what a model's generation settings may change.
+NEUTRAL = {
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "top_k": 50,
+    "top_p": 1.0,
+}
 
 
 @dataclass
@@ -76,8 +86,12 @@ def generate_text(
 
     Of a prompt that is longer than the model's positions the end counts. temperature: 0 takes the likeliest token.
     seed: for torch's generators, whose state is lost. chat: the prompt is the user's message, and the model answers as
-    the assistant. generate: called instead of the model's own.
+    the assistant. generate: called instead of the model's own. What the model's generation settings say beyond special
+    tokens, such as a repetition penalty, does not count.
     """
+    settings = model.generation_config
+    neutral = {name: value for name, value in NEUTRAL.items() if getattr(settings, name, None) is not None}
+    stops = {*stop_token_ids(tokenizer), *as_list(settings.eos_token_id)}
     positions = longest_sequence(model)
     if chat and prompt:
         ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
@@ -90,8 +104,8 @@ def generate_text(
     input_ids = torch.tensor([ids], device=model.device)
     with evaluating(model):
         output = (generate or model.generate)(  # type: ignore[operator]
-            input_ids, attention_mask=torch.ones_like(input_ids), eos_token_id=stop_token_ids(tokenizer),
+            input_ids, attention_mask=torch.ones_like(input_ids), eos_token_id=sorted(stops),
             max_new_tokens=min(max_new_tokens, positions - len(ids)),
-            do_sample=temperature > 0, temperature=temperature or None,
+            do_sample=temperature > 0, temperature=temperature or None, **neutral,
         )  # fmt: skip
     return tokenizer.decode(output[0], skip_special_tokens=True)

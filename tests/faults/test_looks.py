@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from utils.checkpoints import find_checkpoint, read_pointers
 
 RESUME = {"checkpoint__resume": "auto"}
-EVALUATED = "                    found, averaged = look(run.poll), None\n"
+EVALUATED = "                    found = look(run.poll)\n"
 
 
 def evaluations(output):

@@ -254,7 +254,7 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best_and_is_null_in_the_f
     def strict(text: str) -> dict:
         return json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in a file"))
 
-    line = "                    found, averaged = look(run.poll), None\n"
+    line = "                    found = look(run.poll)\n"
     for kind, steps, best in (("some", (2, 4), 6), ("all", (2, 4, 6), None)):
         change = (line, f"{line}                    found.loss = math.nan if step in {steps} else found.loss\n")
         options = {"evaluation__every_steps": 2, "schedule__max_steps": 6, "evaluation__early_stopping_patience": 4}

@@ -164,7 +164,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp
                "tracking__sample_every_steps": 6, "tracking__sample_max_new_tokens": 8}  # fmt: skip
     output, whole = tmp_path / "run", tmp_path / "whole"
     arguments = command(output, dataset, **options)
-    poll = "found, averaged = look(run.poll), None\n"
+    poll = "found = look(run.poll)\n"
     slow = poll.replace("run.poll", "lambda: (time.sleep(0.1), run.poll())")
     with (
         changed_copy((poll, slow), name="slow") as name,

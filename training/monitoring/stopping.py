@@ -111,6 +111,7 @@ class StopRequests:
     def time_for_save(self, save_seconds: float) -> str | None:
         """Note how long the latest save took; return a warning if torch's launcher would kill the next one."""
         self.save_seconds = save_seconds or self.save_seconds
+        self._last_time = 0.0  # the save itself is no gap between two votes
         seconds = self.longest_gap_seconds + 2 * self.save_seconds
         if self._warned or "TORCHELASTIC_RUN_ID" not in os.environ or seconds < LAUNCHER_SECONDS:
             return None

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from training.parallel.sharding import is_sharded
+from training.parallel.sharding import is_sharded, meeting_group
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
 from utils.config import TrainConfig
@@ -43,6 +44,7 @@ class RunTracker(contextlib.AbstractContextManager):
     def __init__(self, accelerator: Accelerator, config: TrainConfig, state: TrainState, max_steps: int) -> None:
         self.accelerator, self.run, self.max_steps, self.state = accelerator, Path(config.output), max_steps, state
         self.is_main = accelerator.is_main_process
+        self.meeting = meeting_group() if is_sharded(accelerator) else None
         if not self.is_main:
             return
         self.logger = logging.Logger("plainloop")  # a new one for each run in this process
@@ -50,7 +52,8 @@ class RunTracker(contextlib.AbstractContextManager):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self.logger.addHandler(handler)
         step = state.optimizer_step
-        self.sent_step = _cut_metrics(self.run / "metrics.jsonl", step, state.last_evaluated_step)
+        looked = state.last_evaluated_step if step else -1
+        self.sent_step, self.sent_evaluation = _cut_metrics(self.run / "metrics.jsonl", step, looked)
         _cut_samples(self.run / "samples.md", state.last_evaluated_step)
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
@@ -89,8 +92,10 @@ class RunTracker(contextlib.AbstractContextManager):
         self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} | {kind:<5} | " + " | ".join(parts))
         self._write({"step": step, **metrics})
         for tracker in list(self.accelerator.trackers):
-            if tracker.name == "wandb" and step <= self.sent_step:
-                continue  # an earlier launch sent it: W&B accepts only increasing steps and cannot take one back
+            if (tracker.name == "wandb" and step <= self.sent_step) or (
+                kind == "eval" and step == self.sent_evaluation
+            ):
+                continue  # an earlier launch sent it: W&B accepts only increasing steps, and TensorBoard keeps both
             try:
                 tracker.log(metrics, step=step)
             except Exception as error:  # whatever a tracker raises, the run matters more
@@ -124,8 +129,8 @@ class RunTracker(contextlib.AbstractContextManager):
             if PEER_GONE.search(str(error)):
                 raise
             self.warn(f"no sample at step {step}: {type(error).__name__}: {short(error)}")
-        if is_sharded(self.accelerator):  # all take part, so none goes on alone
-            self.accelerator.wait_for_everyone()
+        if self.meeting is not None:  # every rank generates; if one alone has failed, the others wait for it in vain
+            dist.barrier(self.meeting)
         if self.is_main and text is not None:
             try:
                 with (self.run / "samples.md").open("a", encoding="utf-8") as file:
@@ -214,23 +219,26 @@ def _cut_samples(path: Path, step: int) -> None:
         replace_text(path, first + "".join(f"## Step {number}{text}" for number, text in pairs if int(number) <= step))
 
 
-def _cut_metrics(path: Path, step: int, looked: int) -> int:
+def _cut_metrics(path: Path, step: int, looked: int) -> tuple[int, int]:
     """Drop what the resumed run will log again: training after `step`, evaluations after `looked`, a broken last line.
 
-    Returns the last step in the file before the cut, which earlier launches have sent to the trackers; -1 if none.
+    Returns what earlier launches have sent to the trackers, -1 if nothing: the last step in the file before the cut, and
+    the step of an evaluation that this launch makes again at the step where it begins.
     """
+    kept, last, again = [], -1, -1
     if not path.exists():
-        return -1
-    kept, last = [], -1
+        return last, again
     for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError, TypeError, KeyError, StopIteration):
             record = json.loads(line)
             name = next(name for name in record if name != "step")
             if record["step"] <= (looked if name.startswith("eval/") else step):
                 kept.append(line + "\n")
+            elif record["step"] == step:
+                again = step
             last = max(last, record["step"])
     replace_text(path, "".join(kept))
-    return last
+    return last, again
 
 
 def draw_losses(metrics: Path) -> Any:

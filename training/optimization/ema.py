@@ -1,7 +1,8 @@
 """An exponential moving average of the weights (Polyak and Juditsky, 1992), kept beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,11 @@ class WeightAverage:
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+
+    def evaluate(self, look: Callable[..., Any], *arguments: Any) -> Any:
+        """What `look` finds of a model with the average as its weights."""
+        with self.swapped():
+            return look(*arguments)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def warn_of_warmup(config: ScheduleConfig, max_steps: int) -> str:
     share = (max_steps - 1) / config.warmup_steps
     reached = f"the learning rate rises to {share:.2g} of its peak" if share else "the learning rate stays 0"
     return (
-        f"schedule.warmup_steps ({config.warmup_steps}) is not below the run's {max_steps} steps: {reached}; lower it, or "
+        f"schedule.warmup_steps ({config.warmup_steps}) is not shorter than the run ({max_steps} steps): {reached}; lower it, or "
         "train for longer"
     )
 

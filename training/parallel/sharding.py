@@ -1,8 +1,10 @@
 """Parameters sharded over the ranks (FSDP2)."""
 
 import dataclasses
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -31,6 +33,11 @@ def keep_sums_in_fp32(accelerator: Accelerator) -> None:
     if is_sharded(accelerator) and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
         policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def meeting_group() -> dist.ProcessGroup:
+    """A group of all ranks whose barrier fails after 20 seconds, to find out whether one has left the others (all call)."""
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from training.optimization.ema import WeightAverage
-from training.parallel.sharding import is_sharded
+from training.parallel.sharding import is_sharded, meeting_group
 from training.saving import folders
 from training.saving.training_state import split_tensors
 from utils.checkpoint_tensors import Tensors
@@ -60,7 +60,7 @@ class CheckpointWriter:
             # The writing threads need a group of their own, so that their messages do not mix with the training's. They
             # wait for the merged weights, as long as the disk takes; if a rank dies, the launcher ends all.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-            self._meeting = dist.new_group(backend="gloo", timeout=timedelta(seconds=20))
+            self._meeting = meeting_group()
             on_gpu = accelerator.device.type != "cpu"
             self._stager = DefaultStager(StagingOptions(
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
@@ -78,12 +78,11 @@ class CheckpointWriter:
         self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
         average: WeightAverage | None, *, wait: bool,
     ) -> None:  # fmt: skip
-        """Save step N of `state` (all ranks call); with `wait`, also call `finish`.
+        """Save step N of `state` (all ranks call); with `wait`, also call `finish`. Without `asynchronous`, call `close`.
 
         If there is an intact checkpoint of that step, only the pointers move: it was saved before its evaluation.
         """
         started = time.perf_counter()
-        wait = wait or not self.config.asynchronous
         self.close()
         target = self.folder / checkpoint_name(state.optimizer_step)
         step, is_main = state.optimizer_step, self.accelerator.is_main_process
@@ -93,7 +92,8 @@ class CheckpointWriter:
         write: Callable[[], None] | None = None
         if needed[0]:
             # Copy from the GPU even for a blocking save: the buffer exists, and safetensors would make another.
-            snapshot = not wait or self.accelerator.device.type != "cpu"
+            beside = self.config.asynchronous and not wait
+            snapshot = beside or self.accelerator.device.type != "cpu"
             write = self._prepare(state, model, optimizer, scheduler, average, snapshot=snapshot)
         if write is not None or is_main:
             steps = {"last": step, "best": state.best_step, "best_average": state.best_average_step}
@@ -101,6 +101,8 @@ class CheckpointWriter:
             self._thread.start()
         if wait:
             self.finish()
+        elif not self.config.asynchronous:
+            self.close()
         self.pause_seconds = time.perf_counter() - started
 
     def finish(self) -> None:
@@ -141,7 +143,7 @@ class CheckpointWriter:
                 self.write_seconds, self._saved_step = time.perf_counter() - started, steps["last"]
             if self.accelerator.is_main_process:
                 for name in folders.point(self.folder, steps):
-                    self.warn(f"the checkpoint of step {steps[name]} is not there; `{name}` is an earlier one")
+                    self.warn(f"the checkpoint of step {steps[name]} is not there, so `{name}` does not point to it")
                 self.note("rotating")
                 folders.remove_old_checkpoints(self.folder, self.config.keep_last, self.config.archive_every_steps)
         except Exception as error:  # a full disk comes as OSError, RuntimeError or SafetensorError

@@ -251,7 +251,10 @@ def try_disk(folder: Path) -> list[str]:
             folder.rmdir()
         raise UserError(f"{folder} cannot hold checkpoints: {problem}; choose another --output")
     copied = [name for name in POINTERS if (folder / name).is_dir() and not (folder / name).is_symlink()]
-    lines = [f"{folder / name} is a folder, as in a copied run; {POINTER_FILE} counts, so remove it" for name in copied]
+    lines = [
+        f"{folder / name} is a folder, as in a copied run; {POINTER_FILE} decides, and you can remove this folder"
+        for name in copied
+    ]
     if not links:
         lines.append(f"this disk has no links; {folder / POINTER_FILE} names the best and the last checkpoint")
     if not flushes:

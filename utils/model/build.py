@@ -73,7 +73,7 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
     config, decoder_start = model.config, pad_token_id(tokenizer)  # with which every objective begins a decoder's input
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
-    if tokenizer.eos_token_id not in _as_list(config.eos_token_id):
+    if tokenizer.eos_token_id not in as_list(config.eos_token_id):
         config.eos_token_id = tokenizer.eos_token_id
     if config.is_encoder_decoder:
         config.decoder_start_token_id = decoder_start
@@ -84,8 +84,8 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
         generation.bos_token_id = config.bos_token_id
     if generation.pad_token_id is None:
         generation.pad_token_id = pad_token_id(tokenizer)
-    if missing := [token for token in stop_token_ids(tokenizer) if token not in _as_list(generation.eos_token_id)]:
-        generation.eos_token_id = _as_list(generation.eos_token_id) + missing
+    if missing := [token for token in stop_token_ids(tokenizer) if token not in as_list(generation.eos_token_id)]:
+        generation.eos_token_id = as_list(generation.eos_token_id) + missing
     if config.is_encoder_decoder:
         generation.decoder_start_token_id = decoder_start
     try:
@@ -105,7 +105,7 @@ def _is_savable(generation: GenerationConfig) -> bool:
     return True
 
 
-def _as_list(value: int | list[int] | None) -> list[int]:
+def as_list(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
