@@ -305,7 +305,8 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 )
 def test_11_the_disk_fills_up(freed, dataset, tmp_path):
     """The run goes on with a warning; it ends well if there is room again, else with one line. What was saved stays."""
-    options = {"checkpoint__every_steps": 10, "schedule__max_steps": 150, "tracking__trackers": "[tensorboard]"}
+    options = {"checkpoint__every_steps": 10, "schedule__max_steps": 150, "tracking__trackers": "[tensorboard]",
+               "evaluation__every_steps": 20}  # fmt: skip
     with mounted(tmp_path / "disk", "size=8M") as disk:
         output = disk / "run"
         filler = disk / "filler"

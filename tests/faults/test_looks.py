@@ -29,16 +29,16 @@ def failing(when: str) -> tuple[str, str]:
     )
 
 
+OFTEN = {"schedule__max_steps": 12, "evaluation__every_steps": 3, "checkpoint__every_steps": 4,
+         "checkpoint__keep_last": 9}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
     """Twelve steps; an evaluation every third, a checkpoint every fourth."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     train(output, data__dataset=dataset, **OFTEN)
     return output
-
-
-OFTEN = {"schedule__max_steps": 12, "evaluation__every_steps": 3, "checkpoint__every_steps": 4,
-         "checkpoint__keep_last": 9}  # fmt: skip
 
 
 @pytest.mark.parametrize("step", [9, 12], ids=["no_save_is_due", "a_save_is_due"])
@@ -70,6 +70,23 @@ def test_a_checkpoint_is_whole_before_the_evaluation_of_its_step(dataset, tmp_pa
         script(name, *flags(settings))
     assert [record["eval/there"] for record in metrics(output) if "eval/there" in record] == [True]
     assert read_pointers(output / "checkpoints") == {"last": "step-00000004", "best": "step-00000004"}
+
+
+def test_a_run_that_goes_further_has_each_evaluation_and_sample_once(dataset, tmp_path):
+    """Those of its former end, too, at which there would be none now."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output = tmp_path / "run"
+    options = {"data__dataset": dataset, "evaluation__every_steps": 4, "evaluation__at_start": True,
+               "checkpoint__every_steps": 4, "tracking__sample_every_steps": 4, "tracking__sample_max_new_tokens": 4,
+               "tracking__trackers": "[tensorboard]"}  # fmt: skip
+    train(output, **options, schedule__max_steps=6)
+    train(output, **options, schedule__max_steps=8, **RESUME)
+    folders = {str(path.parent) for path in output.rglob("events.out.tfevents*") if path.parent.name == "plainloop"}
+    steps = [event.step for folder in folders for event in EventAccumulator(folder).Reload().Scalars("eval/loss")]
+    assert steps == [step for step, _ in evaluations(output)] == [0, 4, 6, 8]
+    samples = (output / "samples.md").read_text()
+    assert [int(line[8:]) for line in samples.splitlines() if line.startswith("## Step ")] == [4, 6, 8]
 
 
 def test_a_sample_that_fails_is_a_warning(dataset, tmp_path):
