@@ -62,8 +62,10 @@ SMALL = {
 
 
 def environment() -> dict[str, str]:
-    """The environment of a user's shell: nothing of a launcher's, no network; the CPU, also where a GPU is present."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    """The environment of a user's shell: nothing of a launcher's or of the `make` that runs the suite, no network; the
+    CPU, also where a GPU is present."""
+    foreign = ("ACCELERATE_", "WANDB_", "MAKE", "MFLAGS")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     return kept | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
 
 
