@@ -24,7 +24,7 @@ TESTED_ELSEWHERE = (
 
 def make_copy(folder: Path, max_steps: int | None) -> Path:
     """Copy the tracked files, and add a folder of texts. With `max_steps`, the demo and train.py's defaults make that many
-    steps, on a sixth of the sample."""
+    steps, on an eighteenth of the sample."""
     for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines():
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def make_copy(folder: Path, max_steps: int | None) -> Path:
     sample = folder / "sample_data" / "dictionaries.jsonl"
     lines = sample.read_text(encoding="utf-8").splitlines()
     if max_steps is not None:
-        sample.write_text("\n".join(lines[::6]), encoding="utf-8")
+        sample.write_text("\n".join(lines[::18]), encoding="utf-8")
     for number, line in enumerate(lines[::10]):
         (folder / "my_texts" / f"{number}.txt").write_text(json.loads(line)["text"], encoding="utf-8")
     return folder
@@ -79,8 +79,8 @@ def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
 
 @pytest.mark.timeout(2400)
 def test_every_command_runs(tmp_path):
-    copy = make_copy(tmp_path, max_steps=3)
-    short = {command: re.sub(r"--schedule.max_steps \d+", "--schedule.max_steps 3", command) for command in COMMANDS}
+    copy = make_copy(tmp_path, max_steps=2)
+    short = {command: re.sub(r"--schedule.max_steps \d+", "--schedule.max_steps 2", command) for command in COMMANDS}
     ran = run_in(copy, [short[command] for command in COMMANDS if command not in TESTED_ELSEWHERE])
     outputs = {command: ran[short[command]] for command in COMMANDS if command not in TESTED_ELSEWHERE}
     assert "make demo" in outputs and "make test" in COMMANDS

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import math
 import operator
@@ -112,7 +113,6 @@ def load_plain(text: str) -> Any:
     return load_text(text)
 
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 load_text = get_loader("yaml")
 set_loader("yaml", load_plain, exceptions=(yaml.YAMLError,))
 
@@ -120,8 +120,8 @@ set_loader("yaml", load_plain, exceptions=(yaml.YAMLError,))
 def parse_config(cls: type[Config], description: str | None, argv: list[str] | None = None) -> Config:
     """Read `--config FILE` and flags into `cls`; exit with one line if a name, a type or a value is wrong."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = _build_parser(cls, description=(description or "").strip().split("\n\n")[0])
-    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win.")
+    parser = _build_parser(cls, has_help=any(flag in ("-h", "--help") for flag in argv))  # type: ignore[arg-type]
+    parser.description = (description or "").strip().split("\n\n")[0]
     names = sorted(action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config"))
     # `--dry_run` is short for `--dry_run true`, for options of type bool outside of sections.
     switches = {f"--{item.name}" for item in dataclasses.fields(cls) if item.type is bool}  # type: ignore[arg-type]
@@ -152,9 +152,13 @@ def parse_config(cls: type[Config], description: str | None, argv: list[str] | N
     return config
 
 
-def _build_parser(cls: type, **options: Any) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter, **options)
+@functools.cache
+def _build_parser(cls: type, has_help: bool = False) -> ArgumentParser:
+    """A parser; `has_help` reads the help of each option from the source of `cls`, which takes half of the time."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=has_help)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_class_arguments(cls)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; flags win.")
     return parser
 
 
@@ -219,9 +223,10 @@ def parse_sections(cls: type[Config], values: Any, where: Path) -> Config:
     if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
         raise UserError(f"{where}: is not a run's configuration (it has no section `data`)")
     names = [item.name for item in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    parser = _build_parser(cls)
+    parser = _build_parser(cls)  # type: ignore[arg-type]
     try:
         namespace = parser.parse_object({name: values[name] for name in names if name in values})
+        namespace.pop("config", None)
         config = cls(**vars(parser.instantiate(namespace)))
     except (ArgumentError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{where}: {_one_line(error, [])}") from None
