@@ -4,12 +4,14 @@ import json
 import random
 import re
 import sys
+import unicodedata
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from growth import growth, seconds
 
 from preparation.cleaning import filters
 from preparation.cleaning.filters import FILTERS
@@ -34,6 +36,7 @@ from preparation.cleaning.steps import (
     tidy_whitespace,
 )  # fmt: skip
 from preparation.recipe import CleaningConfig
+from preparation.selection.duplicates import split_words
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -80,6 +83,31 @@ def test_cleaning_rules(raw, standard, basic_text):
     assert clean_standard(raw).strip() == standard.strip()
     assert basic(raw) == basic_text
     assert clean_standard(clean_standard(raw)) == clean_standard(raw)
+
+
+# Marks that a normal form sorts or composes: runs of them take time that grows with the square of their number, unless
+# it is bounded. U+0F73 and U+FF9E count as letters, and decompose to marks.
+MARKS = ["\u0301\u0323", "\u0f73", "\uff9e\u0301", "\u0344", "Ì\x81Ì£"]
+HOSTILE = [*MARKS, "\n ", "  \n", "Ã©", "\r"]
+
+
+@pytest.mark.parametrize("fragment", HOSTILE)
+@pytest.mark.parametrize("function", [*TRANSFORMATIONS.values(), split_words], ids=lambda step: step.__name__)
+def test_time_grows_with_the_text_whatever_it_repeats(function, fragment):
+    function("é" + fragment)  # imports
+    text = "é" + fragment * (24_000 // len(fragment)) + "e"
+    if seconds(lambda size: function(text), 1) > 0.02:
+        assert growth(lambda size: function("é" + fragment * (size // len(fragment)) + "e"), 6_000) < 9
+
+
+def test_only_long_runs_of_marks_keep_their_form():
+    draw = random.Random(5)
+    parts = ["a", "é", "e\u0301", "\u0301\u0323" * 3, "क़", "\u1100\u1161", "\u0344", "\u0f73", " ", "ﾞ", "ﬁ"]
+    for _ in range(2000):
+        text = "".join(draw.choices(parts, k=30)) + "e"
+        run = "e\u0301" + "\u0323\u0301" * 16
+        assert nfc(f"{run}x{text}") == run + unicodedata.normalize("NFC", "x" + text)
+    assert nfc("e" + "\u0323\u0301" * 15) == unicodedata.normalize("NFC", "e" + "\u0323\u0301" * 15)
 
 
 def test_the_standard_recipe_is_the_standard_rule_where_there_is_no_mojibake():

@@ -1,7 +1,6 @@
 """Cleaning: named steps over batches of documents, each a filter or a transformation (text to text, idempotent)."""
 
 import re
-import unicodedata
 from collections.abc import Callable, Container, Iterable
 from functools import partial
 from itertools import compress
@@ -11,6 +10,7 @@ import numpy as np
 
 from preparation.cleaning.filters import FILTERS, Verdict, language, length, licence
 from preparation.cleaning.personal_data import mask_personal_data
+from preparation.normal_forms import to_form
 from preparation.recipe import CleaningConfig
 from preparation.sources.conversations import assistant_text, lacks_content, map_contents
 from utils.cli import nearest
@@ -82,8 +82,8 @@ def remove_controls(text: str) -> str:
 
 
 def nfc(text: str) -> str:
-    """Unicode normalization form C."""
-    return unicodedata.normalize("NFC", text)
+    """Unicode normalization form C; a run of more than 30 combining marks stays as it is."""
+    return to_form("NFC", text)
 
 
 def tidy_whitespace(text: str) -> str:
