@@ -1,0 +1,245 @@
+"""The main text of a web page: its markup without menus and lists of links, written as text by resiliparse.
+
+One pass over the tags finds what to leave out, in time that grows with the page however deep its elements are nested.
+It works on the markup because walking resiliparse's tree from Python takes ten times as long. docs/data.md has the
+measurements on documentation pages.
+"""
+
+import html
+import re
+from collections import Counter
+from typing import NamedTuple
+
+TAG = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)([^<>]*)>([^<]*)")
+# Elements whose inside is no markup, or not for reading.
+_RAW = "script|style|textarea|title|iframe|noembed|noframes|xmp|template|svg|select|button"
+RAW = re.compile(rf"<!--|<({_RAW})\b([^<>]*)>", re.IGNORECASE)
+# XHTML's <a id="here"/> would stay open in HTML. Elements that are always empty stay as they are.
+VOID = frozenset("area base br col embed hr img input link meta param source track wbr".split())  # noqa: SIM905
+SELF_CLOSED = re.compile(rf"<(?!(?:{'|'.join(sorted(VOID))})\b)([a-zA-Z][\w:.-]*)(\s[^<>]*)?/>", re.IGNORECASE)
+# Browsers' limit, too. A parser looks through all open elements at a misplaced tag, so its time grows with the depth.
+MAX_DEPTH = 500
+ENDS_BY_ITSELF = VOID.union(["a", "p", "li", "dt", "dd", "tr", "td", "th", "tbody", "thead", "tfoot", "option"])
+CELLS = ("td", "th")
+MEASURED = frozenset([
+    "ul", "ol", "dl", "menu", "dir", "table", "td", "th", "div", "section", "article", "main", "nav", "header",
+    "footer", "aside", "form", "p",
+])  # fmt: skip
+TITLES = ("h1", "h2")
+BLOCKS = MEASURED.union([
+    "li", "dt", "dd", "tr", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "blockquote", "hr", "center", "tbody", "thead",
+    "tfoot",
+])  # fmt: skip
+NAMES = re.compile(r"""\b(?:class|id|role)\s*=\s*("[^"]*"|'[^']*'|[^\s"'>]+)""", re.IGNORECASE)
+ROLE_MAIN = re.compile(r"""\brole\s*=\s*["']?main\b""", re.IGNORECASE)
+# Classes, ids and roles of what is not the page's own text. Prose may stand there, too: see `is_navigation`.
+_PLACE = "(?:(?:main|top|side|page|site|bottom|small|sub|head|mobile|sphinx)[-_]?)?"
+NAVIGATION = re.compile(
+    rf"(?<![\w-]){_PLACE}(?:(?:nav|menu|navigation)(?:[-_]?(?:bar|panel|header|footer|links?|top|bottom|table|list|menu))?"
+    r"|(?:side|tool|doc)-?(?:bar|nav)|search(?:[-_]?(?:box|bar|form))?|breadcrumbs?|pagination|pager|toc(?:[-_]?frame)?"
+    r"|table[-_]?of[-_]?contents|quickview|related|path|mw-editsection|languages?)(?![\w-])",
+    re.IGNORECASE,
+)
+FRAME = re.compile(
+    rf"(?<![\w-]){_PLACE}(?:header|footer|banner|contentinfo|copyright|share|social|cookies?|(?:top|bottom)lang)(?![\w-])",
+    re.IGNORECASE,
+)
+LIST_OF_LINKS = 0.75  # share of linked characters from which an element is left out, if it has two links or more
+FEW_LINKS = 0.25  # the same for an element with a suggestive name and no title
+SHORT = 600  # characters; a header or footer with less text and no title is left out
+VERY_SHORT = 200  # the same for a menu with a link
+ORDINAL = re.compile(r"(?:st|nd|rd|th|e|er|re|ère|ème|me|o|a|os|as|tm|sm|®|™|\W)\W*", re.IGNORECASE)
+SIGN = re.compile(r"[\W_]{1,2}")
+PLAIN_EXPONENT = re.compile(r"\s*[-+−]?\w+\s*")
+
+
+class Page(NamedTuple):
+    text: str
+    kept: int  # characters of the text, without white space
+    characters: int  # the same of the page with its navigation, without scripts
+
+
+class _Element:
+    __slots__ = ("all_linked", "all_text", "has_title", "is_main", "linked", "links", "name", "names", "start", "text")
+
+    def __init__(self, name: str, start: int, names: str = "") -> None:
+        self.name, self.start, self.names = name, start, names
+        self.text = self.linked = self.links = 0  # characters, those in links, number of links
+        self.all_text = self.all_linked = 0  # also those of inner elements that are left out
+        self.has_title = self.is_main = False
+
+    def is_navigation(self) -> bool:
+        """Whether it is a menu, a list of links, a header or a footer."""
+        share = self.linked / max(self.text, 1)
+        if self.name == "nav" or (self.links >= 2 and share >= LIST_OF_LINKS):
+            return True
+        if self.has_title:
+            return False
+        if self.text < SHORT:  # what is left of a menu without its lists of links
+            share = self.all_linked / max(self.all_text, 1)
+        if self.name in ("header", "footer") or FRAME.search(self.names):
+            return share >= FEW_LINKS or self.text < SHORT
+        is_menu = share >= FEW_LINKS or (self.links > 0 and self.text < VERY_SHORT)
+        return is_menu and NAVIGATION.search(self.names) is not None
+
+    def add(self, inside: "_Element") -> None:
+        self.text += inside.text
+        self.linked += inside.linked
+        self.links += inside.links
+        self.has_title |= inside.has_title
+
+
+def read_page(markup: str) -> Page:
+    """The main text of a page, and how much of the page it is."""
+    from resiliparse.extract.html2text import extract_plain_text  # a slow import that only HTML needs
+    from resiliparse.parse.html import HTMLTree
+
+    markup = SELF_CLOSED.sub(_close, _without_raw(markup))
+    edits, characters = _find_edits(markup)
+    parts, done = [], 0
+    for start, end, text in sorted(edits, key=lambda edit: (edit[0], -edit[1])):
+        if start >= done:
+            parts += [markup[done:start], text]
+            done = end
+    tree = HTMLTree.parse("".join([*parts, markup[done:]]))
+    text = extract_plain_text(tree, main_content=False, alt_texts=False)
+    kept = len("".join(text.split()))
+    return Page(text, kept, max(characters, kept))
+
+
+def decode_page(data: bytes) -> str:
+    """The markup of a page in the encoding that it declares, or that resiliparse detects, unless it is UTF-8."""
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+
+    if b"\x1b" not in data:  # ISO-2022-JP is ASCII with escape sequences
+        try:  # first, because the detection takes some pages in UTF-8 for Greek
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            pass
+    return bytes_to_str(data, detect_encoding(data, from_html_meta=True) or "utf-8")
+
+
+def _close(match: re.Match) -> str:
+    attributes = match[2] or ""
+    return f"<{match[1]}{attributes}></{match[1]}>" if _closes_itself(attributes) else match[0]
+
+
+def _closes_itself(attributes: str) -> bool:
+    """Whether a slash after these attributes belongs to the tag; in <a href=/there/> it belongs to the value."""
+    return attributes[-1:] in ("", *"\"' \t\r\n") or "=" not in attributes.rsplit(None, 1)[-1]
+
+
+def _without_raw(markup: str) -> str:
+    """`markup` without comments and the elements of RAW, also where they close themselves. A script that is never
+    closed has the rest of the page, as in browsers; other elements that are never closed lose only their tag."""
+    parts, done, unclosed = [], 0, set()
+    for match in RAW.finditer(markup):
+        if match.start() < done:
+            continue
+        name, attributes, end = (match[1] or "--").lower(), match[2] or "", match.end()
+        if not (attributes.endswith("/") and _closes_itself(attributes[:-1])) and name not in unclosed:
+            closing = re.compile("-->" if name == "--" else f"</{name}[^<>]*>", re.IGNORECASE).search(markup, end)
+            if closing is not None:
+                end = closing.end()
+            elif name in ("script", "style"):
+                end = len(markup)
+            else:
+                unclosed.add(name)
+        parts.append(markup[done : match.start()])
+        done = end
+    return "".join([*parts, markup[done:]])
+
+
+def _find_edits(markup: str) -> tuple[list[tuple[int, int, str]], int]:
+    """What to replace in `markup` (start, end, text), and the number of characters that a reader sees, without white
+    space."""
+    root = _Element("", 0)
+    stack, open_names = [root], Counter[str]()
+    edits: list[tuple[int, int, str]] = []
+    mains: list[tuple[int, int, int]] = []  # characters outside of links, start, end
+    characters = 0
+    link: int | None = None  # where the open link starts
+    is_sign = False
+    before = ""  # the text that ends where the tag begins, "" at the start of a block
+    exponent_is_long = False
+    depth, open_tags = 0, Counter[str]()
+
+    def close(end: int, *, implied: bool = False) -> None:
+        element = stack.pop()
+        open_names[element.name] -= 1
+        if element.is_main:
+            mains.append((element.text - element.linked, element.start, end))
+        if element.is_navigation() and not implied:
+            edits.append((element.start, end, ""))
+        else:
+            stack[-1].add(element)
+        stack[-1].all_text += element.all_text
+        stack[-1].all_linked += element.all_linked
+
+    for match in TAG.finditer(markup):
+        closing, name, attributes, text = match.groups()
+        name = name.lower()
+        useless = False
+        if name not in ENDS_BY_ITSELF:
+            step = -min(open_tags[name], 1) if closing else 1
+            useless = not step or depth >= MAX_DEPTH + bool(closing)
+            open_tags[name] += step
+            depth += step
+        if useless:  # closes nothing, or is too deep
+            edits.append((match.start(), match.start(4), ""))
+        elif name == "a":
+            if link is not None:
+                if is_sign:  # ¶, #, §: a link to the heading that it follows
+                    edits.append((link, match.start(), ""))
+                link = None
+            if not closing and "href" in attributes.lower():
+                link, is_sign = match.start(), True
+                stack[-1].links += 1
+        elif name in BLOCKS:
+            before = ""
+            if stack[-1].name == "p" and (name != "p" or not closing):
+                close(match.start())
+            if name in TITLES:
+                stack[-1].has_title = True
+            elif name not in MEASURED:
+                pass
+            elif closing:
+                while open_names[name]:
+                    found = stack[-1].name == name
+                    close(match.start(4) if found else match.start())
+                    if found:
+                        break
+            else:
+                if name in CELLS and stack[-1].name in CELLS:
+                    close(match.start())
+                names = " ".join(NAMES.findall(attributes)) if "=" in attributes else ""
+                stack.append(_Element(name, match.start(), names))
+                stack[-1].is_main = name == "main" or ("main" in names and ROLE_MAIN.search(attributes) is not None)
+                open_names[name] += 1
+        elif name == "sup":
+            follows = before and not before[-1].isspace()
+            if not closing and follows and text.strip() and not ORDINAL.fullmatch(text.strip()):
+                exponent_is_long = not PLAIN_EXPONENT.fullmatch(text) or not markup.startswith("</", match.end())
+                edits.append((match.start(4), match.start(4), "^(" if exponent_is_long else "^"))
+            elif closing and exponent_is_long:
+                edits.append((match.start(), match.start(), ")"))
+                exponent_is_long = False
+        if not text or text.isspace():
+            before = before and before + text
+            continue
+        before = text
+        shown = html.unescape(text) if "&" in text else text
+        count = len("".join(shown.split()))
+        characters += count
+        stack[-1].text += count
+        stack[-1].all_text += count
+        if link is not None:
+            stack[-1].linked += count
+            stack[-1].all_linked += count
+            is_sign = is_sign and SIGN.fullmatch(shown) is not None
+    while len(stack) > 1:
+        close(len(markup), implied=True)
+    if mains and max(mains)[0] * 2 >= root.text - root.linked:
+        _, start, end = max(mains)
+        edits += [(0, start, ""), (end, len(markup), "")]
+    return edits, characters
