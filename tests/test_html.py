@@ -24,6 +24,8 @@ KEPT = {
         "  1. Mix.\n  2. The new oven is hot; wait for it to cool down.",
     "<dl><dt>ferry<dd>a ship</dl><table><tr><td>one<td>two</table>": "ferry\na ship\none\t\ttwo",
     "<pre>if x:\n    y\n\n\nz</pre>": "if x:\n    y\n\n\nz",
+    "<div><dl><dt>API<dd><a href=a>Application Programming Interface</a><dt>ACL<dd><a href=b>Access Control List</a></dl></div>":
+        "API\nApplication Programming Interface\nACL\nAccess Control List",
     f"<div class=header><h1>Bread</h1><a href=x>source</a></div><p>{PROSE}": f"Bread\n\nsource\n\n{PROSE}",
     f"<p>See <a href=x>「<code>control</code>」</a>.</p>{LIST}": f"See 「control」.\n\n{LISTED}",
     # Superscripts are marked if they are exponents; subscripts stay as they are.
@@ -115,7 +117,7 @@ def test_the_share_of_text_is_counted_by_page_and_source(tmp_path):
     prose = 9 * len(PROSE.replace(" ", ""))
     assert (figures["kept_characters"], figures["page_characters"]) == (6 * prose, 6 * prose + 8 * links)
     assert [item["file"][-6:] for item in counts["small_pages"]] == ["6.html", "7.html"]
-    assert counts["small_pages"][0] | {"file": ""} == {"file": "", "kept": 0, "characters": links}
+    assert counts["small_pages"][0] | {"file": ""} == {"source": "site", "file": "", "kept": 0, "characters": links}
     assert len(notes_on_pages(counts)) == 1 and "2 of 8 pages" in notes_on_pages(counts)[0]
     figures["small_pages"] = 1
     assert notes_on_pages(counts) == []

@@ -287,7 +287,7 @@ def notes_on_pages(read: dict[str, Any]) -> list[str]:
     for name, figures in page_shares(read).items():
         kept = figures["kept_characters"] / max(figures["page_characters"], 1)
         if kept < 0.5 or figures["small_pages"] * 5 > figures["pages"]:
-            examples = ", ".join(page["file"] for page in read["small_pages"][:3])
+            examples = ", ".join([page["file"] for page in read["small_pages"] if page["source"] == name][:3])
             notes.append(
                 f"only {kept:.0%} of the characters on the pages of {name} are kept as text, and less than a tenth on "
                 f"{figures['small_pages']:,} of {figures['pages']:,} pages{f': look at {examples}' if examples else ''}"

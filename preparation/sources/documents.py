@@ -105,7 +105,7 @@ def read_sources(
                     figures["documents"] += 1
                     figures["bytes"] += size
                     if record.page is not None:
-                        _count_page(record.id, record.page, figures, counts["small_pages"])
+                        _count_page(str(source.name), record, record.page, figures, counts["small_pages"])
                     rows.append(record)
                     held += size
                     if held >= SLICE_BYTES or len(rows) >= SLICE_DOCUMENTS:
@@ -123,14 +123,16 @@ def read_sources(
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
-def _count_page(id: str, page: Page, figures: dict[str, Any], small_pages: list[dict[str, Any]]) -> None:
+def _count_page(
+    source: str, record: Document, page: Page, figures: dict[str, Any], small_pages: list[dict[str, Any]]
+) -> None:
     """Add to the source's `figures` a page and its characters; list it if little of it is text."""
     small = page.kept < SMALL_SHARE * page.characters
     counted = {"pages": 1, "small_pages": small, "page_characters": page.characters, "kept_characters": page.kept}
     for what, number in counted.items():
         figures[what] = figures.get(what, 0) + number
     if small and len(small_pages) < MAX_BROKEN_LISTED:
-        small_pages.append({"file": id, "kept": page.kept, "characters": page.characters})
+        small_pages.append({"source": source, "file": record.id, "kept": page.kept, "characters": page.characters})
 
 
 def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: SourceConfig) -> None:

@@ -45,6 +45,7 @@ FRAME = re.compile(
     re.IGNORECASE,
 )
 LIST_OF_LINKS = 0.75  # share of linked characters from which an element is left out, if it has two links or more
+LINKED_DEFINITIONS = 0.95  # the same for a list of terms: a glossary may link all of its definitions
 FEW_LINKS = 0.25  # the same for an element with a suggestive name and no title
 SHORT = 600  # characters; a header or footer with less text and no title is left out
 VERY_SHORT = 200  # the same for a menu with a link
@@ -71,7 +72,8 @@ class _Element:
     def is_navigation(self) -> bool:
         """Whether it is a menu, a list of links, a header or a footer."""
         share = self.linked / max(self.text, 1)
-        if self.name == "nav" or (self.links >= 2 and share >= LIST_OF_LINKS):
+        most = LINKED_DEFINITIONS if self.name == "dl" else LIST_OF_LINKS
+        if self.name == "nav" or (self.links >= 2 and share >= most):
             return True
         if self.has_title:
             return False
@@ -84,8 +86,9 @@ class _Element:
 
     def add(self, inside: "_Element") -> None:
         self.text += inside.text
-        self.linked += inside.linked
-        self.links += inside.links
+        if inside.name != "dl":  # a glossary counts as prose
+            self.linked += inside.linked
+            self.links += inside.links
         self.has_title |= inside.has_title
 
 
