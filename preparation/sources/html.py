@@ -98,16 +98,16 @@ def read_page(markup: str) -> Page:
     from resiliparse.parse.html import HTMLTree
 
     markup = SELF_CLOSED.sub(_close, _without_raw(markup))
-    edits, characters = _find_edits(markup)
+    scan = _Scan(markup)
     parts, done = [], 0
-    for start, end, text in sorted(edits, key=lambda edit: (edit[0], -edit[1])):
+    for start, end, text in sorted(scan.edits, key=lambda edit: (edit[0], -edit[1])):
         if start >= done:
             parts += [markup[done:start], text]
             done = end
     tree = HTMLTree.parse("".join([*parts, markup[done:]]))
     text = extract_plain_text(tree, main_content=False, alt_texts=False)
     kept = len("".join(text.split()))
-    return Page(text, kept, max(characters, kept))
+    return Page(text, kept, max(scan.characters, kept))
 
 
 def decode_page(data: bytes) -> str:
@@ -153,96 +153,108 @@ def _without_raw(markup: str) -> str:
     return "".join([*parts, markup[done:]])
 
 
-def _find_edits(markup: str) -> tuple[list[tuple[int, int, str]], int]:
-    """What to replace in `markup` (start, end, text), and the number of characters that a reader sees, without white
-    space."""
-    root = _Element("", 0)
-    stack, open_names = [root], Counter[str]()
-    edits: list[tuple[int, int, str]] = []
-    mains: list[tuple[int, int, int]] = []  # characters outside of links, start, end
-    characters = 0
-    link: int | None = None  # where the open link starts
-    is_sign = False
-    before = ""  # the text that ends where the tag begins, "" at the start of a block
-    exponent_is_long = False
-    depth, open_tags = 0, Counter[str]()
+class _Scan:
+    """One pass over the tags of `markup`: what to replace in it (start, end, text), and the number of characters that a
+    reader sees, without white space."""
 
-    def close(end: int, *, implied: bool = False) -> None:
-        element = stack.pop()
-        open_names[element.name] -= 1
+    def __init__(self, markup: str) -> None:
+        self.markup = markup
+        self.edits: list[tuple[int, int, str]] = []
+        self.characters = 0
+        self.stack, self.open_names = [_Element("", 0)], Counter[str]()  # of MEASURED
+        self.mains: list[tuple[int, int, int]] = []  # characters outside of links, start, end
+        self.link: int | None = None  # where the open link starts
+        self.link_is_sign = False
+        self.before = ""  # the text that ends where the tag begins, "" at the start of a block
+        self.exponent_is_long = False
+        depth, open_tags = 0, Counter[str]()
+        for match in TAG.finditer(markup):
+            closing, name, attributes, text = match.groups()
+            name = name.lower()
+            useless = False  # closes nothing, or is too deep
+            if name not in ENDS_BY_ITSELF:
+                step = -min(open_tags[name], 1) if closing else 1
+                useless = not step or depth >= MAX_DEPTH + bool(closing)
+                open_tags[name] += step
+                depth += step
+            if useless:
+                self.edits.append((match.start(), match.start(4), ""))
+            elif name == "a":
+                self._read_link(match.start(), closing, attributes)
+            elif name in BLOCKS:
+                self._read_block(match, name)
+            elif name == "sup":
+                self._read_superscript(match, closing, text)
+            self._read_text(text)
+        while len(self.stack) > 1:
+            self._close(len(markup), implied=True)
+        root = self.stack[0]
+        if self.mains and max(self.mains)[0] * 2 >= root.text - root.linked:
+            _, start, end = max(self.mains)
+            self.edits += [(0, start, ""), (end, len(markup), "")]
+
+    def _close(self, end: int, *, implied: bool = False) -> None:
+        element = self.stack.pop()
+        self.open_names[element.name] -= 1
         if element.is_main:
-            mains.append((element.text - element.linked, element.start, end))
+            self.mains.append((element.text - element.linked, element.start, end))
         if element.is_navigation() and not implied:
-            edits.append((element.start, end, ""))
+            self.edits.append((element.start, end, ""))
         else:
-            stack[-1].add(element)
-        stack[-1].all_text += element.all_text
-        stack[-1].all_linked += element.all_linked
+            self.stack[-1].add(element)
+        self.stack[-1].all_text += element.all_text
+        self.stack[-1].all_linked += element.all_linked
 
-    for match in TAG.finditer(markup):
-        closing, name, attributes, text = match.groups()
-        name = name.lower()
-        useless = False
-        if name not in ENDS_BY_ITSELF:
-            step = -min(open_tags[name], 1) if closing else 1
-            useless = not step or depth >= MAX_DEPTH + bool(closing)
-            open_tags[name] += step
-            depth += step
-        if useless:  # closes nothing, or is too deep
-            edits.append((match.start(), match.start(4), ""))
-        elif name == "a":
-            if link is not None:
-                if is_sign:  # ¶, #, §: a link to the heading that it follows
-                    edits.append((link, match.start(), ""))
-                link = None
-            if not closing and "href" in attributes.lower():
-                link, is_sign = match.start(), True
-                stack[-1].links += 1
-        elif name in BLOCKS:
-            before = ""
-            if stack[-1].name == "p" and (name != "p" or not closing):
-                close(match.start())
-            if name in TITLES:
-                stack[-1].has_title = True
-            elif name not in MEASURED:
-                pass
-            elif closing:
-                while open_names[name]:
-                    found = stack[-1].name == name
-                    close(match.start(4) if found else match.start())
-                    if found:
-                        break
-            else:
-                if name in CELLS and stack[-1].name in CELLS:
-                    close(match.start())
-                names = " ".join(NAMES.findall(attributes)) if "=" in attributes else ""
-                stack.append(_Element(name, match.start(), names))
-                stack[-1].is_main = name == "main" or ("main" in names and ROLE_MAIN.search(attributes) is not None)
-                open_names[name] += 1
-        elif name == "sup":
-            follows = before and not before[-1].isspace()
-            if not closing and follows and text.strip() and not ORDINAL.fullmatch(text.strip()):
-                exponent_is_long = not PLAIN_EXPONENT.fullmatch(text) or not markup.startswith("</", match.end())
-                edits.append((match.start(4), match.start(4), "^(" if exponent_is_long else "^"))
-            elif closing and exponent_is_long:
-                edits.append((match.start(), match.start(), ")"))
-                exponent_is_long = False
+    def _read_link(self, start: int, closing: str, attributes: str) -> None:
+        if self.link is not None and self.link_is_sign:  # ¶, #, §: a link to the heading that it follows
+            self.edits.append((self.link, start, ""))
+        self.link = None
+        if not closing and "href" in attributes.lower():
+            self.link, self.link_is_sign = start, True
+            self.stack[-1].links += 1
+
+    def _read_block(self, match: re.Match, name: str) -> None:
+        start, closing, attributes = match.start(), match[1], match[3]
+        self.before = ""
+        if self.stack[-1].name == "p" and (name != "p" or not closing):
+            self._close(start)
+        if name in TITLES:
+            self.stack[-1].has_title = True
+        elif closing and name in MEASURED:
+            while self.open_names[name]:
+                found = self.stack[-1].name == name
+                self._close(match.start(4) if found else start)
+                if found:
+                    break
+        elif name in MEASURED:
+            if name in CELLS and self.stack[-1].name in CELLS:
+                self._close(start)
+            element = _Element(name, start, " ".join(NAMES.findall(attributes)) if "=" in attributes else "")
+            element.is_main = name == "main" or ("main" in element.names and ROLE_MAIN.search(attributes) is not None)
+            self.stack.append(element)
+            self.open_names[name] += 1
+
+    def _read_superscript(self, match: re.Match, closing: str, text: str) -> None:
+        follows = self.before and not self.before[-1].isspace()
+        if not closing and follows and text.strip() and not ORDINAL.fullmatch(text.strip()):
+            self.exponent_is_long = not PLAIN_EXPONENT.fullmatch(text) or not self.markup.startswith("</", match.end())
+            self.edits.append((match.start(4), match.start(4), "^(" if self.exponent_is_long else "^"))
+        elif closing and self.exponent_is_long:
+            self.edits.append((match.start(), match.start(), ")"))
+            self.exponent_is_long = False
+
+    def _read_text(self, text: str) -> None:
         if not text or text.isspace():
-            before = before and before + text
-            continue
-        before = text
+            self.before = self.before and self.before + text
+            return
+        self.before = text
         shown = html.unescape(text) if "&" in text else text
         count = len("".join(shown.split()))
-        characters += count
-        stack[-1].text += count
-        stack[-1].all_text += count
-        if link is not None:
-            stack[-1].linked += count
-            stack[-1].all_linked += count
-            is_sign = is_sign and SIGN.fullmatch(shown) is not None
-    while len(stack) > 1:
-        close(len(markup), implied=True)
-    if mains and max(mains)[0] * 2 >= root.text - root.linked:
-        _, start, end = max(mains)
-        edits += [(0, start, ""), (end, len(markup), "")]
-    return edits, characters
+        self.characters += count
+        element = self.stack[-1]
+        element.text += count
+        element.all_text += count
+        if self.link is not None:
+            element.linked += count
+            element.all_linked += count
+            self.link_is_sign = self.link_is_sign and SIGN.fullmatch(shown) is not None
