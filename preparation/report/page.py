@@ -282,7 +282,7 @@ def page_shares(read: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 def notes_on_pages(read: dict[str, Any]) -> list[str]:
     """One line per source whose pages lost much: more than half of their characters, or most of every fifth page. Of
-    879 pages of documentation 13 % of the characters and most of every eighteenth page were navigation."""
+    879 pages of documentation 13 % of the characters and most of every nineteenth page were navigation."""
     notes = []
     for name, figures in page_shares(read).items():
         kept = figures["kept_characters"] / max(figures["page_characters"], 1)
