@@ -113,7 +113,7 @@ def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> N
     parts = [(source, units) for source in sources for units in group_units(reading_units(source))]
     counts: dict[str, Any] = {
         "sources": {source.name: {"documents": 0, "bytes": 0} for source in sources},
-        "broken": 0, "broken_records": [], "skipped": Counter({OTHER_KIND: sum(map(count_other_files, sources))}),
+        "broken": 0, "broken_records": [], "small_pages": [], "skipped": Counter({OTHER_KIND: sum(map(count_other_files, sources))}),
     }  # fmt: skip
 
     def work(source: SourceConfig, units: list[Path | None], folder: Path) -> dict[str, Any]:
@@ -123,9 +123,10 @@ def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> N
     for part in run_parts(work, parts, folder / "documents.arrow", "read"):
         for name, figures in part["sources"].items():
             for what, number in figures.items():
-                counts["sources"][name][what] += number
+                counts["sources"][name][what] = counts["sources"][name].get(what, 0) + number
         counts["broken"] += part["broken"]
         counts["broken_records"] += part["broken_records"][: MAX_BROKEN_LISTED - len(counts["broken_records"])]
+        counts["small_pages"] += part["small_pages"][: MAX_BROKEN_LISTED - len(counts["small_pages"])]
         counts["skipped"].update(part["skipped"])
     counts["skipped"] = {why: count for why, count in counts["skipped"].items() if count}
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")

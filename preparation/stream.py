@@ -115,7 +115,7 @@ class TextStream:
         characters = np.array([len(taken.document.text) for taken in block[first:]])
         for start, stop in iter_slices(characters, ENCODED_CHARACTERS, ENCODED_DOCUMENTS):
             part = block[first + start : first + stop]
-            texts, ids = zip(*(taken.document for taken in part), strict=True)
+            texts, ids = zip(*((taken.document.text, taken.document.id) for taken in part), strict=True)
             batch = {"text": list(texts), "id": list(ids), "source": [taken.source.name for taken in part]}
             cleaned = clean_documents(batch, self.cleaning, self.code_sources)
             kept = [number for number, reason in enumerate(cleaned["reason"]) if not reason]

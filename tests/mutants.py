@@ -344,6 +344,18 @@ MUTANTS = [
     Mutant("no CPU has fast bf16",
            "fast_bf16", 'any(present for name, present in cpu_capabilities().items() if "bf16" in name)', "False",
            "test_whether_bf16_is_fast_is_what_the_processor_says"),
+    # ---- Web pages and control characters
+    Mutant("prose that stands beside a list of links goes with it",
+           "_Element.is_navigation", "self.links >= 2 and share >= most", "self.links >= 2",
+           "test_prose_and_its_lists_stay_wherever_they_stand"),
+    Mutant("a self-closed title contains the page",
+           "html.py:_closes_itself", "attributes[-1:] in ('', *'\"\\' \\t\\r\\n')", "False",
+           "test_prose_and_its_lists_stay_wherever_they_stand"),
+    Mutant("form feeds join the words of two pages",
+           "remove_controls", "PARAGRAPH_ENDS.sub('\\n\\n', LINE_SEPARATORS.sub('\\n', unify_line_ends(text)))",
+           "LINE_SEPARATORS.sub('\\n', unify_line_ends(text))", "test_controls_become_what_they_mean"),
+    Mutant("a run of marks takes time that grows with its square",
+           "_iter_long_runs", "end - start > MAX_MARKS", "False", "test_time_grows_with_the_text_whatever_it_repeats"),
 ]
 # fmt: on
 

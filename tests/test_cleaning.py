@@ -4,12 +4,14 @@ import json
 import random
 import re
 import sys
+import unicodedata
 from collections import Counter
 
 import datasets
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from growth import growth, seconds
 
 from preparation.cleaning import filters
 from preparation.cleaning.filters import FILTERS
@@ -34,6 +36,7 @@ from preparation.cleaning.steps import (
     tidy_whitespace,
 )  # fmt: skip
 from preparation.recipe import CleaningConfig
+from preparation.selection.duplicates import split_words
 
 SAMPLE = ROOT / "sample_data" / "dictionaries.jsonl"
 TEXTS = [json.loads(line)["text"] for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
@@ -74,12 +77,68 @@ def clean_standard(text: str) -> str:
         ("\u200b \n\t", "", ""),
         ("one\u2028two\x85three\rfour", "one\ntwo\nthree\nfour", "one two three four"),
         ("\r\u200b\n", "", ""),
+        ("one  \ntwo   \nthree  \n\nfour  ", "one  \ntwo\nthree\n\nfour", "one two three four"),  # a hard break
     ],
 )
 def test_cleaning_rules(raw, standard, basic_text):
     assert clean_standard(raw).strip() == standard.strip()
     assert basic(raw) == basic_text
     assert clean_standard(clean_standard(raw)) == clean_standard(raw)
+
+
+MEANINGS = {  # what a terminal or a printer shows
+    "N\bNA\bAM\bME\bE": "NAME",
+    "b\bb\bb\bbold _\bu_\bn_\bd_\be_\br": "bold under",
+    "_\b__\bi_\bt_\b \b_x _\bé\bé e\b_": "_it x é e",
+    "+\bo item, o\b+ item": "• item, • item",
+    "$\beta$ and the \beta": "$eta$ and the eta",  # "\beta" in JSON: the characters before it stay
+    "\x1b[1;33mwarning:\x1b[0m \x1b[38:5:2mgreen\x1b[m \x1b(Bplain\x1b[K \x1b[?25h\x1b=end\x1b7": "warning: green plain end",
+    "\x1b]8;;https://e.org/a\x1b\\link\x1b]8;;\x1b\\, \x1b]0;title\x07text \x1bP1$r\x1b\\end": "link, text end",
+    "\x1b]0;cut off\nnext \x1b[3\nlast \x1b": "0;cut off\nnext \nlast ",
+    "a\x1b[3Cb\x1b[1Gc\x1b[2;5Hd": "a b\nc\nd",
+    "one\ftwo\n\fthree\r\n\f\r\nfour": "one\n\ntwo\n\nthree\n\nfour",
+    "one\x1ctwo\x1dthree\u2029four": "one\n\ntwo\n\nthree\n\nfour",
+    "one\vtwo\x1ethree\x1ffour\x85five\u2028six": "one\ntwo\nthree four\nfive\nsix",
+    "wo\xadrd, hyphen\xad\nated, end\xad": "word, hyphen-\nated, end",
+    "ก\u200bข ຂ\u200b\u200bຄ က\u200b\ufeffခ ក\u200bខ": "ก\u200bข ຂ\u200bຄ က\u200bခ ក\u200bខ",
+    "a\u200bb ก\u200b ข\u200bc 中\u200b文 \u200bก\u200b": "ab ก ขc 中文 ก",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", MEANINGS)
+def test_controls_become_what_they_mean(raw):
+    assert remove_controls(raw) == MEANINGS[raw]
+
+
+def test_blank_lines_of_code_stay():
+    code = "import os\n\n\ndef f():\n    pass  \n\f\n\n\n\nclass A: pass\r\n"
+    assert clean(code, "standard", source="code")[0] == ("import os\n\n\ndef f():\n    pass\n\n\n\n\nclass A: pass")
+    assert clean(code, "standard")[0] == "import os\n\ndef f():\n    pass\n\nclass A: pass"
+
+
+# Marks that a normal form sorts or composes: runs of them take time that grows with the square of their number, unless
+# it is bounded. U+0F73 and U+FF9E count as letters, and decompose to marks.
+MARKS = ["\u0301\u0323", "\u0f73", "\uff9e\u0301", "\u0344", "Ì\x81Ì£"]
+HOSTILE = [*MARKS, "\b", "_\b", "a\b", "\x1b[", "\x1b]", "\x1bP", "\xad ", "\u200b", "\f", "\n ", "  \n", "Ã©", "\r"]
+
+
+@pytest.mark.parametrize("fragment", HOSTILE)
+@pytest.mark.parametrize("function", [*TRANSFORMATIONS.values(), split_words], ids=lambda step: step.__name__)
+def test_time_grows_with_the_text_whatever_it_repeats(function, fragment):
+    function("é" + fragment)  # imports
+    text = "é" + fragment * (24_000 // len(fragment)) + "e"
+    if seconds(lambda size: function(text), 1) > 0.02:
+        assert growth(lambda size: function("é" + fragment * (size // len(fragment)) + "e"), 6_000) < 9
+
+
+def test_only_long_runs_of_marks_keep_their_form():
+    draw = random.Random(5)
+    parts = ["a", "é", "e\u0301", "\u0301\u0323" * 3, "क़", "\u1100\u1161", "\u0344", "\u0f73", " ", "ﾞ", "ﬁ"]
+    for _ in range(2000):
+        text = "".join(draw.choices(parts, k=30)) + "e"
+        run = "e\u0301" + "\u0323\u0301" * 16
+        assert nfc(f"{run}x{text}") == run + unicodedata.normalize("NFC", "x" + text)
+    assert nfc("e" + "\u0323\u0301" * 15) == unicodedata.normalize("NFC", "e" + "\u0323\u0301" * 15)
 
 
 def test_the_standard_recipe_is_the_standard_rule_where_there_is_no_mojibake():
@@ -91,7 +150,7 @@ def test_the_standard_recipe_is_the_standard_rule_where_there_is_no_mojibake():
 # characters, numbers next to addresses, web page boilerplate.
 FRAGMENTS = [
     *"ab12. \t\n\r@+-()/:,#|{}\"'…”。！中é", "\x00", "\x85", "\u200b", "\u200d", "\u2028", "\ufeff", "\u0301", "Ã", "©", "â",
-    "€", "™", "\x80", "\x99", "Â", "\xa0", "\u1100", "\u1161", "\u11a8", "İ", "ﬁ", "Ａ", "\u0344", "\u212b", "Ã©", "â€™",
+    "€", "™", "\x80", "\x99", "\b", "_", "\x1b", "[", "\f", "\v", "\xad", "ก", "Â", "\xa0", "\u1100", "\u1161", "\u11a8", "İ", "ﬁ", "Ａ", "\u0344", "\u212b", "Ã©", "â€™",
     "ðŸ˜€", "\ud83d", "\ude00", "jo@mail.org", "81.2.69.160", "1.2.3.4", "2a00:1450:4001:81b::200e", "+49 30 1234567",
     "(212) 555-0123", "212-555-0199", "1-800-555-0199", "version ", "home", " | ", "next", "copyright 2019", "\n\n",
     "We use cookies", " consent", "all rights reserved", "The quick brown fox jumps.", "javascript must be enabled",

@@ -1,6 +1,7 @@
 """Streams: the same documents, rows and batches as a plain reading of the sources, for any number of parts."""
 
 import gzip
+import html
 import itertools
 import json
 import shutil
@@ -73,6 +74,14 @@ def a_file_per_document(folder: Path, texts: list[str]) -> list:
     return [str(folder / "corpus")]
 
 
+def web_pages(folder: Path, texts: list[str]) -> list:
+    (folder / "pages").mkdir(parents=True)
+    for number, text in enumerate(texts):
+        page = f"<nav><a href=x>Home</a></nav><pre>\n{html.escape(text)}</pre>"
+        (folder / "pages" / f"{number:03}.html").write_text(page, encoding="utf-8")
+    return [str(folder / "pages")]
+
+
 def hub_stream(folder: Path, texts: list[str]) -> list:
     """Three shards for four lanes."""
     (folder / "hub" / "data").mkdir(parents=True)
@@ -92,7 +101,7 @@ def several_sources(folder: Path, texts: list[str]) -> list:
     return [*files, *saved_table(folder, texts[3::4])]
 
 
-SOURCES = [one_file, several_sources, a_file_per_document, hub_stream, saved_table]
+SOURCES = [one_file, several_sources, a_file_per_document, web_pages, hub_stream, saved_table]
 
 
 def make_stream(dataset: Path, sources: list, lanes: int = LANES, seed: int = 5, **options) -> TextStream:

@@ -1,24 +1,42 @@
 """Cleaning: named steps over batches of documents, each a filter or a transformation (text to text, idempotent)."""
 
+import itertools
 import re
-import unicodedata
 from collections.abc import Callable, Container, Iterable
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from preparation.cleaning.filters import FILTERS, Verdict, language, length, licence
 from preparation.cleaning.personal_data import mask_personal_data
+from preparation.normal_forms import to_form
 from preparation.recipe import CleaningConfig
 from preparation.sources.conversations import assistant_text, lacks_content, map_contents
 from utils.cli import nearest
 
-# Unicode's category Cc (controls) except tab and newline, and the zero-width characters that no script needs: ZERO
-# WIDTH SPACE, WORD JOINER, BYTE ORDER MARK. The joiners U+200C and U+200D are part of words and emoji, so they stay.
-CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
-LINE_ENDS = re.compile("\r\n?|[\u2028\u2029\x85]")
+# Unicode's category Cc (controls) except tab and newline, soft hyphens, and the zero-width characters that no script
+# needs: WORD JOINER, BYTE ORDER MARK, and ZERO WIDTH SPACE outside of SPACELESS. The joiners U+200C and U+200D are part
+# of words and emoji, so they stay.
+SHOWN_HYPHENS = re.compile("\xad(?=[ \t]*\n)")
+CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u2060\ufeff]")
+ANY_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2028\u2029\u2060\ufeff]")
+LINE_ENDS = re.compile("\r\n?|[\u2028\x85]")
+# Form feed, the separators of files and groups, U+2029; a newline beside them is part of the same break.
+PARAGRAPH_ENDS = re.compile("\n?[\f\x1c\x1d\u2029]\n?")
+LINE_SEPARATORS = re.compile("[\v\x1e]")
+# ECMA-48: control sequences (CSI), strings up to their end (OSC, as in hyperlinks; DCS, SOS, PM, APC), and short ones.
+TERMINAL_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*([@-~]?)|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[PX^_][^\x1b\n]*\x1b\\|[#-/]+[0-~]|[0-Z\\-~])"
+)
+MOVES = {"C": " ", "G": "\n", "H": "\n", "f": "\n"}  # of the cursor: forward; to another column or place
+# Letters printed twice for bold, or over a line, as `man` and nroff write them. Other backspaces are left to
+# CONTROL_CHARACTERS: they come from "\beta" in JSON, where nothing was struck over.
+OVERSTRUCK = re.compile(r"(?:_\x08)+([^\n\x08])(?:\x08(?:\1|_))*|([^\s\x08])(?:\x08(?:\2|_))+|\+\x08o|o\x08\+")
+# Thai, Lao, Burmese, Khmer, and the other scripts of class SA in Unicode's line breaking; Balinese, Javanese, Cham.
+# Here a ZERO WIDTH SPACE is the border of two words, which nothing else shows.
+_SPACELESS = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\u1b00-\u1b7f\ua980-\uaadf]"
+ZERO_WIDTH_SPACES = re.compile(f"((?<={_SPACELESS})\u200b)\u200b*(?={_SPACELESS})|\u200b+")
 BLANK_LINES = re.compile(r"\n{3,}")
 NOT_BASIC = re.compile(r"[^\w\s.,!?;:()\-']")
 
@@ -73,23 +91,42 @@ def fix_unicode(text: str) -> str:
 
 
 def unify_line_ends(text: str) -> str:
-    return text if text.isascii() and "\r" not in text else LINE_ENDS.sub("\n", text)
+    return text if text.isascii() and "\r" not in text else LINE_ENDS.sub("\n", text.replace("\u2029", "\n\n"))
 
 
 def remove_controls(text: str) -> str:
-    """Remove control characters, and zero-width ones except the joiners; a carriage return becomes a newline."""
-    return CONTROL_CHARACTERS.sub("", unify_line_ends(text))
+    """Turn controls into what they mean: a form feed ends a paragraph; carriage return, vertical tab and record
+    separator end a line; a unit separator is a space; letters struck over are one letter. Remove the other controls,
+    terminals' escape sequences, soft hyphens (a hyphen at the end of a line), and zero-width characters except joiners
+    and borders of words in scripts without spaces."""
+    if not ANY_CONTROL.search(text):
+        return text
+    text = TERMINAL_ESCAPES.sub(lambda match: MOVES.get(match[1], ""), text) if "\x1b" in text else text
+    text = OVERSTRUCK.sub(lambda match: match[1] or match[2] or "•", text) if "\b" in text else text
+    text = PARAGRAPH_ENDS.sub("\n\n", LINE_SEPARATORS.sub("\n", unify_line_ends(text))).replace("\x1f", " ")
+    text = CONTROL_CHARACTERS.sub("", SHOWN_HYPHENS.sub("-", text))
+    return ZERO_WIDTH_SPACES.sub(r"\1", text)
 
 
 def nfc(text: str) -> str:
-    """Unicode normalization form C."""
-    return unicodedata.normalize("NFC", text)
+    """Unicode normalization form C; a run of more than 30 combining marks stays as it is."""
+    return to_form("NFC", text)
 
 
 def tidy_whitespace(text: str) -> str:
-    """Unify line ends; remove trailing spaces, repeated blank lines and blank lines at the ends. Indents stay."""
-    text = "\n".join([line.rstrip(" \t") for line in unify_line_ends(text).split("\n")])
-    return BLANK_LINES.sub("\n\n", text).strip("\n")
+    """Unify line ends; remove trailing spaces, repeated blank lines and blank lines at the ends. Indents stay, and so
+    do two spaces that end a line before another one: Markdown's hard break."""
+    raw = unify_line_ends(text).split("\n")
+    lines = [line.rstrip(" \t") for line in raw]
+    if "  \n" in text or "  \r" in text:
+        triples = zip(raw, lines, itertools.chain(lines[1:], [""]), strict=True)
+        lines = [before if line and after and before == line + "  " else line for before, line, after in triples]
+    return BLANK_LINES.sub("\n\n", "\n".join(lines)).strip("\n")
+
+
+def tidy_code(text: str) -> str:
+    """`tidy_whitespace` for code, where blank lines have a meaning: they stay, except at the ends."""
+    return "\n".join([line.rstrip(" \t") for line in unify_line_ends(text).split("\n")]).strip("\n")
 
 
 def basic(text: str) -> str:
@@ -120,7 +157,7 @@ def _is_c4_line(line: str) -> bool:
 
 
 def _keep_lines(text: str, keep: list[bool]) -> str:
-    return BLANK_LINES.sub("\n\n", "\n".join(compress(text.split("\n"), keep))).strip("\n")
+    return BLANK_LINES.sub("\n\n", "\n".join(itertools.compress(text.split("\n"), keep))).strip("\n")
 
 
 _STEPS = (fix_unicode, remove_controls, nfc, tidy_whitespace, basic, remove_boilerplate, c4_lines, mask_personal_data)
@@ -173,7 +210,7 @@ def clean_documents(
             if name in skipped:
                 continue
             if name in TRANSFORMATIONS:
-                step = TRANSFORMATIONS[name]
+                step = tidy_code if name == "tidy_whitespace" and source in code_sources else TRANSFORMATIONS[name]
                 before, text = text, map_contents(text, step) if conversations else step(text)
                 changed |= (text != before) << index
             elif (verdict := filters[name](assistant_text(text) if conversations else text)) is not True:

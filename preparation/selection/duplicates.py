@@ -39,6 +39,8 @@ from hashlib import blake2b
 import numpy as np
 from rensa import RMinHash
 
+from preparation.normal_forms import to_form
+
 DIGEST_BYTES = 16
 NGRAM = 3
 BANDS, ROWS = 32, 4
@@ -89,7 +91,7 @@ def split_words(text: str) -> list[str]:
     separates words, because texts such as `2 + 2` and `2 - 2` differ in nothing but symbols.
     """
     # NFKC again, because case folding can undo it (Unicode, chapter 3.13, on caseless matching).
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    folded = to_form("NFKC", to_form("NFKC", text).casefold())
     if not folded.isascii():
         folded = LONE_MARKS.sub(" ", folded)
     return folded.translate(SEPARATED).split() if LETTER.search(folded) else folded.split()

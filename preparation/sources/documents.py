@@ -31,6 +31,7 @@ from tqdm import tqdm
 from preparation.recipe import SourceConfig
 from preparation.sources.conversations import find_fault, join_messages, without_system
 from preparation.sources.files import count_other_files, is_tar, is_wanted, kind_of, known_suffixes, reading_units
+from preparation.sources.html import Page, decode_page, read_page
 from preparation.stages import SLICE_BYTES, SLICE_DOCUMENTS
 from utils.cli import UserError
 
@@ -44,6 +45,7 @@ NOT_UTF8 = "not UTF-8 text"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can express and UTF-8 cannot
 BINARY = "a binary file, not text (it holds zero bytes)"
 MAX_BROKEN_LISTED = 1000
+SMALL_SHARE = 0.1  # of a page's characters in its text; 5 % of 879 pages of documentation, all lists of links, had less
 OTHER_KIND = "file of another kind"
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
 
@@ -51,6 +53,7 @@ DAMAGED = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
 class Document(NamedTuple):
     text: str
     id: str  # its file, and the line or record number in it
+    page: Page | None = None  # of HTML
 
 
 class Broken(NamedTuple):
@@ -85,6 +88,7 @@ def read_sources(
     caller that reads a single source in parts gives some of its `reading_units`; other files are then not counted."""
     schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
     counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
+    counts["small_pages"] = []
     with (
         pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
         pa.ipc.new_stream(file, schema) as writer,
@@ -100,6 +104,8 @@ def read_sources(
                     size = len(record.text.encode())
                     figures["documents"] += 1
                     figures["bytes"] += size
+                    if record.page is not None:
+                        _count_page(str(source.name), record, record.page, figures, counts["small_pages"])
                     rows.append(record)
                     held += size
                     if held >= SLICE_BYTES or len(rows) >= SLICE_DOCUMENTS:
@@ -117,9 +123,21 @@ def read_sources(
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
+def _count_page(
+    source: str, record: Document, page: Page, figures: dict[str, Any], small_pages: list[dict[str, Any]]
+) -> None:
+    """Add to the source's `figures` a page and its characters; list it if little of it is text."""
+    small = page.kept < SMALL_SHARE * page.characters
+    counted = {"pages": 1, "small_pages": small, "page_characters": page.characters, "kept_characters": page.kept}
+    for what, number in counted.items():
+        figures[what] = figures.get(what, 0) + number
+    if small and len(small_pages) < MAX_BROKEN_LISTED:
+        small_pages.append({"source": source, "file": record.id, "kept": page.kept, "characters": page.characters})
+
+
 def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: SourceConfig) -> None:
     if rows:
-        texts, ids = zip(*rows, strict=True)
+        texts, ids = [row.text for row in rows], [row.id for row in rows]
         columns = [pa.array(texts, pa.large_string()), pa.array([source.name] * len(rows)), pa.array(ids)]
         writer.write_table(pa.table(columns, schema=schema))
 
@@ -326,17 +344,13 @@ def _decode(data: bytes, name: str, id: str, first_line: int = 1) -> Record:
 
 
 def read_html(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """The main text of a page, without navigation, extracted by resiliparse."""
-    from resiliparse.extract.html2text import extract_plain_text  # a slow import that only HTML needs
-    from resiliparse.parse.encoding import detect_encoding
-    from resiliparse.parse.html import HTMLTree
-
+    """The main text of a page, without navigation."""
     data = stream.read()
     if b"\0" in data[:SNIFFED_BYTES]:
         yield Broken(name, BINARY)
     else:
-        tree = HTMLTree.parse_from_bytes(data, detect_encoding(data) or "utf-8")
-        yield Document(extract_plain_text(tree, main_content=True, alt_texts=False), name)
+        page = read_page(decode_page(data))
+        yield Document(page.text, name, page)
 
 
 def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
