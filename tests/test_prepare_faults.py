@@ -116,17 +116,18 @@ def test_damaged_files_among_good_ones_are_named_and_left_out(tmp_path):
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "latin1.txt").write_bytes("schön\n".encode("latin-1"))
-    out = prepare(tmp_path / "out", "--sources", f"[{folder}]")
+    out = prepare(tmp_path / "out", "--sources", f"[{folder}]", "--max_broken_share", "0.9")
     manifest = load_manifest(tmp_path / "out")
     named = {Path(item["file"]).name: item["why"] for item in manifest["read"]["broken_records"]}
-    assert named.keys() == {"cut.jsonl.gz", "empty.jsonl", "latin1.txt"}
+    assert named.keys() == {"cut.jsonl.gz", "empty.jsonl", "empty.txt", "latin1.txt"}
     assert "damaged or cut off" in named["cut.jsonl.gz"]
     assert all(f"{folder / name}: {why}" in out for name, why in named.items())
-    assert manifest["dropped"]["empty after cleaning"] == 1
+    assert manifest["read"]["lost_files"] == 4 and manifest["read"]["files"] == 5
+    for report in ("README.md", "report.html"):
+        assert all(name in (tmp_path / "out" / report).read_text() for name in named)
     assert 400 < manifest["documents_read"] <= 601
-    strict = error_line("prepare_data.py", "--output", tmp_path / "no", "--sources", f"[{folder}]",
-                        "--max_broken_share", "0.001")  # fmt: skip
-    assert "3 of" in strict and "records are broken" in strict and not (tmp_path / "no").exists()
+    strict = error_line("prepare_data.py", "--output", tmp_path / "no", "--sources", f"[{folder}]")
+    assert "4 of 5 files are lost" in strict and not (tmp_path / "no").exists()
 
 
 def test_a_document_of_one_very_long_line_goes_through(tmp_path):
