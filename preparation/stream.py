@@ -52,7 +52,7 @@ Position = dict[str, Any]
 BEGINNING: Position = {
     "epoch": 0, "block": 0, "document": 0, "reader": None, "read": 0, "broken": 0, "last_broken": None, "lost_files": 0
 }  # fmt: skip
-CHECKED_RECORDS = 1000  # before which the share of broken ones is only checked at the end of an epoch
+CHECKED_RECORDS = 1000  # before which a lane does not judge the share of broken ones
 
 
 class EncodedDocument(NamedTuple):
@@ -102,7 +102,7 @@ class TextStream:
                     at["lost_files"] += reader.lost_files
                     at["last_broken"] = reader.broken[-1] if reader.broken else at["last_broken"]
                 resumed = False
-                self._check_broken(at, reader.files, at_end=not block)
+                self._check_broken(at, reader.files)
                 if not block:
                     break
                 read += len(block)
@@ -118,11 +118,12 @@ class TextStream:
                 raise UserError(f"data.stream_lanes {self.num_lanes}: {problem}")
             at |= {"epoch": epoch + 1, "block": 0, "reader": None, "lost_files": 0}
 
-    def _check_broken(self, at: Position, files: float, *, at_end: bool) -> None:
-        """`files` is the number that the lane reads in an epoch."""
+    def _check_broken(self, at: Position, files: float) -> None:
+        """`files` is the number that the lane reads in an epoch. Three standard deviations above the share are allowed,
+        as a lane sees a part of the records, and the head of each source is checked during preparation."""
         share, records = self.max_broken_share, at["read"] + at["broken"]
-        enough = at_end or records >= CHECKED_RECORDS
-        if (enough and at["broken"] > share * records) or at["lost_files"] > share * files:
+        limit = share * records
+        if (records >= CHECKED_RECORDS and at["broken"] > limit + 3 * limit**0.5) or at["lost_files"] > share * files:
             raise UserError(
                 f"{at['last_broken']}; {at['broken']:,} of {records:,} records and {at['lost_files']:,} of about "
                 f"{files:,.0f} files are broken, more than max_broken_share {share:g} allows; repair or remove the "

@@ -237,8 +237,10 @@ def iter_records(
     """The documents and the broken records of some `reading_units` of the source; `tally` counts the `files` and their
     `bytes`, decompressed."""
     tally = Counter() if tally is None else tally
+    whole = Path(str(source.path))
     for unit in units:
-        yield from _read_table(source, unit) if unit is None or unit.is_dir() else _read_file(source, unit, tally)
+        is_table = unit is None or (unit == whole and unit.is_dir())
+        yield from _read_table(source, unit) if is_table else _read_file(source, unit, tally)
 
 
 class Counting(io.RawIOBase):
@@ -261,7 +263,7 @@ def _read_file(source: SourceConfig, path: Path, tally: Counter[str]) -> Iterato
     name, records = printable(str(path)), 0
     opener: Any = OPENERS.get(path.suffix.lower())
     try:
-        raw = path.open("rb", buffering=1 << 17)
+        raw = open(path, "rb", buffering=SNIFFED_BYTES)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     tally["files"] += not is_tar(path.name)  # of an archive, its files count, and it itself if it is lost
@@ -269,7 +271,8 @@ def _read_file(source: SourceConfig, path: Path, tally: Counter[str]) -> Iterato
     with raw:
         size = os.fstat(raw.fileno()).st_size
         try:
-            if lost := _stand_in(raw.peek(SNIFFED_BYTES), name, kind_of(source, path.name), size, source):
+            packed = opener or is_tar(path.name)
+            if packed and (lost := _stand_in(raw.peek(), name, kind_of(source, path.name), size, source)):
                 tally["bytes"] += max(lost.bytes - size, 0)
                 tally["files"] += is_tar(path.name)
                 yield lost
@@ -278,6 +281,8 @@ def _read_file(source: SourceConfig, path: Path, tally: Counter[str]) -> Iterato
             stream = io.BufferedReader(unpacked, 1 << 20) if unpacked else raw
             for record in _read_tar(source, stream, path, tally) if is_tar(path.name) else _read(source, stream, name):
                 records += 1
+                if isinstance(record, Broken):  # a pointer stands for more than itself
+                    tally["bytes"] += max(record.bytes - max(size, unpacked.count if unpacked else 0), 0)
                 yield record
         except DAMAGED as error:
             read = unpacked.count if unpacked else raw.tell()
@@ -521,7 +526,10 @@ def _split_at(stream: BinaryIO, source: SourceConfig, separators: Counter[str]) 
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
-    rest = b""
+    rest = stream.read(SNIFFED_BYTES)
+    if 0 < len(rest) < SNIFFED_BYTES:  # a small file
+        yield rest
+        return
     while chunk := stream.read(TEXT_PART_BYTES - len(rest)):
         rest += chunk
         if len(rest) < TEXT_PART_BYTES:
@@ -698,7 +706,7 @@ class CsvLines:
     stray quote took in."""
 
     def __init__(self, lines: Iterator[str], delimiter: str, is_stated: bool, escapes: bool) -> None:
-        self.lines, self.delimiter, self.escapes = lines, delimiter, escapes
+        self.lines, self.delimiter = map(_plain_quotes, lines) if escapes else lines, delimiter
         self.again: list[str] = []  # lines to read again, the next one last
         self.pending: list[str] = []
         self.columns: list[str] = []
@@ -712,9 +720,14 @@ class CsvLines:
         return taken
 
     def _feed(self) -> Iterator[str]:
-        while line := self.again.pop() if self.again else next(self.lines, ""):
-            self.pending.append(line)
-            yield _plain_quotes(line) if self.escapes else line
+        append, again = self.pending.append, self.again
+        while again:  # `drop` starts another reader when it adds some
+            line = again.pop()
+            append(line)
+            yield line
+        for line in self.lines:
+            append(line)
+            yield line
 
     def rows(self) -> Iterator[tuple[int, list[str], str | None]]:
         """(number of its first line, its fields, what is wrong with it or None) of each row that is not blank."""
@@ -773,6 +786,8 @@ class CsvLines:
         return sum(self._fields(line) == width for line in lines) >= least * len(lines)
 
     def _fields(self, line: str) -> int:
+        if line.count(self.delimiter) < len(self.columns) - 1:
+            return 0
         try:
             return len(next(csv.reader([line], delimiter=self.delimiter, strict=True), []))
         except csv.Error:
