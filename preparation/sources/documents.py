@@ -174,6 +174,7 @@ def count_left(found: Found, counts: dict[str, Any], source: str) -> None:
 
 def _count(record: "Broken | Skipped", counts: dict[str, Any], source: str) -> None:
     listed: dict[str, Any] = {"file": record.file, "why": record.why, "bytes": record.bytes}
+    add: dict[str, Any]
     if isinstance(record, Skipped):
         add = {"skipped": {record.why: 1}, "skipped_bytes": {record.why: record.bytes}, "skipped_files": [listed]}
     else:
@@ -239,8 +240,10 @@ def iter_records(
     tally = Counter() if tally is None else tally
     whole = Path(str(source.path))
     for unit in units:
-        is_table = unit is None or (unit == whole and unit.is_dir())
-        yield from _read_table(source, unit) if is_table else _read_file(source, unit, tally)
+        if unit is None or (unit == whole and unit.is_dir()):
+            yield from _read_table(source, unit)
+        else:
+            yield from _read_file(source, unit, tally)
 
 
 class Counting(io.RawIOBase):
@@ -263,7 +266,7 @@ def _read_file(source: SourceConfig, path: Path, tally: Counter[str]) -> Iterato
     name, records = printable(str(path)), 0
     opener: Any = OPENERS.get(path.suffix.lower())
     try:
-        raw = open(path, "rb", buffering=SNIFFED_BYTES)  # noqa: SIM115
+        raw: Any = open(path, "rb", buffering=SNIFFED_BYTES)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     tally["files"] += not is_tar(path.name)  # of an archive, its files count, and it itself if it is lost
@@ -714,7 +717,7 @@ class CsvLines:
         self.opener = re.compile(rf'(?:^|{re.escape(delimiter)})"(?!"[^{re.escape(delimiter)}\r\n])')
 
     def _take(self, count: int) -> list[str]:
-        taken = []
+        taken: list[str] = []
         while len(taken) < count and (line := self.again.pop() if self.again else next(self.lines, "")):
             taken.append(line)
         return taken
