@@ -345,7 +345,7 @@ def test_the_inside_of_a_lost_cell_makes_no_documents(tmp_path, monkeypatch):
     assert [(item.why.partition(":")[0], item.lines) for item in found if isinstance(item, Broken)] == [
         ("lines 6–8", 3)
     ]
-    monkeypatch.setattr("preparation.sources.documents.CELL_CHARACTERS", 100)
+    monkeypatch.setattr("preparation.sources.csv_lines.CELL_CHARACTERS", 100)
     rows = ["id,text", "1,one", '2,"' + "a line of prose.\n" * 50 + 'the end"', "3,three", "4," + "x" * 101, "5,five"]
     (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
     found = records(tmp_path / "a.csv")
@@ -405,6 +405,27 @@ def test_a_stated_encoding_holds_for_every_kind_of_text(encoding, tmp_path):
     (broken,) = records(tmp_path / "a.txt")  # without it, the message says what it looks like
     looks = {"utf-16-le": "utf-16-le", "windows-1252": "cp1252"}.get(encoding, encoding)
     assert "not UTF-8 text" in broken.why and f"give `encoding: {looks}` in its entry" in broken.why
+
+
+def test_links_in_an_archive_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
+    (tmp_path / "c.txt").symlink_to("a.txt")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            archive.add(tmp_path / name, name)
+    document, *links = records(tmp_path / "a.tar")
+    assert document.text == "one"
+    assert [(item.file, item.why) for item in links] == [
+        ("a.tar/b.txt", "a link or device in an archive"), ("a.tar/c.txt", "a link or device in an archive"),
+    ]  # fmt: skip
+
+
+def test_compressed_files_put_one_after_the_other_are_read_to_the_end(tmp_path):
+    for suffix in (".gz", ".zst"):
+        parts = [COMPRESSORS[suffix](json_lines(part)) for part in (TEXTS[:20], TEXTS[20:])]
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts))
+        assert texts(tmp_path / f"a.jsonl{suffix}") == TEXTS
 
 
 def test_what_a_stated_encoding_cannot_decode_loses_its_record_only(tmp_path):
