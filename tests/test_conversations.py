@@ -188,6 +188,9 @@ def test_eos_ends_what_no_special_token_ends(tokenizer):
     assert answered[0][-1] == asked[0][-1] == eos
     assert said(plain, *answered) == " Me.\n" + plain.eos_token
     assert said(plain, *asked) == " Me.\n"
+    unlearnt = [*talk("user: Who?", "assistant: Me.", "user: You?"), talk("assistant: No.")[0] | {"weight": 0}]
+    (ids, mask) = encode(plain, [unlearnt])[0]
+    assert ids[-1] == eos and said(plain, ids, mask) == " Me.\n"
     assert all(eos not in ids for ids, _ in encode(tokenizer, ODD))  # these end with <|im_end|>
 
 
