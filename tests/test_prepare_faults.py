@@ -183,6 +183,17 @@ def test_a_source_with_too_many_broken_records_ends_a_stream(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl, line .* records .* more than max_broken_share 0.01"):
         for _, _ in zip(range(2 * len(TEXTS)), stream.documents(0, None), strict=False):
             pass
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(4):
+        write_lines(shards / f"{number}.jsonl", TEXTS[100 * number : 100 * number + 100])
+    prepare(tmp_path / "two", "--sources", f"[{shards}]", "--stream", "true", "--stream_head_documents", "50")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5000\n"
+    (shards / "3.jsonl").write_text(pointer)
+    stream = TextStream(load_manifest(tmp_path / "two")["options"], tmp_path / "two", num_lanes=1, seed=0)
+    with pytest.raises(UserError, match=r"3.jsonl, a Git LFS pointer .* 1 of about 4 files are broken"):
+        for _, _ in zip(range(1000), stream.documents(0, None), strict=False):
+            pass
 
 
 def test_a_document_of_one_very_long_line_goes_through(tmp_path):
