@@ -252,7 +252,7 @@ class Counting(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self.file.read1(len(buffer))  # not `read`, which gives nothing of what precedes damage
+        data = self.file.read1(min(len(buffer), 1 << 16))  # not `read`, which gives nothing of what precedes damage
         buffer[: len(data)] = data
         self.count += len(data)
         return len(data)
@@ -586,11 +586,12 @@ def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
     """JSON lines, or a file that is one JSON value: a list of records, or one record."""
     head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]  # type: ignore[attr-defined]
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    keys = [] if source.messages_column else [f'"{column}"'.encode() for column in needed_columns(source)]
     if not head:
         yield Broken(name, EMPTY, is_file=True)
     elif head[:1] == b"[" or (head[:1] == b"{" and head[1:].lstrip(b" \t")[:1] in (b"\n", b"\r")):
         data = stream.read()
-        value = _parse_json(data, name, "", source)
+        value = _parse_json(data, name, "", source, keys)
         if isinstance(value, Broken):
             yield value._replace(bytes=len(data), lines=data.count(b"\n") + 1, is_file=True)
             return
@@ -599,18 +600,18 @@ def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
     else:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                value = _parse_json(line.rstrip(), name, f"line {number}: ", source)
+                value = _parse_json(line.rstrip(), name, f"line {number}: ", source, keys)
                 document = make_document(value, name, number, "line", source)
                 yield document._replace(bytes=len(line), lines=1) if isinstance(document, Broken) else document
 
 
-def _parse_json(data: bytes, name: str, where: str, source: SourceConfig) -> Any:
-    """The value, or a `Broken` with the reason."""
-    # Only where a name that is read may stand twice: the hook takes time.
-    columns = [f'"{column}"'.encode() for column in needed_columns(source)]
-    hook = _distinct if source.messages_column or any(data.count(column) > 1 for column in columns) else None
+def _parse_json(data: bytes, name: str, where: str, source: SourceConfig, keys: list[bytes]) -> Any:
+    """The value, or a `Broken` with the reason. Whether a key stands twice is only looked at, as it takes time, if one
+    of `keys` may, or if there are none."""
     try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=hook)
+        if not keys or any(data.count(key) > 1 for key in keys):
+            return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_distinct)
+        return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         reason = f"{not_text(source)} ({error.reason} at byte {error.start}){_hint(data, source)}"
     except json.JSONDecodeError as error:
