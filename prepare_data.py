@@ -42,7 +42,9 @@ from preparation.sources.documents import (
 from preparation.sources.files import (
     VERSIONS,
     WITHOUT_EFFECT,
+    Found,
     describe_files,
+    find_all,
     hash_paths,
     identify,
     reading_options,
@@ -86,14 +88,14 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
     with claim_output(config, sources, stages, output) as claimed:
         if claimed is None:
             return
-        files, key = claimed
+        files, found, key = claimed
         check_tokenizer(config)  # now, not after hours of reading
 
         # ---- Read: sources of any format → one table on disk with the columns text, source and id.
         limit = config.stream_head_documents if config.stream else None
         folder = stages.run(
             "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
-            lambda folder: engine.read_sources(sources, folder, limit),
+            lambda folder: engine.read_sources(sources, folder, limit, found),
         )  # fmt: skip
         counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
         check_broken(counts, config.max_broken_share)
@@ -166,8 +168,8 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
 @contextlib.contextmanager
 def claim_output(
     config: PrepareConfig, sources: list[SourceConfig], stages: Stages, output: Path
-) -> Iterator[tuple[list[dict[str, Any]], str] | None]:
-    """The files of the sources and the recipe's key, with a lock on the output; None if the output is up to date.
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, Found], str] | None]:
+    """The files of the sources, what else was found, and the recipe's key, with a lock on the output; None if the output is up to date.
 
     `UserError` if the output is locked, is not a dataset, overlaps a source or cannot be written.
     """
@@ -176,8 +178,9 @@ def claim_output(
     manifest = load_existing(output)
     try:
         with standard_input_in_file(sources, stages.folder):
+            found = find_all(sources)
             files = describe_files(
-                sources, manifest["files"] if manifest.get("stream") == config.stream else [],
+                sources, found, manifest["files"] if manifest.get("stream") == config.stream else [],
                 read_again=config.check_hashes, by_size_only=config.stream and not config.check_hashes,
             )  # fmt: skip
             key = recipe_key(config, sources, files)
@@ -193,7 +196,7 @@ def claim_output(
                         f"{config.output}: another prepare_data.py is writing it; wait for its end, or stop it"
                     )
                 try:
-                    yield files, key
+                    yield files, found, key
                 finally:  # of a call that was refused before it read anything, nothing stays
                     if [path.name for path in stages.folder.iterdir()] == ["lock"]:
                         shutil.rmtree(stages.folder)

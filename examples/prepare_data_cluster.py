@@ -72,7 +72,6 @@ import json
 import logging
 import shutil
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,8 +82,8 @@ from tqdm import tqdm
 
 import prepare_data
 from preparation.recipe import SourceConfig
-from preparation.sources.documents import MAX_BROKEN_LISTED, OTHER_KIND, read_sources
-from preparation.sources.files import count_other_files, reading_units
+from preparation.sources.documents import count_left, merge_counts, read_sources, start_counts
+from preparation.sources.files import Found, reading_units
 from preparation.stages import iter_slices, load_slices, map_slices
 
 try:
@@ -108,27 +107,21 @@ def main(config: PrepareConfig) -> None:
     prepare_data.main(config, prepare_data.Engine(read_on_cluster, map_on_cluster))
 
 
-def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None) -> None:
+def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None, found: dict[str, Found]) -> None:
     """`read_sources` on the cluster. A part is one file, or consecutive small ones."""
-    parts = [(source, units) for source in sources for units in group_units(reading_units(source))]
-    counts: dict[str, Any] = {
-        "sources": {source.name: {"documents": 0, "bytes": 0} for source in sources},
-        "broken": 0, "broken_records": [], "small_pages": [], "skipped": Counter({OTHER_KIND: sum(map(count_other_files, sources))}),
-    }  # fmt: skip
+    parts = [
+        (source, units) for source in sources for units in group_units(reading_units(source, found[str(source.name)]))
+    ]
+    counts = start_counts(sources)
+    for source in sources:
+        count_left(found[str(source.name)], counts, str(source.name))
 
     def work(source: SourceConfig, units: list[Path | None], folder: Path) -> dict[str, Any]:
         read_sources([source], folder, units=units)
         return json.loads((folder / "read.json").read_text(encoding="utf-8"))
 
     for part in run_parts(work, parts, folder / "documents.arrow", "read"):
-        for name, figures in part["sources"].items():
-            for what, number in figures.items():
-                counts["sources"][name][what] = counts["sources"][name].get(what, 0) + number
-        counts["broken"] += part["broken"]
-        counts["broken_records"] += part["broken_records"][: MAX_BROKEN_LISTED - len(counts["broken_records"])]
-        counts["small_pages"] += part["small_pages"][: MAX_BROKEN_LISTED - len(counts["small_pages"])]
-        counts["skipped"].update(part["skipped"])
-    counts["skipped"] = {why: count for why, count in counts["skipped"].items() if count}
+        merge_counts(counts, part)
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
 
 

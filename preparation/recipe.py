@@ -42,6 +42,10 @@ class SourceConfig:
     """How to read the files. null: by their suffix. code: one document per file, with the filters for code."""
     include: str | None = None
     """Only files whose path within the folder or archive matches this pattern, as in "*.rst.gz"."""
+    exclude: str | list[str] | None = None
+    """No files whose path within the folder or archive matches this pattern or one of these, as in "drafts/*"."""
+    encoding: str | None = None
+    """Of text, CSV, JSON, HTML and code, as in windows-1252, utf-16 or shift_jis. null: UTF-8; HTML finds it out."""
     text_column: str | None = None
     """Column with the text. null: the recipe's text_column."""
     template: str | None = None
@@ -50,6 +54,8 @@ class SourceConfig:
     """Column with a conversation, a list of messages; instead of text_column. null: the recipe's messages_column."""
     new_document: str | None = None
     """Text files: regular expression for the lines that begin a new document. null: one document per file."""
+    keep_separator: bool = False
+    """Whether a line that new_document matches from end to end stays in the text. A line matched in part stays."""
     weight: float = 1.0
     """How often each training document is used per epoch: 2 is twice; 0.5 is half of them, chosen by a hash."""
     extensions: list[str] | None = None
@@ -84,6 +90,11 @@ class SourceConfig:
             re.compile(self.new_document or "")
         except re.error as error:
             found.append(f"new_document {self.new_document!r} is not a regular expression: {error}")
+        if self.encoding is not None:
+            try:
+                "".encode(self.encoding)
+            except LookupError:
+                found.append(f"encoding {self.encoding!r} is unknown; give one such as windows-1252, utf-16, shift_jis")
         if not 0 <= self.weight <= 100:
             found.append(f"weight is {self.weight}; it must be between 0 and 100")
         if self.max_file_bytes < 1:

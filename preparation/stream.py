@@ -23,8 +23,8 @@ from preparation.cleaning.steps import clean_documents
 from preparation.recipe import CleaningConfig, PrepareConfig, SourceConfig, resolve_sources
 from preparation.selection.duplicates import digest_documents
 from preparation.selection.splits import count_uses, draw_chance, is_held_out
-from preparation.sources.documents import OPENERS, Document, Skipped, iter_records, load_table, make_document
-from preparation.sources.files import describe_files, is_saved_dataset
+from preparation.sources.documents import OPENERS, Broken, Document, Skipped, iter_records, load_table, make_document
+from preparation.sources.files import describe_files, find_all, is_saved_dataset
 from preparation.stages import hash_json, iter_slices
 from preparation.tokenizer.build import load_tokenizer
 from preparation.tokenizer.encoding import Encoder, build_encoder
@@ -46,10 +46,13 @@ ENCODED_CHARACTERS = 1 << 17
 SAMPLE_DOCUMENTS, SAMPLE_TOKENS = 300, 5_000  # to test the encoder on
 
 # A place in a lane, as JSON: the epoch, the number of the block, the state of the EpochReader at the beginning of the
-# block (None at the beginning of the epoch), how many documents of the permuted block are done; for logs, how many
-# broken records have been skipped so far, and the last one.
+# block (None at the beginning of the epoch), how many documents of the permuted block are done; how many
+# records have been read and how many broken ones skipped so far, and the last one; the files lost in this epoch.
 Position = dict[str, Any]
-BEGINNING: Position = {"epoch": 0, "block": 0, "document": 0, "reader": None, "broken": 0, "last_broken": None}
+BEGINNING: Position = {
+    "epoch": 0, "block": 0, "document": 0, "reader": None, "read": 0, "broken": 0, "last_broken": None, "lost_files": 0
+}  # fmt: skip
+CHECKED_RECORDS = 1000  # before which a lane does not judge the share of broken ones
 
 
 class EncodedDocument(NamedTuple):
@@ -73,15 +76,17 @@ class TextStream:
         self.sources = [source for source in resolve_sources(recipe) if source.weight]
         self.code_sources = {str(source.name) for source in self.sources if source.kind == "code"}
         self.validation_fraction: float = options["validation_fraction"]
+        self.max_broken_share: float = options.get("max_broken_share", recipe.max_broken_share)
         self.dataset, self.num_lanes, self.seed = dataset, num_lanes, seed
-        self.files = describe_files(self.sources, [], read_again=False, by_size_only=True)
+        self.files = describe_files(self.sources, find_all(self.sources), [], read_again=False, by_size_only=True)
         contents = [[file["source"], file["name"], file["content"]] for file in self.files]
         order = [READ_RECORDS, OPEN_SOURCES, BLOCK_DOCUMENTS, BLOCK_CHARACTERS, UNEVEN, COMPRESSION, TABLE_PARTS]
         self.identity = hash_json(contents, order)
 
     def documents(self, lane: int, position: Position | None) -> Iterator[EncodedDocument]:
-        """The lane's training documents without end, from a position or the beginning; `UserError` if it has none."""
-        at: Position = dict(position or BEGINNING)
+        """The lane's training documents without end, from a position or the beginning; `UserError` if it has none, or
+        if more of what it reads is broken or lost than the recipe's `max_broken_share`."""
+        at: Position = BEGINNING | (position or {})
         while True:
             epoch, resumed = at["epoch"], at["reader"] is not None
             lane_seed, block_seed = SeedSequence([self.seed, epoch, lane]).generate_state(2, np.uint64).tolist()
@@ -92,9 +97,12 @@ class TextStream:
                 start = reader.state()
                 block = reader.read_block()
                 if not resumed:  # otherwise they are already counted
+                    at["read"] += len(block)
                     at["broken"] += len(reader.broken)
+                    at["lost_files"] += reader.lost_files
                     at["last_broken"] = reader.broken[-1] if reader.broken else at["last_broken"]
                 resumed = False
+                self._check_broken(at, reader.files)
                 if not block:
                     break
                 read += len(block)
@@ -108,7 +116,19 @@ class TextStream:
                 reason = f"its {read} documents are all dropped or held out" if read else "no document is left"
                 problem = f"lane {lane} has nothing to train on ({reason}); use fewer lanes, or more text"
                 raise UserError(f"data.stream_lanes {self.num_lanes}: {problem}")
-            at |= {"epoch": epoch + 1, "block": 0, "reader": None}
+            at |= {"epoch": epoch + 1, "block": 0, "reader": None, "lost_files": 0}
+
+    def _check_broken(self, at: Position, files: float) -> None:
+        """`files` is the number that the lane reads in an epoch. Three standard deviations above the share are allowed,
+        as a lane sees a part of the records, and the head of each source is checked during preparation."""
+        share, records = self.max_broken_share, at["read"] + at["broken"]
+        limit = share * records
+        if (records >= CHECKED_RECORDS and at["broken"] > limit + 3 * limit**0.5) or at["lost_files"] > share * files:
+            raise UserError(
+                f"{at['last_broken']}; {at['broken']:,} of {records:,} records and {at['lost_files']:,} of about "
+                f"{files:,.0f} files are broken, more than max_broken_share {share:g} allows; repair or remove the "
+                "files, or prepare the dataset again with a larger max_broken_share"
+            )
 
     def _encode(self, block: list["Taken"], first: int) -> Iterator[tuple[int, np.ndarray]]:
         """(number in the block, input_ids) of each document to train on, beginning with number `first`."""
@@ -147,6 +167,7 @@ class OpenedSource(NamedTuple):
     is_table: bool
     is_divided: bool
     bytes: int  # approximate, which decides the order of reading; 0 if unknown
+    files: int
 
 
 def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: int) -> OpenedSource:
@@ -158,9 +179,11 @@ def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: in
         if isinstance(table, datasets.Dataset):
             table = table.to_iterable_dataset(num_shards=max(1, min(len(table), TABLE_PARTS * num_lanes)))
         sizes = [1] * table.num_shards
+        files = []
     else:
         # From large to small and back, so that the shares, every num_lanes-th file, have about the same size.
-        pairs = sorted(((f["bytes"], f["path"]) for f in files if f["source"] == config.name), reverse=True)
+        files = [file for file in files if file["source"] == config.name]
+        pairs = sorted(((file["bytes"], file["path"]) for file in files), reverse=True)
         rounds = [pairs[start : start + num_lanes] for start in range(0, len(pairs), num_lanes)]
         pairs = [pair for number, part in enumerate(rounds) for pair in (reversed(part) if number % 2 else part)]
         sizes = [size * (COMPRESSION if Path(path).suffix.lower() in OPENERS else 1) for size, path in pairs]
@@ -168,7 +191,7 @@ def open_source(config: SourceConfig, files: list[dict[str, Any]], num_lanes: in
         paths = [path for _, path in pairs]
         table = datasets.IterableDataset.from_generator(_iter_rows, gen_kwargs={"source": config, "paths": paths})
     shares = [sum(sizes[lane::num_lanes]) for lane in range(num_lanes)]
-    return OpenedSource(config, table, is_table, 0 < max(shares) <= UNEVEN * min(shares), total)
+    return OpenedSource(config, table, is_table, 0 < max(shares) <= UNEVEN * min(shares), total, len(files))
 
 
 def _iter_rows(source: SourceConfig, paths: list[str]) -> Iterator[dict[str, Any]]:
@@ -207,6 +230,8 @@ class EpochReader:
         self.sources, self.lane, self.num_lanes = sources, lane, num_lanes
         self.epoch_seed, self.lane_seed = epoch_seed, lane_seed
         self.broken: list[str] = []
+        self.lost_files = 0
+        self.files = sum(source.files / (num_lanes if source.is_divided else 1) for source in sources)
         self._order = permute(np.arange(len(sources)), len(sources), lane_seed, 0).tolist()
         typical = max(source.bytes for source in sources) or 1
         self._sizes = [(source.bytes or typical) * math.ceil(source.config.weight) / num_lanes for source in sources]
@@ -233,7 +258,7 @@ class EpochReader:
     def read_block(self) -> list[Taken]:
         """The documents of the next block, none at the end of the epoch; `broken` lists the skipped records."""
         block: list[Taken] = []
-        self.broken = []
+        self.broken, self.lost_files = [], 0
         characters = 0
         while len(block) < BLOCK_DOCUMENTS and characters < BLOCK_CHARACTERS:
             while len(self._reading) < OPEN_SOURCES and self._begun < len(self._order):
@@ -282,4 +307,5 @@ class EpochReader:
                 item.characters += len(record.text)
             else:
                 self.broken.append(f"{record.file}, {record.why}")
+                self.lost_files += isinstance(record, Broken) and record.is_file
         return found

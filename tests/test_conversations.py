@@ -16,7 +16,16 @@ from transformers import AutoTokenizer
 import prepare_data
 from preparation.cleaning.steps import EMPTY, clean_documents
 from preparation.recipe import CleaningConfig, SourceConfig
-from preparation.sources.conversations import ROLES, SEPARATOR, join_messages, split_messages, without_system
+from preparation.sources.conversations import (
+    ROLES,
+    SEPARATOR,
+    find_conversation,
+    join_messages,
+    map_contents,
+    split_messages,
+    split_tools,
+    without_system,
+)
 from preparation.sources.documents import read_sources
 from preparation.tokenizer.build import train_tokenizer
 from preparation.tokenizer.encoding import ConversationEncoder
@@ -179,6 +188,9 @@ def test_eos_ends_what_no_special_token_ends(tokenizer):
     assert answered[0][-1] == asked[0][-1] == eos
     assert said(plain, *answered) == " Me.\n" + plain.eos_token
     assert said(plain, *asked) == " Me.\n"
+    unlearnt = [*talk("user: Who?", "assistant: Me.", "user: You?"), talk("assistant: No.")[0] | {"weight": 0}]
+    (ids, mask) = encode(plain, [unlearnt])[0]
+    assert ids[-1] == eos and said(plain, ids, mask) == " Me.\n"
     assert all(eos not in ids for ids, _ in encode(tokenizer, ODD))  # these end with <|im_end|>
 
 
@@ -301,7 +313,11 @@ BROKEN = {  # a line, expected part of the reason
     '{"messages": "Hello"}': "holds str, not a list of messages",
     '{"text": "Hello"}': "no column 'messages'; it has text (see messages_column)",
     '{"messages": ["Hello"]}': "message 1 is str, not a mapping",
-    '{"messages": [{"from": "human", "value": "Hello"}]}': "message 1 has the role None; known are system, user",
+    '{"messages": [{"from": "someone", "value": "Hello"}]}': "message 1 has the role 'someone'; known are system, user",
+    '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}': "to learn: their weights are 0",
+    '{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}': "message 1 has the weight 0.5",
+    '{"messages": [{"role": "assistant", "content": "a"}], "tools": "f"}': "column 'tools' holds text that is not JSON",
+    '{"messages": [{"role": "assistant", "content": "a", "content": "b"}]}': "the key 'content' stands twice",
     '{"messages": [{"role": "bot", "content": "Hello"}]}': "message 1 has the role 'bot'",
     '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}': "message 1 has a content of type list, not text",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}': "message 2 has a content",
@@ -322,7 +338,70 @@ def test_records_that_are_no_conversations_are_broken_and_named(tmp_path):
         assert record["file"] == str(path) and record["why"].startswith(f"line {line}: ") and why in record["why"]
     options = ("--messages_column", "messages", "--sources", f"[{path}]", *TEMPLATE_OPTIONS)
     line = error_line("prepare_data.py", "--output", tmp_path / "out", *options)
-    assert "bad.jsonl: line 2: column 'messages' is an empty list; 12 of 14 records are broken" in line
+    assert "bad.jsonl: line 2: column 'messages' is an empty list; 16 of 18 records are broken" in line
+
+
+TOOL = [{"type": "function", "function": {"name": "look_up"}}]
+REASONED = [*talk("user: Why?"), talk("assistant: Bad.")[0] | {"weight": 0}, *talk("user: Again."),
+            talk("assistant: Good.")[0] | {"weight": 1, "reasoning_content": "I think."}]  # fmt: skip
+
+
+def test_the_stored_form_holds_weights_reasoning_and_tools():
+    text = find_conversation({"messages": REASONED, "tools": TOOL}, "messages")
+    expected = [{key: value for key, value in item.items() if (key, value) != ("weight", 1)} for item in REASONED]
+    assert split_messages(text) == expected and split_tools(text) == TOOL
+    assert map_contents(text, str.upper) == join_messages(
+        [
+            item | {key: item[key].upper() for key in ("content", "reasoning_content") if key in item}
+            for item in expected
+        ],
+        TOOL,
+    )
+    assert without_system(text) == join_messages(expected)
+    for absent in (None, [], ""):
+        assert find_conversation({"messages": ODD[0], "tools": absent}, "messages") == join_messages(ODD[0])
+
+
+@pytest.mark.parametrize("template", [MARKED, UNMARKED])
+def test_an_answer_of_weight_0_is_read_but_not_learnt(template, tokenizer):
+    messages = [{key: item[key] for key in item if key != "reasoning_content"} for item in REASONED]
+    encoder = ConversationEncoder(with_template(tokenizer, template))
+
+    def learnt(conversation):
+        table = encoder.encode_table(pa.table({"text": [join_messages(conversation)], "id": ["a"]})).to_pylist()[0]
+        ids = np.array(table["input_ids"])
+        return ids.tolist(), tokenizer.decode(ids[np.array(table["loss_mask"]) == 1])
+
+    plain = [{key: item[key] for key in ("role", "content")} for item in messages]
+    assert learnt(messages)[0] == learnt(plain)[0]
+    assert learnt(plain)[1] == "Bad.<|im_end|>Good.<|im_end|>" and learnt(messages)[1] == "Good.<|im_end|>"
+    last = [*plain[:3], plain[3] | {"weight": 0}]
+    assert learnt(last)[1] == "Bad.<|im_end|>"
+
+
+def test_tools_and_reasoning_reach_a_template_that_writes_them_and_are_refused_by_others(tokenizer):
+    encoder = ConversationEncoder(with_template(tokenizer, MARKED))
+    text, turns = encoder.render(join_messages(REASONED, TOOL), "a")
+    assert "look_up" in text and [text[start:stop] for start, stop in turns] == [
+        "<think>\nI think.\n</think>\nGood.<|im_end|>"
+    ]
+    encoder = ConversationEncoder(with_template(tokenizer, UNMARKED))
+    for conversation, key in ((join_messages(ODD[0], TOOL), "tools"), (join_messages(REASONED), "reasoning_content")):
+        with pytest.raises(UserError, match=f"^a.jsonl:1: this conversation has {key}"):
+            encoder.render(conversation, "a.jsonl:1")
+
+
+def test_the_forms_of_sharegpt_and_alpaca_are_recognised():
+    turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    expected = join_messages(talk("system: S", "user: Why?", "assistant: Because."))
+    for column in ("conversations", "messages"):
+        assert find_conversation({"conversations": turns, "system": "S"}, column) == expected
+    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3", "history": [["Hi", "Ho"]]}
+    assert find_conversation(alpaca, "messages") == join_messages(
+        talk("user: Hi", "assistant: Ho", "user: Add.\n\n1 2", "assistant: 3")
+    )
+    with pytest.raises(ValueError, match="the role 'function_call'"):
+        find_conversation({"conversations": [turns[0], {"from": "function_call", "value": "{}"}]}, "messages")
 
 
 def test_what_does_not_go_with_conversations_is_refused_in_one_line(tmp_path, tokenizer):
@@ -340,9 +419,14 @@ def test_what_does_not_go_with_conversations_is_refused_in_one_line(tmp_path, to
     assert "tokenizer.special_tokens lacks <|im_end|>, <|im_start|>" in refused(
         "--sources", source, *TEMPLATE_OPTIONS[:2], "--validation_fraction", "0.5"
     )
-    assert "the tokenizer has no chat template" in refused(
-        "--sources", source, "--tokenizer.pretrained", tmp_path / "tokenizer", "--validation_fraction", "0.5"
-    )
+    given = ("--sources", source, "--tokenizer.pretrained", tmp_path / "tokenizer", "--validation_fraction", "0.5")
+    assert "has no chat template; give one with tokenizer.chat_template configs/chat_template.jinja" in refused(*given)
+    train_tokenizer([["a word"]], vocab_size=300).save_pretrained(tmp_path / "tokenizer")
+    line = refused(*given)
+    assert "configs/chat_template_plain.jinja" in line
+    advised = line.partition("tokenizer.chat_template ")[2].split()[0]
+    options = ("--messages_column", "messages", *given[:-1], "0.5", "--tokenizer.chat_template", advised)
+    prepare(tmp_path / "advised", *options)
     assert "b.txt: kind text has no column 'messages'" in refused(
         "--sources", f"[{tmp_path / 'b.txt'}]", *TEMPLATE_OPTIONS
     )

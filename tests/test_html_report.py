@@ -118,8 +118,17 @@ def report(documents: list[dict], *, stream: bool = False, **tokenizer: object) 
         "read": {
             "sources": {},
             "broken": 1,
-            "broken_records": [{"file": "a.jsonl", "why": "line 3: no JSON"}],
+            "broken_bytes": 7,
+            "broken_lines": 1,
+            "file_bytes": 5000,
+            "files": 3,
+            "lost_files": 0,
+            "broken_reasons": {"no JSON": {"records": 1, "bytes": 7, "files": 0}},
+            "skipped_files": [],
+            "broken_files": {"a.jsonl": {"records": 1, "bytes": 7, "files": 0}},
+            "broken_records": [{"file": "a.jsonl", "why": "line 3: no JSON", "bytes": 7}],
             "skipped": {"too long": 2},
+            "skipped_bytes": {"too long": 9},
         },
         "changed": {step: number for number, step in enumerate(expand_steps(["standard"]))},
         "dropped": selection.count(),
@@ -170,7 +179,7 @@ def test_figures_are_those_of_a_plain_count(documents):
         tokens = manifest["splits"][split]["tokens"]
         assert page.row("all", f"{kept.sum():,}")[3] == f"{tokens:,}"
         assert f"{tokens / kept.sum():,.0f}" in page.row("mean")[1:]
-    assert page.row("a.jsonl")[1] == "line 3: no JSON" and page.row("too long")[1] == "2"
+    assert page.row("a.jsonl")[1:] == page.row("no JSON")[1:] == ["1", "0", "7"] and page.row("too long")[1] == "2"
 
 
 def test_bins_hold_what_a_plain_loop_counts(documents):

@@ -187,7 +187,7 @@ BAD_SOURCES = {  # source, expected part of the error line
     "missing": ("no/such/file.txt", "no such file"),
     "empty_folder": ("empty_folder", "no .txt"),
     "empty": ("empty.jsonl", "the file is empty; 1 of 1 records are broken"),
-    "empty_text": ("empty.txt", "split is empty: 1 documents, 1 dropped (empty after cleaning 1)"),
+    "empty_text": ("empty.txt", "the file is empty; 1 of 1 records are broken, 1 of 1 files are lost"),
     "mixed": ("mixed.jsonl", "line 2: column 'text' holds int, not text"),
     "binary": ("binary.txt", "binary file"),
     "latin1": ("latin1.txt", "line 2: not UTF-8"),

@@ -16,6 +16,8 @@ from conftest import environment, error_line, script
 from growth import growth
 from test_prepare_data import TEXTS, prepare
 
+from preparation.stream import TextStream
+from utils.cli import UserError
 from utils.data.token_dataset import load_manifest, open_split
 
 STAGES = ["read", "clean", "sketch", "select", "tokenizer"]
@@ -116,17 +118,82 @@ def test_damaged_files_among_good_ones_are_named_and_left_out(tmp_path):
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "latin1.txt").write_bytes("schön\n".encode("latin-1"))
-    out = prepare(tmp_path / "out", "--sources", f"[{folder}]")
+    out = prepare(tmp_path / "out", "--sources", f"[{folder}]", "--max_broken_share", "0.9")
     manifest = load_manifest(tmp_path / "out")
     named = {Path(item["file"]).name: item["why"] for item in manifest["read"]["broken_records"]}
-    assert named.keys() == {"cut.jsonl.gz", "empty.jsonl", "latin1.txt"}
+    assert named.keys() == {"cut.jsonl.gz", "empty.jsonl", "empty.txt", "latin1.txt"}
     assert "damaged or cut off" in named["cut.jsonl.gz"]
     assert all(f"{folder / name}: {why}" in out for name, why in named.items())
-    assert manifest["dropped"]["empty after cleaning"] == 1
+    assert manifest["read"]["lost_files"] == 4 and manifest["read"]["files"] == 5
+    for report in ("README.md", "report.html"):
+        assert all(name in (tmp_path / "out" / report).read_text() for name in named)
     assert 400 < manifest["documents_read"] <= 601
-    strict = error_line("prepare_data.py", "--output", tmp_path / "no", "--sources", f"[{folder}]",
-                        "--max_broken_share", "0.001")  # fmt: skip
-    assert "3 of" in strict and "records are broken" in strict and not (tmp_path / "no").exists()
+    strict = error_line("prepare_data.py", "--output", tmp_path / "no", "--sources", f"[{folder}]")
+    assert "4 of 5 files are lost" in strict and not (tmp_path / "no").exists()
+
+
+def test_what_a_folder_holds_besides_text_is_read_or_named(tmp_path):
+    """Linked folders, links to nothing, names that are not UTF-8, files of macOS, excluded files, a file of no use."""
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    write_lines(folder / "good.jsonl", TEXTS[:300])
+    write_lines(elsewhere / "linked.jsonl", TEXTS[300:400])
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "deep" / "round").symlink_to(folder)  # a loop
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    (folder / "annexed.jsonl").symlink_to("../.git/annex/objects/a/b/SHA256E-s5--0.jsonl")
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    (folder / "._good.jsonl").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    (folder / "picture.png").write_bytes(b"\0" * 99)
+    (folder / "package.json").write_text('{"name": "x"}')
+    name = os.fsdecode(b"sch\xf6n.txt")
+    (folder / name).write_text(TEXTS[500])
+    entry = json.dumps([{"path": str(folder), "exclude": ["*package.json", "deep/*.md"]}])
+    line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", entry)
+    assert "annexed.jsonl: a git-annex link" in line and "2 of 5 files are lost" in line
+    prepare(tmp_path / "out", "--sources", entry, "--max_broken_share", "0.5")
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest["documents_read"] == 401 and len(manifest["files"]) == 3
+    assert {Path(item["file"]).name: item["why"] for item in manifest["read"]["broken_records"]} == {
+        "annexed.jsonl": "a git-annex link without its file; `git annex get` brings it",
+        "gone.jsonl": "a link to a missing file",
+    }
+    assert {Path(item["file"]).name: item["why"].partition(" (")[0] for item in manifest["read"]["skipped_files"]} == {
+        "._good.jsonl": "AppleDouble file", "gone.png": "file of another kind", "package.json": "excluded",
+        "picture.png": "file of another kind", "round": "a link to a folder that is read already",
+    }  # fmt: skip
+    assert manifest["read"]["skipped_bytes"]["file of another kind"] == 99
+    for report in ("README.md", "report.html"):
+        page = (tmp_path / "out" / report).read_text(encoding="utf-8")
+        assert all(text in page for text in ("sch?n.txt", "picture.png", "gone.jsonl", "AppleDouble file", "git-annex"))
+    assert "up to date" in prepare(tmp_path / "out", "--sources", entry, "--max_broken_share", "0.5")
+    both = json.dumps([str(folder), str(elsewhere)])
+    line = error_line("prepare_data.py", "--output", tmp_path / "two", "--sources", both)
+    assert "linked.jsonl: belongs to two sources" in line and "`exclude:`" in line
+
+
+def test_a_source_with_too_many_broken_records_ends_a_stream(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    prepare(tmp_path / "stream", "--sources", f"[{path}]", "--stream", "true", "--stream_head_documents", "200")
+    options = load_manifest(tmp_path / "stream")["options"]
+    with path.open("a") as file:
+        file.write("{not JSON\n" * 100)  # beyond the head
+    stream = TextStream(options, tmp_path / "stream", num_lanes=1, seed=0)
+    with pytest.raises(UserError, match=r"a.jsonl, line .* records .* more than max_broken_share 0.01"):
+        for _, _ in zip(range(2 * len(TEXTS)), stream.documents(0, None), strict=False):
+            pass
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(4):
+        write_lines(shards / f"{number}.jsonl", TEXTS[100 * number : 100 * number + 100])
+    prepare(tmp_path / "two", "--sources", f"[{shards}]", "--stream", "true", "--stream_head_documents", "50")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5000\n"
+    (shards / "3.jsonl").write_text(pointer)
+    stream = TextStream(load_manifest(tmp_path / "two")["options"], tmp_path / "two", num_lanes=1, seed=0)
+    with pytest.raises(UserError, match=r"3.jsonl, a Git LFS pointer .* 1 of about 4 files are broken"):
+        for _, _ in zip(range(1000), stream.documents(0, None), strict=False):
+            pass
 
 
 def test_a_document_of_one_very_long_line_goes_through(tmp_path):

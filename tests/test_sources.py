@@ -15,7 +15,6 @@ from conftest import ROOT
 
 from preparation.recipe import SourceConfig, parse_source
 from preparation.sources.documents import (
-    OTHER_KIND,
     TEXT_PART_BYTES,
     Broken,
     Document,
@@ -24,7 +23,7 @@ from preparation.sources.documents import (
     iter_records,
     read_sources,
 )
-from preparation.sources.files import reading_units
+from preparation.sources.files import OTHER_KIND, reading_units
 from utils.cli import UserError
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").open()][40:80]
@@ -216,7 +215,230 @@ def test_a_template_makes_text_of_several_columns(tmp_path):
     path.write_text('{"q": "Why?", "a": "Because."}\n{"q": "And?", "a": null}\n{"q": "Lost"}\n')
     found = records(path, template="{q}\n{a}")
     assert [item.text for item in found[:2]] == ["Why?\nBecause.", "And?\n"]
-    assert found[2] == Broken(str(path), "line 3: no column 'a'; it has q (see text_column)")
+    assert found[2] == Broken(str(path), "line 3: no column 'a'; it has q (see template)", 14, 1)
+
+
+def test_a_template_never_writes_a_value_of_python(tmp_path):
+    record = {
+        "q": "{x} {0}",
+        "answers": {"text": ["A man"], "n": [5]},
+        "score": float("nan"),
+        "n": 3,
+        "ok": True,
+        "0": 1,
+    }
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    assert texts(tmp_path / "a.jsonl", template="{q} {answers[text][0]} {answers.n[0]} {n} {ok} {0}") == [
+        "{x} {0} A man 5 3 true 1"
+    ]
+    for field, why in {
+        "answers": "holds dict, not text; name what is in it, as in {answers[text]}", "score": "holds nan",
+        "answers[text]": "holds list", "answers.none": "finds no 'none' in dict", "answers[text][7]": "finds no '7'",
+        "q.__class__": "finds no '__class__' in str",
+    }.items():  # fmt: skip
+        (broken,) = records(tmp_path / "a.jsonl", template=f"{{{field}}}")
+        assert isinstance(broken, Broken) and f"line 1: template field {{{field}}} {why}" in broken.why
+    pyarrow.parquet.write_table(pa.table({"raw": [b"bytes"], "at": [1.5]}), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.parquet", template="{at}") == ["1.5"]
+    assert "{raw} holds bytes" in records(tmp_path / "a.parquet", template="{raw}")[0].why
+
+
+SEPARATED = {  # text, pattern, documents, whether their lines that only separate are kept
+    "crlf": ("one\r\n%\r\ntwo\r\n%\r\n", "^%$", ["one\r\n", "two\r\n"], False),
+    "kept": ("one\n%\ntwo\n", "^%$", ["one\n", "%\ntwo\n"], True),
+    "mark": ("\ufeffALPHA 1\na\nALPHA 2\nb\n", "^ALPHA", ["ALPHA 1\na\n", "ALPHA 2\nb\n"], False),
+    "only": ("\ufeff%\n%\na\n%", "^%$", ["a\n"], False),
+    "token": ("one\n<|endoftext|>\ntwo", r"^<\|endoftext\|>$", ["one\n", "two"], False),
+    "blank": ("one\n\ntwo\n", r"^\s*$", ["one\n", "two\n"], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEPARATED)
+def test_a_line_that_only_separates_goes_unless_asked_for(name, tmp_path):
+    text, pattern, expected, keep = SEPARATED[name]
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    found = records(tmp_path / "a.txt", new_document=pattern, keep_separator=keep)
+    documents = [item for item in found if isinstance(item, Document)]
+    assert [item.text for item in documents] == expected
+    assert [text.split("\n")[int(item.id.rpartition(":")[2]) - 1].strip("\r\ufeff") for item in documents] == [
+        item.text.splitlines()[0] for item in documents
+    ]
+    left = sum(item.bytes for item in found if isinstance(item, Skipped))  # what goes is counted
+    assert left + sum(len(item.text.encode()) for item in documents) + 3 * text.count("\ufeff") in (
+        len(text.encode()), len(text.encode()) + 3 * (name == "only")
+    )  # fmt: skip
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5000\n"
+IN_PLACE = {  # content, the reported reason
+    "a.jsonl.gz": (POINTER, "a Git LFS pointer to 5,000 bytes"), "a.txt": (POINTER, "a Git LFS pointer"),
+    "a.py": (POINTER, "a Git LFS pointer"), "a.tar.gz": (POINTER, "a Git LFS pointer"),
+    "b.txt": (b"../.git/annex/objects/0w/8X/SHA256E-s5--0.txt", "a git-annex link"),
+    "b.csv": (b"/annex/objects/SHA256E-s5--0.csv\n", "a git-annex link"),
+    "c.parquet": (b"<!DOCTYPE html><title>404</title>", "a web page in place of the file"),
+    "c.txt": (b"\n<html><body>Sign in</body></html>", "a web page in place of the file"),
+    "c.jsonl.zst": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page in place"),
+    "d.txt": (b"", "the file is empty"), "d.html": (b"", "the file is empty"), "d.md.gz": (gzip.compress(b""), "is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_what_stands_in_place_of_a_file_is_named_and_counted_as_a_lost_file(name, tmp_path):
+    content, reason = IN_PLACE[name]
+    (tmp_path / name).write_bytes(content)
+    kind = "code" if name.endswith(".py") else None
+    source = SourceConfig(path=str(tmp_path / name), name="a", kind=kind, text_column="text")
+    read_sources([source], tmp_path)
+    counts = json.loads((tmp_path / "read.json").read_text())
+    (broken,) = counts["broken_records"]
+    assert reason in broken["why"] and counts["lost_files"] == 1
+    assert counts["broken_bytes"] == (5000 if content == POINTER else 0 if "empty" in reason else len(content))
+    with pytest.raises(UserError, match=r"1 of 1 files are lost"):
+        check_broken(counts | {"broken": 0}, 0.01)
+    if name == "c.txt":
+        assert texts(tmp_path / name, kind="text") == [content.decode()]
+
+
+def test_half_of_the_files_missing_is_no_small_share(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(10):
+        data = POINTER if number % 2 else gzip.compress(json_lines(TEXTS * 50))
+        (folder / f"{number}.jsonl.gz").write_bytes(data)
+    read_sources([SourceConfig(path=str(folder), name="a", text_column="text")], tmp_path)
+    counts = json.loads((tmp_path / "read.json").read_text())
+    assert counts["broken"] / counts["sources"]["a"]["documents"] < 0.01
+    assert counts["broken_reasons"] == {
+        "a Git LFS pointer to N bytes, not the file": {"records": 5, "bytes": 25000, "lines": 0, "files": 5}
+    }
+    with pytest.raises(UserError, match=r"1.jsonl.gz: a Git LFS pointer .* 5 of 10 files are lost, 25,000 of"):
+        check_broken(counts, 0.01)
+
+
+ROWS = [f"{number},row {number}; text of its own" for number in range(1000)]
+QUOTES = {  # lines, lost lines
+    "unclosed": ["id,text", *ROWS[:500], '500,"row', *ROWS[501:]],
+    "closed": ["id,text", *ROWS[:500], '500,"row', *ROWS[501:800], '800,"row, 800"', *ROWS[801:]],
+    "inside": ["id,text", *ROWS[:500], '500,"a "stray" quote', *ROWS[501:]],
+    "single": ["text", *(row.replace(",", " ") for row in ROWS[:300]), '"row', *(row.replace(",", " ") for row in ROWS),
+               'a row with a quote at its end"'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUOTES)
+def test_a_stray_quote_loses_its_row_only(name, tmp_path):
+    (tmp_path / "a.csv").write_text("\n".join(QUOTES[name]) + "\n")
+    found = records(tmp_path / "a.csv")
+    documents = [item.text for item in found if isinstance(item, Document)]
+    (broken,) = [item for item in found if isinstance(item, Broken)]
+    assert len(documents) == len(QUOTES[name]) - 2 and not any("\n" in text for text in documents)
+    assert broken.lines == 1 and broken.bytes == len(QUOTES[name][int(broken.why[5:].partition(":")[0]) - 1]) + 1
+    assert [int(item.id.rpartition(":")[2]) for item in found if isinstance(item, Document)][-1] == len(QUOTES[name])
+
+
+def test_the_inside_of_a_lost_cell_makes_no_documents(tmp_path, monkeypatch):
+    poem = '"A line, and\nanother, too\n\nthe last, one"'
+    rows = ["id,text", f"1,{poem}", '2,"He "x said\nyou, and\nme, too"', f"3,{poem}", "4,end"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    found = records(tmp_path / "a.csv")
+    assert [item.text for item in found if isinstance(item, Document)] == [poem.strip('"'), poem.strip('"'), "end"]
+    assert [(item.why.partition(":")[0], item.lines) for item in found if isinstance(item, Broken)] == [
+        ("lines 6–8", 3)
+    ]
+    monkeypatch.setattr("preparation.sources.csv_lines.CELL_CHARACTERS", 100)
+    rows = ["id,text", "1,one", '2,"' + "a line of prose.\n" * 50 + 'the end"', "3,three", "4," + "x" * 101, "5,five"]
+    (tmp_path / "a.csv").write_text("\n".join(rows) + "\n")
+    found = records(tmp_path / "a.csv")
+    assert [item.text for item in found if isinstance(item, Document)] == ["one", "three", "five"]
+    assert [item.lines for item in found if isinstance(item, Broken)] == [51, 1]
+
+
+DIALECTS = {
+    "a.csv": "id;text\n1;a, b\n2;c\n", "b.csv": "sep=;\nid;text\n1;a, b\n2;c\n", "c.csv": "id\ttext\n1\ta, b\n2\tc\n",
+    "d.csv": 'id,text\n1,"a, b"\n2,c\n', "e.tsv": "id,text\n1,\"a, b\"\n2,c\n", "f.csv": "id|text\n1|a, b\n2|c",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_dialect_of_a_csv_file_is_found_by_the_columns_that_are_read(name, tmp_path):
+    (tmp_path / name).write_text(DIALECTS[name])
+    assert texts(tmp_path / name) == ["a, b", "c"]
+
+
+def test_backslashes_before_quotes_are_taken_for_escapes_only_where_they_are(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text\n1,"say \\"hi\\", ok"\n2,"C:\\new \\\\"\n3,end\n')
+    assert texts(tmp_path / "a.csv") == ['say "hi", ok', "C:\\new \\", "end"]
+    (tmp_path / "b.csv").write_text('id,text\n1,"C:\\"\n2,"say ""hi"""\n')
+    assert texts(tmp_path / "b.csv") == ["C:\\", 'say "hi"']
+
+
+def test_columns_and_keys_that_stand_twice_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("text,other,other,text\n1,2,3,4\n")
+    (tmp_path / "b.csv").write_text("text,other,other\n1,2,3\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "a", "text": "b"}\n{"text": "\\"text\\" \\"text\\""}\n')
+    (broken,) = records(tmp_path / "a.csv")
+    assert broken.why == "line 1: column 'text' stands twice" and broken.is_file
+    assert texts(tmp_path / "b.csv") == ["1"]
+    first, second = records(tmp_path / "c.jsonl")
+    assert first.why == "line 1: the key 'text' stands twice" and second.text == '"text" "text"'
+
+
+JAPANESE, GERMAN = (
+    "日本語のテキスト、吾輩は猫である。名前はまだ無い。",
+    "Grüße aus Köln – schöne Stadt, „wirklich“ schön",
+)
+ENCODINGS = {"utf-16": JAPANESE, "utf-16-le": GERMAN, "windows-1252": GERMAN, "euc_jp": JAPANESE, "shift_jis": JAPANESE}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_a_stated_encoding_holds_for_every_kind_of_text(encoding, tmp_path):
+    text = ENCODINGS[encoding]
+    files = {
+        "a.txt": text, "a.csv": f"id,text\n1,{text.replace(',', '')}\n", "a.html": f"<p>{text}</p>",
+        "a.jsonl": json.dumps({"text": text}, ensure_ascii=False) + "\n", "a.c": text,
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        kind = "code" if name == "a.c" else None
+        expected = [text.replace(",", "")] if name == "a.csv" else [text]
+        assert texts(tmp_path / name, encoding=encoding, kind=kind) == expected
+    (broken,) = records(tmp_path / "a.txt")  # without it, the message says what it looks like
+    looks = {"utf-16-le": "utf-16-le", "windows-1252": "cp1252"}.get(encoding, encoding)
+    assert "not UTF-8 text" in broken.why and f"give `encoding: {looks}` in its entry" in broken.why
+
+
+def test_links_in_an_archive_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
+    (tmp_path / "c.txt").symlink_to("a.txt")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("a.txt", "b.txt", "c.txt"):
+            archive.add(tmp_path / name, name)
+    document, *links = records(tmp_path / "a.tar")
+    assert document.text == "one"
+    assert [(item.file, item.why) for item in links] == [
+        ("a.tar/b.txt", "a link or device in an archive"), ("a.tar/c.txt", "a link or device in an archive"),
+    ]  # fmt: skip
+
+
+def test_compressed_files_put_one_after_the_other_are_read_to_the_end(tmp_path):
+    for suffix in (".gz", ".zst"):
+        parts = [COMPRESSORS[suffix](json_lines(part)) for part in (TEXTS[:20], TEXTS[20:])]
+        (tmp_path / f"a.jsonl{suffix}").write_bytes(b"".join(parts))
+        assert texts(tmp_path / f"a.jsonl{suffix}") == TEXTS
+
+
+def test_what_a_stated_encoding_cannot_decode_loses_its_record_only(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\xff\xff"}\n' + '{"text": "日本"}\n'.encode("euc_jp"))
+    broken, good = records(tmp_path / "a.jsonl", encoding="euc_jp")
+    assert "line 1: not euc_jp text" in broken.why and good.text == "日本"
+
+
+def test_a_zstd_window_too_long_for_the_reader_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(bytes.fromhex("28b52ffd00a8") + b"\x01\x00\x00")  # a frame with a window of 2 GiB
+    (broken,) = records(path)
+    assert "zstd window" in broken.why and broken.is_file
 
 
 GOOD = json_lines(TEXTS[:3])
@@ -293,6 +515,7 @@ def test_the_stated_share_decides(tmp_path):
         ({"path": "a", "template": "{open"}, "expected '}'"),
         ({"path": "a", "template": "{a}", "text_column": "b"}, "either text_column or template"),
         ({"path": "a", "new_document": "("}, "new_document '('"),
+        ({"path": "a", "encoding": "utf-99"}, "encoding 'utf-99' is unknown"),
         (5, "expected a path or a mapping"),
         ({"path": "a", "streaming": "yes"}, "streaming cannot be 'yes'"),
     ],

@@ -112,15 +112,19 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
     by_source = [{"reason": reason or "kept", "parts": list(zip(counts.tolist(), read_from, strict=True))}
                  for reason, counts in itertools.islice(details["counts"].items(), REASONS + 1)]  # fmt: skip
 
-    shown, broken = manifest["files"][:FILES], manifest["read"]["broken_records"]
+    shown, counts = manifest["files"][:FILES], manifest["read"]
+    broken = counts["broken_records"]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sizes, name=name, details=details, stream=manifest["stream"], splits=splits, versions=manifest["versions"],
         tokenizer=manifest["tokenizer"], read=read, bytes_read=manifest["bytes_read"],
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
-        dropped=manifest["dropped"], by_source=by_source, skipped=manifest["read"]["skipped"],
+        dropped=manifest["dropped"], by_source=by_source, read_counts=counts,
+        skipped=[(why, count, counts["skipped_bytes"][why]) for why, count in counts["skipped"].items()],
+        skipped_files=[[cut(item["file"], LINE), item["why"], item["bytes"]] for item in counts["skipped_files"][:FILES]],
+        losses=[_loss(*pair) for pair in counts["broken_reasons"].items()],
+        lossy_files=[_loss(*pair) for pair in itertools.islice(counts["broken_files"].items(), FILES)],
         changed={step: count for step, count in manifest["changed"].items() if count},
-        broken=[(cut(item["file"], LINE), cut(item["why"], LINE)) for item in broken[:BROKEN]],
-        all_broken=manifest["read"]["broken"],
+        broken=[(cut(item["file"], LINE), cut(item["why"], LINE), item["bytes"]) for item in broken[:BROKEN]],
         page_shares=page_shares(manifest["read"]), small_pages=manifest["read"].get("small_pages", [])[:BROKEN],
         notes=notes_on_pages(manifest["read"]),
         distributions=_distributions(details["tokens"], details["ratios"]),
@@ -130,6 +134,10 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
         files=[(cut(item["source"], NAME), cut(item["name"], LINE), item["content"], item["bytes"]) for item in shown],
         all_files=len(manifest["files"]), console_table=table(manifest),
     )  # fmt: skip
+
+
+def _loss(name: str, item: dict[str, int]) -> list[Any]:
+    return [cut(name, LINE), item["records"], item["files"], item["bytes"]]
 
 
 def _printable(value: object) -> object:
@@ -257,9 +265,14 @@ def table(manifest: dict[str, Any]) -> str:
     sources = splits["train"]["sources"] if "train" in splits else {}
     for name in [name for name, figures in sources.items() if not figures["documents"]]:
         lines.append(f"note: no document of {name} is left for training; report.html shows why")
-    left_out = {"broken record": read["broken"]} | read["skipped"] if read["broken"] else read["skipped"]
+    left_out = {"broken record": (read["broken"], read["broken_bytes"])} if read["broken"] else {}
+    left_out |= {why: (count, read["skipped_bytes"][why]) for why, count in read["skipped"].items()}
     if left_out:
-        lines.append("not read: " + ", ".join(f"{reason} {count:,}" for reason, count in left_out.items()))
+        parts = (f"{reason} {count:,} ({size:,} bytes)" for reason, (count, size) in left_out.items())
+        lines.append("not read: " + ", ".join(parts))
+    if read["lost_files"]:
+        lines.append(f"lost: {read['lost_files']:,} of {read['files']:,} files, {read['broken_bytes']:,} of "
+                     f"{read['file_bytes']:,} bytes")  # fmt: skip
     if manifest["stream"]:
         lines.append("train: not stored, but read, cleaned and tokenized while training")
     steps = ", ".join(f"{step} {count:,}" for step, count in manifest["changed"].items() if count)
@@ -320,11 +333,29 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
     columns = f"the column `input_ids` ({tokenizer['dtype']})"
     if "assistant_tokens" in manifest["splits"]["validation"]:
         columns += " and `loss_mask` (uint8), which is 1 for the tokens that the assistant says"
-    return (
+    text = (
         f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row "
         f"per document and {columns}; `tokenizer/` opens with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, "
         f"from {tokenizer['from']}). `report.html` shows what was kept and dropped.\n\n"
         f"## Sources\n\n{listed}{more}\n\nEach source has its own licence: check it before you share this folder.\n\n"
-        f"## Figures\n\n```\n{table(manifest)}\n```\n\n## Tokenizer\n\n```\n{tokenizer_table(manifest)}\n```\n\n"
+        f"## Figures\n\n```\n{table(manifest)}\n```\n\n{_losses(manifest['read'])}## Tokenizer\n\n```\n{tokenizer_table(manifest)}\n```\n\n"
         f"## Options\n\n{options}\n"
     )
+    return text.encode(errors="replace").decode()  # a file name may hold bytes that are not UTF-8
+
+
+def _losses(read: dict[str, Any]) -> str:
+    """What was not read, by reason and by file, as Markdown tables."""
+    rows = [
+        *(["lost", *_loss(*pair)] for pair in read["broken_reasons"].items()),
+        *(["left out", why, count, count, read["skipped_bytes"][why]] for why, count in read["skipped"].items()),
+    ]
+    files = [["lost", *_loss(*pair)] for pair in read["broken_files"].items()]
+    files += [["left out", cut(item["file"], LINE), "", item["why"], item["bytes"]] for item in read["skipped_files"]]
+    if not rows:
+        return ""
+    lines = ["| | reason | records | files | bytes |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines += ["", f"Files with losses or left out ({min(len(files), FILES):,} of {len(files):,} listed):", ""]
+    lines += [f"- {row[0]}: `{row[1]}`, {row[-1]:,} bytes" for row in files[:FILES]]
+    return "## Not read\n\n" + "\n".join(lines) + "\n\n"

@@ -4,11 +4,64 @@ For each message the text holds U+001E (ASCII's record separator), the role, a n
 that works on text also works on conversations, and nothing needs escaping.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
 SEPARATOR = "\x1e"
+REASONING_KEY = "reasoning_content"
+TOOLS, REASONING, UNLEARNT = "tools", "reasoning", "assistant unlearnt"  # in the place of a role; see `join_messages`
+SHAREGPT_ROLES = {  # as in FastChat and LLaMA-Factory
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+UNSUPPORTED = ("tool_calls", "function_call", "thinking")  # parts of what the assistant says
+
+
+def find_conversation(record: dict[str, Any], column: str) -> str:
+    """The conversation of a record as text: a list of messages in `column`, ShareGPT's in `column` or `conversations`,
+    or Alpaca's instruction, input and output. `KeyError` if there is none, `ValueError` if it is not one to learn."""
+    if column not in record:
+        if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
+            return join_messages(_from_alpaca(record))
+        column = "conversations" if "conversations" in record else column
+    messages, tools = record[column], record.get("tools")
+    if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
+        messages = _from_sharegpt(record, messages)
+    if fault := find_fault(messages):
+        raise ValueError(f"column {column!r} {fault}")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise ValueError("column 'tools' holds text that is not JSON") from None
+    return join_messages(messages, tools or None)
+
+
+def _from_sharegpt(record: dict[str, Any], messages: list[Any]) -> list[Any]:
+    turns = [
+        {"role": SHAREGPT_ROLES.get(item["from"], item["from"]), "content": item.get("value")}
+        | {key: value for key, value in item.items() if key not in ("from", "value")}
+        if isinstance(item, dict) and isinstance(item.get("from"), str) else item
+        for item in messages
+    ]  # fmt: skip
+    return _system(record) + turns
+
+
+def _from_alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
+    asked = "\n\n".join(text for key in ("instruction", "input") if (text := record.get(key) or ""))
+    earlier = [
+        {"role": role, "content": text}
+        for pair in record.get("history") or [] for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]  # fmt: skip
+    last = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    return _system(record) + earlier + last
+
+
+def _system(record: dict[str, Any]) -> list[dict[str, Any]]:
+    text = record.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
 
 
 def find_fault(messages: Any) -> str | None:
@@ -21,29 +74,66 @@ def find_fault(messages: Any) -> str | None:
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             return f"message {number} has the role {role!r}; known are {', '.join(ROLES)}"
-        if message.get("tool_calls"):  # these are part of what the assistant says
-            return f"message {number} has tool_calls, which are not supported"
+        if given := next((key for key in UNSUPPORTED if message.get(key)), None):
+            return f"message {number} has {given}, which are not supported"
         if not isinstance(content, str):
             return f"message {number} has a content of type {type(content).__name__}, not text"
+        if message.get("weight") not in (None, 0, 1):
+            return f"message {number} has the weight {message['weight']!r}; known are 0 and 1"
+        reasoning = message.get(REASONING_KEY)
+        if reasoning and (role != "assistant" or not isinstance(reasoning, str)):
+            return f"message {number} has {REASONING_KEY}, which is only for text of the assistant"
     if not messages:
         return "is an empty list"
-    return None if any(item["role"] == "assistant" for item in messages) else "has no message of the assistant"
+    spoken = [item.get("weight") for item in messages if item["role"] == "assistant"]
+    if not spoken:
+        return "has no message of the assistant"
+    return "has no message of the assistant to learn: their weights are 0" if all(w == 0 for w in spoken) else None
 
 
-def join_messages(messages: list[dict[str, str]]) -> str:
-    """The text of a conversation, from the role and content of each message. A separator in it becomes a space."""
-    return "".join(f"{SEPARATOR}{item['role']}\n{item['content'].replace(SEPARATOR, ' ')}" for item in messages)
+def join_messages(messages: list[dict[str, Any]], tools: Any = None) -> str:
+    """The text of a conversation, from the role and content of each message. A separator in it becomes a space.
+
+    What else belongs to it stands before: the tools (JSON) before the first message, an assistant's reasoning before
+    what it says. An assistant's message of weight 0 has a role of its own.
+    """
+    parts = [(TOOLS, json.dumps(tools, ensure_ascii=False, default=str))] if tools else []
+    for item in messages:
+        if item.get(REASONING_KEY):
+            parts.append((REASONING, item[REASONING_KEY]))
+        is_unlearnt = item["role"] == "assistant" and item.get("weight") == 0
+        parts.append((UNLEARNT if is_unlearnt else item["role"], item["content"]))
+    return "".join(f"{SEPARATOR}{role}\n{content.replace(SEPARATOR, ' ')}" for role, content in parts)
 
 
-def split_messages(text: str) -> list[dict[str, str]]:
-    """The inverse of `join_messages`: role and content of each message."""
-    parts = (part.partition("\n") for part in text.split(SEPARATOR)[1:])
-    return [{"role": role, "content": content} for role, _, content in parts]
+def split_messages(text: str) -> list[dict[str, Any]]:
+    """The inverse of `join_messages`, without the tools: role and content of each message; weight and
+    reasoning_content where they were given."""
+    messages: list[dict[str, Any]] = []
+    reasoning: dict[str, Any] = {}
+    for part in text.split(SEPARATOR)[1:]:
+        role, _, content = part.partition("\n")
+        if role == REASONING:
+            reasoning = {REASONING_KEY: content}
+        elif role == UNLEARNT:
+            messages.append({"role": "assistant", "content": content, "weight": 0} | reasoning)
+        elif role != TOOLS:
+            messages.append({"role": role, "content": content} | reasoning)
+        reasoning = reasoning if role == REASONING else {}
+    return messages
+
+
+def split_tools(text: str) -> Any:
+    """The tools of a conversation's text, or None."""
+    head = f"{SEPARATOR}{TOOLS}\n"
+    return json.loads(text[len(head) :].partition(SEPARATOR)[0]) if text.startswith(head) else None
 
 
 def map_contents(text: str, function: Callable[[str], str]) -> str:
     """The conversation with `function` applied to each content."""
-    return join_messages([item | {"content": function(item["content"])} for item in split_messages(text)])
+    keys = ("content", REASONING_KEY)
+    changed = [item | {key: function(item[key]) for key in keys if key in item} for item in split_messages(text)]
+    return join_messages(changed, split_tools(text))
 
 
 def assistant_text(text: str) -> str:
@@ -58,8 +148,9 @@ def lacks_content(text: str) -> bool:
 
 
 def without_system(text: str) -> str:
-    """The conversation without the system message at its beginning, which a whole corpus may share: it would make all
-    short conversations near duplicates or contaminated. Other text is returned unchanged."""
-    if not text.startswith(f"{SEPARATOR}system\n"):
-        return text
-    return SEPARATOR + text[1:].partition(SEPARATOR)[2]
+    """The conversation without the tools and the system message at its beginning, which a whole corpus may share: they
+    would make all short conversations near duplicates or contaminated. Other text is returned unchanged."""
+    for role in (TOOLS, "system"):
+        if text.startswith(f"{SEPARATOR}{role}\n"):
+            text = SEPARATOR + text[1:].partition(SEPARATOR)[2]
+    return text

@@ -4,13 +4,16 @@ A record that cannot be read becomes a `Broken` with its position and the reason
 """
 
 import bz2
+import codecs
 import contextlib
-import csv
+import datetime
+import decimal
 import gzip
 import io
 import itertools
 import json
 import lzma
+import math
 import os
 import re
 import shutil
@@ -29,8 +32,19 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from preparation.recipe import SourceConfig
-from preparation.sources.conversations import find_fault, join_messages, without_system
-from preparation.sources.files import count_other_files, is_tar, is_wanted, kind_of, known_suffixes, reading_units
+from preparation.sources.conversations import find_conversation, without_system
+from preparation.sources.csv_lines import CsvLines, sniff_csv
+from preparation.sources.files import (
+    ANNEX_LINK,
+    MISSING,
+    Found,
+    find,
+    is_tar,
+    kind_of,
+    known_suffixes,
+    reading_units,
+    why_left,
+)
 from preparation.sources.html import Page, decode_page, read_page
 from preparation.stages import SLICE_BYTES, SLICE_DOCUMENTS
 from utils.cli import UserError
@@ -41,12 +55,15 @@ DOCUMENT_FEATURES = {
 TEXT_PART_BYTES = 4 << 20  # a longer text file becomes several documents, cut between paragraphs or lines
 SNIFFED_BYTES = 1 << 16
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first
-NOT_UTF8 = "not UTF-8 text"
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can express and UTF-8 cannot
 BINARY = "a binary file, not text (it holds zero bytes)"
 MAX_BROKEN_LISTED = 1000
+EMPTY = "the file is empty"
+# What stands in a file's place when a repository or a download gave something else than the file.
+LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n.*?\bsize (\d+)", re.DOTALL)
+ANNEX_POINTER = re.compile(rb"(?:(?:\.\./)*\.git|)/annex/objects/[^\n]+\n?\Z")
+WEB_PAGE = re.compile(rb"\s*(?:<!doctype html|<html\b|<\?xml[^>]*>\s*<error>)", re.IGNORECASE)
 SMALL_SHARE = 0.1  # of a page's characters in its text; 5 % of 879 pages of documentation, all lists of links, had less
-OTHER_KIND = "file of another kind"
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, OSError)
 
 
@@ -61,6 +78,15 @@ class Broken(NamedTuple):
 
     file: str
     why: str  # begins with its line or record number in the file
+    bytes: int = 0  # of the file that are lost with it, 0 if unknown
+    lines: int = 0
+    is_file: bool = False  # all of the file is lost, or all after a place in it
+
+    @property
+    def reason(self) -> str:
+        """`why` without place, names and numbers, to count by."""
+        plain = re.split(r" \(|; | after \d|: ", re.sub(r"^(?:lines?|record) [\d,–]+: ", "", self.why))[0]
+        return re.sub(r"(?<![\w-])\d[\d,]*", "N", re.sub(r"'[^']*'|\{.*\}", "…", plain))
 
 
 class Skipped(NamedTuple):
@@ -68,6 +94,7 @@ class Skipped(NamedTuple):
 
     file: str
     why: str
+    bytes: int = 0
 
 
 Record = Document | Broken | Skipped
@@ -82,24 +109,31 @@ OPENERS = {".zst": open_zstd, ".xz": lzma.open, ".bz2": bz2.open} | dict.fromkey
 
 
 def read_sources(
-    sources: list[SourceConfig], folder: Path, limit: int | None = None, units: list[Path | None] | None = None
-) -> None:
-    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source. A
-    caller that reads a single source in parts gives some of its `reading_units`; other files are then not counted."""
+    sources: list[SourceConfig], folder: Path, limit: int | None = None, found: dict[str, Found] | None = None,
+    units: list[Path | None] | None = None,
+) -> None:  # fmt: skip
+    """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source. `found`
+    is what `find` gives for each source. A caller that reads a single source in parts gives some of its
+    `reading_units`; the files that `find` left out are then not counted."""
     schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
-    counts: dict[str, Any] = {"sources": {}, "broken": 0, "broken_records": [], "skipped": Counter()}
-    counts["small_pages"] = []
+    counts = start_counts(sources)
     with (
         pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
         pa.ipc.new_stream(file, schema) as writer,
         tqdm(desc="read", unit=" documents", disable=None) as bar,
     ):
         for source in sources:
-            figures = counts["sources"][source.name] = {"documents": 0, "bytes": 0}
-            counts["skipped"][OTHER_KIND] += count_other_files(source) if units is None else 0
+            figures = counts["sources"][source.name]
+            tally: Counter[str] = Counter()
+            if units is None:
+                here = (found or {}).get(str(source.name)) or find(source)
+                count_left(here, counts, str(source.name))
+                parts = reading_units(source, here)
+            else:
+                parts = units
             rows: list[Document] = []
             held = 0
-            for record in itertools.islice(iter_records(source, units or reading_units(source)), limit):
+            for record in itertools.islice(iter_records(source, parts, tally), limit):
                 if isinstance(record, Document):
                     size = len(record.text.encode())
                     figures["documents"] += 1
@@ -112,14 +146,11 @@ def read_sources(
                         _write_rows(writer, schema, rows, source)
                         rows, held = [], 0
                     bar.update()
-                elif isinstance(record, Broken):
-                    counts["broken"] += 1
-                    if len(counts["broken_records"]) < MAX_BROKEN_LISTED:
-                        counts["broken_records"].append(record._asdict())
                 else:
-                    counts["skipped"][record.why] += 1
+                    _count(record, counts, str(source.name))
             _write_rows(writer, schema, rows, source)
-    counts["skipped"] = {why: count for why, count in counts["skipped"].items() if count}
+            counts["files"] += tally["files"]
+            counts["file_bytes"] += tally["bytes"] or figures["bytes"]
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
@@ -135,6 +166,55 @@ def _count_page(
         small_pages.append({"source": source, "file": record.id, "kept": page.kept, "characters": page.characters})
 
 
+def start_counts(sources: list[SourceConfig]) -> dict[str, Any]:
+    """The counts of read.json before anything is read. `file_bytes` are those of the files, decompressed; `broken_*`
+    and `skipped_*` say what is lost or left out, by record or file, in bytes, by reason."""
+    return {
+        "sources": {source.name: {"documents": 0, "bytes": 0} for source in sources}, "files": 0, "file_bytes": 0,
+        "broken": 0, "broken_bytes": 0, "broken_lines": 0, "lost_files": 0,
+        "broken_reasons": {}, "broken_files": {}, "broken_records": [], "skipped": {}, "skipped_bytes": {},
+        "skipped_files": [], "small_pages": [],
+    }  # fmt: skip
+
+
+def count_left(found: Found, counts: dict[str, Any], source: str) -> None:
+    """Count the files that `find` did not give to read: a link without its file is lost, the others are left out."""
+    for path, why, size in found.left:
+        is_lost = why in MISSING
+        counts["files"] += is_lost
+        name = printable(path)
+        _count(Broken(name, why, is_file=True) if is_lost else Skipped(name, why, size), counts, source)
+
+
+def _count(record: "Broken | Skipped", counts: dict[str, Any], source: str) -> None:
+    listed: dict[str, Any] = {"file": record.file, "why": record.why, "bytes": record.bytes}
+    add: dict[str, Any]
+    if isinstance(record, Skipped):
+        add = {"skipped": {record.why: 1}, "skipped_bytes": {record.why: record.bytes}, "skipped_files": [listed]}
+    else:
+        one = {"records": 1, "bytes": record.bytes, "lines": record.lines, "files": int(record.is_file)}
+        add = {
+            "broken": 1, "broken_bytes": record.bytes, "broken_lines": record.lines, "lost_files": one["files"],
+            "broken_reasons": {record.reason: one}, "broken_files": {record.file: one},
+            "broken_records": [listed | {"source": source}],
+        }  # fmt: skip
+    merge_counts(counts, add)
+
+
+def merge_counts(counts: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add the counts of a part. Records, files and reasons are listed up to MAX_BROKEN_LISTED."""
+    for key, value in part.items():
+        if key not in counts and len(counts) >= MAX_BROKEN_LISTED:
+            continue
+        if isinstance(value, dict):
+            merge_counts(counts.setdefault(key, {}), value)
+        elif isinstance(value, list):
+            listed = counts.setdefault(key, [])
+            listed += value[: max(MAX_BROKEN_LISTED - len(listed), 0)]
+        else:
+            counts[key] = counts.get(key, 0) + value
+
+
 def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: SourceConfig) -> None:
     if rows:
         texts, ids = [row.text for row in rows], [row.id for row in rows]
@@ -143,53 +223,185 @@ def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: So
 
 
 def check_broken(counts: dict[str, Any], max_share: float) -> None:
-    """`UserError` if too many records are broken, or if a source has no document at all."""
-    documents = sum(figures["documents"] for figures in counts["sources"].values())
-    broken = counts["broken"]
-    if broken > max_share * (documents + broken):
+    """`UserError` if too much is lost, of the records or the files or their bytes, or if a source has no document."""
+    records = sum(figures["documents"] for figures in counts["sources"].values()) + counts["broken"]
+    shares = {
+        "records are broken": (counts["broken"], records),
+        "files are lost": (counts["lost_files"], counts["files"]),
+        "bytes of the files are lost": (counts["broken_bytes"], counts["file_bytes"]),
+    }
+    over = [f"{lost:,} of {of:,} {what}" for what, (lost, of) in shares.items() if lost > max_share * of]
+    if over:
         first = counts["broken_records"][0]
         raise UserError(
-            f"{first['file']}: {first['why']}; {broken:,} of {documents + broken:,} records are broken, more than "
-            f"max_broken_share {max_share:g} allows; repair or remove the files, or raise max_broken_share"
+            f"{first['file']}: {first['why']}; {', '.join(over)}, more than max_broken_share {max_share:g} allows; "
+            "repair or remove the files, or raise max_broken_share"
         )
     for name, figures in counts["sources"].items():
         if not figures["documents"]:
+            if first := next((item for item in counts["broken_records"] if item["source"] == name), None):
+                raise UserError(f"no documents in {name}; {first['file']}: {first['why']}")
             skipped = ", ".join(f"{count:,} {why}" for why, count in counts["skipped"].items())
             known = f"known kinds are {known_suffixes()}; code needs `kind: code` in its entry"
             raise UserError(f"no documents in {name}{f' ({skipped})' if skipped else ''}; {known}")
 
 
-def iter_records(source: SourceConfig, units: Iterable[Path | None]) -> Iterator[Record]:
-    """The documents and the broken records of some `reading_units` of the source."""
+def iter_records(
+    source: SourceConfig, units: Iterable[Path | None], tally: Counter[str] | None = None
+) -> Iterator[Record]:
+    """The documents and the broken records of some `reading_units` of the source; `tally` counts the `files` and their
+    `bytes`, decompressed."""
+    tally = Counter() if tally is None else tally
+    whole = Path(str(source.path))
     for unit in units:
-        yield from _read_table(source, unit) if unit is None or unit.is_dir() else _read_file(source, unit)
+        if unit is None or (unit == whole and unit.is_dir()):
+            yield from _read_table(source, unit)
+        else:
+            yield from _read_file(source, unit, tally)
 
 
-def _read_file(source: SourceConfig, path: Path) -> Iterator[Record]:
+class Counting(io.RawIOBase):
+    """Counts the bytes read from a decompressor."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.count = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read1(min(len(buffer), 1 << 16))  # not `read`, which gives nothing of what precedes damage
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
+
+
+def _read_file(source: SourceConfig, path: Path, tally: Counter[str]) -> Iterator[Record]:
     name, records = printable(str(path)), 0
-    opener: Any = OPENERS.get(path.suffix.lower(), open)
+    opener: Any = OPENERS.get(path.suffix.lower())
     try:
-        file = opener(path, "rb")
+        raw: Any = open(path, "rb", buffering=SNIFFED_BYTES)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        with io.BufferedReader(file, 1 << 20) as stream:
-            read = _read_tar(source, stream, path) if is_tar(path.name) else _read(source, stream, name)
-            for record in read:
+    tally["files"] += not is_tar(path.name)  # of an archive, its files count, and it itself if it is lost
+    unpacked = None
+    with raw:
+        size = os.fstat(raw.fileno()).st_size
+        try:
+            packed = opener or is_tar(path.name)
+            if packed and (lost := _stand_in(raw.peek(), name, kind_of(source, path.name), size, source)):
+                tally["bytes"] += max(lost.bytes - size, 0)
+                tally["files"] += is_tar(path.name)
+                yield lost
+                return
+            unpacked = Counting(opener(raw, "rb")) if opener else None
+            stream = io.BufferedReader(unpacked, 1 << 20) if unpacked else raw
+            for record in _read_tar(source, stream, path, tally) if is_tar(path.name) else _read(source, stream, name):
                 records += 1
+                if isinstance(record, Broken):  # a pointer stands for more than itself
+                    tally["bytes"] += max(record.bytes - max(size, unpacked.count if unpacked else 0), 0)
                 yield record
-    except DAMAGED as error:
-        yield Broken(name, f"damaged or cut off after {records:,} records ({str(error) or type(error).__name__})")
+        except DAMAGED as error:
+            read = unpacked.count if unpacked else raw.tell()
+            left = size - raw.tell()  # as well packed as what was read; nothing was read of a file that is not packed
+            lost_bytes = left * read // max(raw.tell(), 1) if read else size
+            tally["bytes"] += lost_bytes
+            tally["files"] += is_tar(path.name)
+            why = str(error) or type(error).__name__
+            if "too much memory" in why:
+                why = "its zstd window is longer than this reader's; repack it, as in `zstd -d FILE.zst && zstd FILE`"
+            yield Broken(name, f"damaged or cut off after {records:,} records ({why})", lost_bytes, is_file=True)
+        finally:
+            tally["bytes"] += unpacked.count if unpacked else size
+
+
+def _stand_in(head: bytes, name: str, kind: str | None, size: int, source: SourceConfig) -> Broken | None:
+    """What `size` bytes that begin with `head` are instead of the file that their name promises, or None."""
+    if not head:
+        return None if kind == "code" else Broken(name, EMPTY, is_file=True)
+    if pointer := LFS_POINTER.match(head):
+        missing = int(pointer[1])
+        why = f"a Git LFS pointer to {missing:,} bytes, not the file; `git lfs pull` brings it"
+        return Broken(name, why, missing, is_file=True)
+    if size < 4096 and ANNEX_POINTER.match(head):
+        return Broken(name, ANNEX_LINK, size, is_file=True)
+    # A page is read as text or code only by one who says so.
+    if kind not in ("html", "code") and source.kind != "text" and WEB_PAGE.match(head):
+        hint = "; `kind: html` or `kind: text` would read it" if kind == "text" else ""
+        return Broken(name, f"a web page in place of the file, as of a failed download{hint}", size, is_file=True)
+    return None
 
 
 def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]:
     kind = kind_of(source, name)
-    if kind is None:  # chosen by `include` alone
-        yield Broken(name, "unknown kind of file; give `kind:` in its entry")
+    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]  # type: ignore[attr-defined]
+    if lost := _stand_in(head, name, kind, len(head), source):
+        yield lost
+    elif kind is None:  # chosen by `include` alone
+        yield Broken(name, "unknown kind of file; give `kind:` in its entry, or name it in `exclude:`", is_file=True)
     elif source.messages_column is not None and kind in ("text", "html", "code"):
-        yield Broken(name, f"kind {kind} has no column {source.messages_column!r}; `kind: json` passes over such files")
+        why = f"kind {kind} has no column {source.messages_column!r}; `kind: json` passes over such files"
+        yield Broken(name, why, is_file=True)
+    elif kind == "parquet":
+        yield from read_parquet(stream, name, source)
+    elif source.encoding is not None:
+        yield from READERS[kind](io.BufferedReader(Recoded(stream, source.encoding), 1 << 17), name, source)
+    elif kind != "html" and (encoding := _utf_16(head)):
+        hint = f"it looks like {encoding}: give `encoding: {encoding}` in its entry"
+        yield Broken(name, f"{not_text(source)}; {hint}", len(head), is_file=True)
     else:
         yield from READERS[kind](stream, name, source)
+
+
+class Recoded(io.RawIOBase):
+    """A file in another encoding as UTF-8. What cannot be decoded becomes a byte that is no UTF-8, so that the readers
+    lose only its record."""
+
+    def __init__(self, file: BinaryIO, encoding: str) -> None:
+        self.file, self.rest = file, b""
+        self.decoder = codecs.getincrementaldecoder(encoding)(LOST)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest and (data := self.file.read(1 << 16)):
+            self.rest = self.decoder.decode(data).encode("utf-8", "surrogateescape")
+        if not self.rest:
+            self.rest = self.decoder.decode(b"", final=True).encode("utf-8", "surrogateescape")
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
+
+
+LOST = "plainloop-lost"
+codecs.register_error(LOST, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
+def not_text(source: SourceConfig) -> str:
+    return f"not {source.encoding or 'UTF-8'} text"
+
+
+def _utf_16(head: bytes) -> str | None:
+    """The encoding of text in UTF-16, by its mark, or by the zero bytes of its many characters from Latin-1."""
+    if head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    zeros = [head[start::2].count(0) for start in (0, 1)]
+    if len(head) >= 16 and max(zeros) > len(head) / 4 and min(zeros) == 0:
+        return "utf-16-be" if zeros[0] else "utf-16-le"
+    return None
+
+
+def _hint(data: bytes, source: SourceConfig) -> str:
+    """Which encoding undecodable data looks like, in words; "" if that is unknown or one is given."""
+    from resiliparse.parse.encoding import detect_encoding
+
+    found = None if source.encoding else detect_encoding(data)
+    try:
+        data.decode(found or "utf-8")
+    except (UnicodeDecodeError, LookupError):
+        return ""
+    return f"; it looks like {found}: give `encoding: {found}` in its entry"
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -210,12 +422,15 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Record]:
+def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path, tally: Counter[str]) -> Iterator[Record]:
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
-        for member in filter(tarfile.TarInfo.isfile, archive):
-            if not is_wanted(source, member.name):
-                yield Skipped(member.name, OTHER_KIND)
+        for member in archive:
+            if member.isdir():
                 continue
+            if why := why_left(source, member.name) or ("" if member.isfile() else "a link or device in an archive"):
+                yield Skipped(printable(f"{path.name}/{member.name}"), why, member.size)
+                continue
+            tally["files"] += 1
             inside: Any = archive.extractfile(member)
             opener: Any = OPENERS.get(Path(member.name.lower()).suffix)
             data = io.BufferedReader(opener(inside, "rb") if opener else inside)
@@ -225,13 +440,14 @@ def _read_tar(source: SourceConfig, stream: BinaryIO, path: Path) -> Iterator[Re
             except DAMAGED as error:
                 if not opener:
                     raise
-                yield Broken(name, f"damaged or cut off ({error or type(error).__name__})")
+                yield Broken(name, f"damaged or cut off ({error or type(error).__name__})", member.size, is_file=True)
 
 
 def _read_table(source: SourceConfig, folder: Path | None) -> Iterator[Record]:
     table, columns = load_table(source), needed_columns(source)
     if table.column_names and set(columns) <= set(table.column_names):
-        table = table.select_columns(columns)  # the others need not even be readable
+        # The others need not even be readable.
+        table = table.select_columns([*columns, *read_with(source, table.column_names)])
     for number, record in enumerate(table, start=1):
         yield make_document(record, str(source.hub or folder), number, "record", source)
 
@@ -290,35 +506,49 @@ def iter_file_texts(paths: list[str], text_column: str, messages_column: str | N
 def read_text(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     """One document per file, or one per line that `new_document` matches; a very long document is split into parts."""
     if b"\0" in stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]:  # type: ignore[attr-defined]
-        yield Broken(name, BINARY)
+        yield Broken(name, BINARY, len(stream.read()), is_file=True)
         return
-    pieces = _split_at(stream, re.compile(source.new_document)) if source.new_document else [stream]
-    line, parts = 1, 0
-    for piece in pieces:
+    separators: Counter[str] = Counter()
+    pieces = _split_at(stream, source, separators) if source.new_document else [(1, stream)]
+    parts = 0
+    for line, piece in pieces:
         for part in _cut(piece):
             parts += 1
             id = name if parts == 1 and not source.new_document else f"{name}:{line}"
-            yield _decode(part, name, id, line)
+            record = _decode(part, name, id, source, line)
+            yield record._replace(is_file=not source.new_document) if isinstance(record, Broken) else record
             line += part.count(b"\n")
-    if parts == 0:
-        yield Document("", name)
+    if separators:
+        yield Skipped(name, "text: lines that only separate documents", separators["bytes"])
 
 
-def _split_at(stream: BinaryIO, pattern: re.Pattern) -> Iterator[BinaryIO]:
-    buffer = io.BytesIO()
-    for line in iter(lambda: stream.readline(TEXT_PART_BYTES), b""):
-        begins = pattern.search(line.decode("utf-8", "replace")) or buffer.tell() >= TEXT_PART_BYTES
-        if begins and buffer.tell():
+def _split_at(stream: BinaryIO, source: SourceConfig, separators: Counter[str]) -> Iterator[tuple[int, BinaryIO]]:
+    """(number of its first line, its bytes) of each document."""
+    pattern, buffer, first = re.compile(str(source.new_document)), io.BytesIO(), 1
+    for number, line in enumerate(iter(lambda: stream.readline(TEXT_PART_BYTES), b""), start=1):
+        # Without a carriage return, before which $ does not match, and without the mark at the beginning of a file.
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", "replace").replace("\r\n", "\n")
+        match = pattern.search(text)
+        if (match or buffer.tell() >= TEXT_PART_BYTES) and buffer.tell():
             buffer.seek(0)
-            yield buffer
+            yield first, buffer
             buffer = io.BytesIO()
+        if match and not source.keep_separator and text[: match.start()] + text[match.end() :] in ("", "\n"):
+            separators["bytes"] += len(line)
+            continue
+        if not buffer.tell():
+            first = number
         buffer.write(line)
-    buffer.seek(0)
-    yield buffer
+    if buffer.tell():
+        buffer.seek(0)
+        yield first, buffer
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
-    rest = b""
+    rest = stream.read(SNIFFED_BYTES)
+    if 0 < len(rest) < SNIFFED_BYTES:  # a small file
+        yield rest
+        return
     while chunk := stream.read(TEXT_PART_BYTES - len(rest)):
         rest += chunk
         if len(rest) < TEXT_PART_BYTES:
@@ -334,22 +564,23 @@ def _cut(stream: BinaryIO) -> Iterator[bytes]:
         yield rest
 
 
-def _decode(data: bytes, name: str, id: str, first_line: int = 1) -> Record:
+def _decode(data: bytes, name: str, id: str, source: SourceConfig, first_line: int = 1) -> Document | Broken:
     try:
         return Document(data.decode("utf-8-sig"), id)
     except UnicodeDecodeError as error:
         line = first_line + data.count(b"\n", 0, error.start)
         start = data.rfind(b"\n", 0, error.start) + 1
-        return Broken(name, f"line {line}: {NOT_UTF8} ({error.reason} at byte {error.start - start} of the line)")
+        where = f"({error.reason} at byte {error.start - start} of the line){_hint(data, source)}"
+        return Broken(name, f"line {line}: {not_text(source)} {where}", len(data), data.count(b"\n") + 1)
 
 
 def read_html(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     """The main text of a page, without navigation."""
     data = stream.read()
     if b"\0" in data[:SNIFFED_BYTES]:
-        yield Broken(name, BINARY)
+        yield Broken(name, BINARY, len(data), is_file=True)
     else:
-        page = read_page(decode_page(data))
+        page = read_page(data.decode("utf-8", "replace") if source.encoding else decode_page(data))
         yield Document(page.text, name, page)
 
 
@@ -357,88 +588,117 @@ def read_code(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
     """A file of source code, unchanged."""
     data = stream.read(source.max_file_bytes + 1)
     if len(data) > source.max_file_bytes:
-        yield Skipped(name, "code: file too long")
+        yield Skipped(name, "code: file too long", len(data) + len(stream.read()))
     elif b"\0" in data[:SNIFFED_BYTES]:
-        yield Skipped(name, "code: binary file")
+        yield Skipped(name, "code: binary file", len(data))
     else:
-        yield _decode(data, name, name)
+        record = _decode(data, name, name, source)
+        yield record._replace(is_file=True) if isinstance(record, Broken) else record
 
 
 def read_json(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     """JSON lines, or a file that is one JSON value: a list of records, or one record."""
     head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]  # type: ignore[attr-defined]
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    keys = [] if source.messages_column else [f'"{column}"'.encode() for column in needed_columns(source)]
     if not head:
-        yield Broken(name, "the file is empty")
+        yield Broken(name, EMPTY, is_file=True)
     elif head[:1] == b"[" or (head[:1] == b"{" and head[1:].lstrip(b" \t")[:1] in (b"\n", b"\r")):
-        value = _parse_json(stream.read(), name, "")
+        data = stream.read()
+        value = _parse_json(data, name, "", source, keys)
+        if isinstance(value, Broken):
+            yield value._replace(bytes=len(data), lines=data.count(b"\n") + 1, is_file=True)
+            return
         for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
             yield make_document(record, name, number, "record", source)
     else:
         for number, line in enumerate(stream, start=1):
             if line.strip():
-                record = _parse_json(line.rstrip(), name, f"line {number}: ")
-                yield make_document(record, name, number, "line", source)
+                value = _parse_json(line.rstrip(), name, f"line {number}: ", source, keys)
+                document = make_document(value, name, number, "line", source)
+                yield document._replace(bytes=len(line), lines=1) if isinstance(document, Broken) else document
 
 
-def _parse_json(data: bytes, name: str, where: str) -> Any:
-    """The value, or a `Broken` with the reason."""
+def _parse_json(data: bytes, name: str, where: str, source: SourceConfig, keys: list[bytes]) -> Any:
+    """The value, or a `Broken` with the reason. Whether a key stands twice is only looked at, as it takes time, if one
+    of `keys` may, or if there are none."""
     try:
+        if not keys or any(data.count(key) > 1 for key in keys):
+            return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_distinct)
         return json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        reason = f"{NOT_UTF8} ({error.reason} at byte {error.start})"
+        reason = f"{not_text(source)} ({error.reason} at byte {error.start}){_hint(data, source)}"
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         reason = f"not JSON ({error.msg}, {line}column {error.colno})"
     except RecursionError:
         reason = "not JSON (nested too deeply)"
+    except KeyError as error:
+        reason = f"the key {error.args[0]!r} stands twice"
     except ValueError as error:  # an integer of thousands of digits
         reason = f"not JSON ({str(error).partition(':')[0]})"
     return Broken(name, where + reason)
 
 
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `KeyError` for a key that stands twice in it, of which `json` keeps the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise KeyError(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return record
+
+
 def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    """Comma-separated values, or tab-separated ones in .tsv files, with column names on the first line."""
-    csv.field_size_limit(2**31 - 1)
+    """Values separated by commas, tabs, semicolons or what a first line such as `sep=;` says, with column names on the
+    first line. A stray quote loses its row, not those up to the next quote; the inside of a broken cell is lost too."""
     # Bytes that are not UTF-8 pass through as surrogates, so that only their record is lost.
+    head = stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES].decode("utf-8-sig", "surrogateescape")  # type: ignore[attr-defined]
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter="\t" if re.search(r"\.tsv(\.\w+)?$", name.lower()) else ",", strict=True)
+    table = CsvLines(text, *sniff_csv(head, name, needed_columns(source)))
     columns: list[str] = []
-    while True:
-        line = rows.line_num + 1  # a record may span several lines
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            yield Broken(name, f"line {line}: not a CSV record ({error})")
-            continue
-        if row is None:
-            break
-        if not row:  # a blank line
-            continue
-        if not columns:
-            columns = row
-        elif len(row) != len(columns):
-            yield Broken(name, f"line {line}: {len(row)} fields, but the first line names {len(columns)}")
-        elif LONE_SURROGATE.search("".join(row)):
-            yield Broken(name, f"line {line}: {NOT_UTF8}")
+    for first, row, fault in table.rows():
+        if fault is None and columns and len(row) != len(columns):
+            fault = f"{len(row)} fields, but the first line names {len(columns)}"
+        if fault is None and LONE_SURROGATE.search("".join(row)):
+            fault = not_text(source) + _hint("".join(row).encode("utf-8", "surrogateescape"), source)
+        if fault is not None:
+            lost = table.drop()
+            size = len("".join(lost).encode("utf-8", "surrogateescape"))
+            where = f"line {first}" if len(lost) == 1 else f"lines {first}–{first + len(lost) - 1}"
+            yield Broken(name, f"{where}: {fault}", size, len(lost))
+        elif columns:
+            document = make_document(dict(zip(columns, row, strict=True)), name, first, "line", source)
+            if isinstance(document, Broken):
+                size = len("".join(table.pending).encode("utf-8", "surrogateescape"))
+                document = document._replace(bytes=size, lines=len(table.pending))
+            yield document
         else:
-            yield make_document(dict(zip(columns, row, strict=True)), name, line, "line", source)
+            columns = table.columns = row  # at first the fields of any row
+            if twice := [column for column in needed_columns(source) if row.count(column) > 1]:
+                size = len(text.read().encode("utf-8", "surrogateescape"))
+                yield Broken(name, f"line {first}: column {twice[0]!r} stands twice", size, is_file=True)
+                return
     if not columns:
-        yield Broken(name, "the file is empty")
+        yield Broken(name, EMPTY, is_file=True)
 
 
 def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
+    number = 0
     try:  # the footer is at the end, so a stream that cannot seek is read into memory
         file = pyarrow.parquet.ParquetFile(stream if stream.seekable() else io.BytesIO(stream.read()))
-        number, columns = 0, needed_columns(source)
-        if not set(columns) <= set(file.schema_arrow.names):
-            columns = file.schema_arrow.names  # so that the error can list them
+        columns, have = needed_columns(source), file.schema_arrow.names
+        if twice := [column for column in columns if have.count(column) > 1]:
+            yield Broken(name, f"column {twice[0]!r} stands twice", is_file=True)
+            return
+        # All of them if one is missing, so that the error can list them.
+        columns = [*columns, *read_with(source, have)] if set(columns) <= set(have) else have
         for batch in file.iter_batches(batch_size=256, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield make_document(row, name, number, "record", source)
     except (pa.ArrowException, ValueError, OverflowError) as error:
-        yield Broken(name, f"cannot be read as parquet: {' '.join(str(error).split())[:200]}")
+        why = f"cannot be read as parquet after {number:,} records: {' '.join(str(error).split())[:200]}"
+        yield Broken(name, why if number else why.replace(" after 0 records", ""), is_file=True)
 
 
 def needed_columns(source: SourceConfig) -> list[str]:
@@ -446,6 +706,11 @@ def needed_columns(source: SourceConfig) -> list[str]:
     if source.template is None:
         return [str(source.messages_column or source.text_column)]
     return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None))
+
+
+def read_with(source: SourceConfig, have: list[str]) -> list[str]:
+    """The columns that belong to a conversation besides its messages."""
+    return [name for name in ("tools", "system") if source.messages_column and name in have]
 
 
 def make_document(record: Any, name: str, number: int, unit: str, source: SourceConfig) -> Document | Broken:
@@ -457,21 +722,57 @@ def make_document(record: Any, name: str, number: int, unit: str, source: Source
         return Broken(name, f"{unit} {number}: expected named fields, found {type(record).__name__}")
     try:
         if source.template is not None:
-            text = source.template.format_map({key: "" if value is None else value for key, value in record.items()})
+            text = _fill(source.template, record)
         elif source.messages_column is not None:
-            messages = record[source.messages_column]
-            if fault := find_fault(messages):
-                return Broken(name, f"{unit} {number}: column {source.messages_column!r} {fault}")
-            text = join_messages(messages)
+            text = find_conversation(record, source.messages_column)
         else:
             text = record[str(source.text_column)]
     except KeyError as error:
         have = ", ".join(map(str, list(record)[:20])) or "nothing"
-        option = "messages_column" if source.messages_column else "text_column"
+        option = "template" if source.template else "messages_column" if source.messages_column else "text_column"
         return Broken(name, f"{unit} {number}: no column {error.args[0]!r}; it has {have} (see {option})")
+    except ValueError as error:
+        return Broken(name, f"{unit} {number}: {error}")
     if text is not None and not isinstance(text, str):
         return Broken(name, f"{unit} {number}: column {source.text_column!r} holds {type(text).__name__}, not text")
     return Document(LONE_SURROGATE.sub("\ufffd", text or ""), f"{name}:{number}")
+
+
+def _fill(template: str, record: dict[str, Any]) -> str:
+    """The template with the fields of a record, where `{a[b]}` and `{a.b}` stand for `b` in `a`, and null for no text.
+    `KeyError` for a column that is missing, `ValueError` for a value that is neither text nor a number."""
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is None:
+            continue
+        value: Any = record
+        for step in [name] if name in record else re.findall(r"[^.\[\]]+", name):
+            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+            elif isinstance(value, dict) and step in value:
+                value = value[step]
+            elif value is record:
+                raise KeyError(step)
+            else:
+                raise ValueError(f"template field {{{name}}} finds no {step!r} in {type(value).__name__}")
+        if isinstance(value, bool):
+            value = str(value).lower()  # as JSON writes it
+        if not (value is None or isinstance(value, str | int | datetime.date | decimal.Decimal) or _is_number(value)):
+            kind = value if isinstance(value, float) else type(value).__name__
+            inside = f"; name what is in it, as in {{{name}[{step}]}}" if (step := _first_key(value)) else ""
+            raise ValueError(f"template field {{{name}}} holds {kind}, not text{inside}")
+        parts.append("" if value is None else str(value))
+    return "".join(parts)
+
+
+def _first_key(value: Any) -> Any:
+    """A key of a mapping, or the number of an item of a list, as a template names it; "" if there is none."""
+    return "0" if isinstance(value, list) and value else next(iter(value), "") if isinstance(value, dict) else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 Reader = Callable[[BinaryIO, str, SourceConfig], Iterator[Record]]

@@ -1,10 +1,13 @@
 """Which files a recipe reads, of which kind each is, and whether they have changed since the last run."""
 
 import fnmatch
+import functools
+import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from preparation.recipe import COMPRESSED, KIND_OF_SUFFIX, TAR_ENDS, PrepareConfig, SourceConfig
 from preparation.stages import hash_json
@@ -21,13 +24,31 @@ CODE_SUFFIXES = frozenset([
     ".js", ".jsx", ".kt", ".lua", ".m", ".ml", ".php", ".pl", ".pm", ".py", ".r", ".rb", ".rs", ".S", ".s", ".scala",
     ".sh", ".sql", ".swift", ".ts", ".tsx", ".vue", ".zig",
 ])  # fmt: skip
+OTHER_KIND = "file of another kind"
+READ_ALREADY = "a link to a folder that is read already"
+ANNEX_LINK = "a git-annex link without its file; `git annex get` brings it"
+DANGLING = "a link to a missing file"
+MISSING = (ANNEX_LINK, DANGLING)  # these are losses, unlike files that are left out on purpose
 NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
 
-def find_files(source: SourceConfig) -> list[Path]:
-    """The files of a source with a path, sorted; files of other kinds in a folder are passed over. `UserError` for a
-    path that does not exist, a file of an unknown kind, a folder with nothing to read."""
-    path = Path(str(source.path))
+class Found(NamedTuple):
+    """What a walk through a source's path finds. Every file of a folder is in one of the two lists."""
+
+    files: list[tuple[str, str, os.stat_result]]  # to read: path, path without links, size and time; sorted by path
+    left: list[tuple[str, str, int]]  # the others: path, why it is left out, its bytes
+
+    @property
+    def units(self) -> list[Path | None]:
+        return [Path(path) for path, _, _ in self.files]
+
+
+def find(source: SourceConfig) -> Found:
+    """The files of a source, of which a folder is walked once, linked folders included. `UserError` for a path that
+    does not exist, a file of an unknown kind, a folder with nothing to read."""
+    path = Path(str(source.path or source.hub))
+    if source.hub is not None and not path.is_dir():
+        return Found([], [])
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if not path.is_dir():
@@ -35,30 +56,81 @@ def find_files(source: SourceConfig) -> list[Path]:
             raise UserError(f"{path}: not a regular file; for a pipe, use - and standard input")
         if kind_of(source, path.name) is None and not is_tar(path.name):
             raise UserError(f"{path}: unknown kind of file; expected {known_suffixes()}, or give `kind:` in its entry")
-        return [path]
-    files = sorted(item for item in path.rglob("*") if item.is_file())
-    if not is_saved_dataset(path):
-        files = [item for item in files if is_tar(item.name) or is_wanted(source, str(item.relative_to(path)))]
-    if not files:
+        return Found([(str(path), os.path.realpath(path), path.stat())], [])
+    found = _walk(source, str(path), whole=source.hub is not None or is_saved_dataset(path))
+    if not found.files and source.hub is None:
         wanted = f"file like {source.include}" if source.include else f"{known_suffixes(source)} file"
-        raise UserError(f"{path}: no {wanted} in this folder")
-    return files
+        left = Counter(why for _, why, _ in found.left)
+        but = f"; left out: {', '.join(f'{count:,} {why}' for why, count in left.items())}" if left else ""
+        raise UserError(f"{path}: no {wanted} in this folder{but}")
+    return found
 
 
-def reading_units(source: SourceConfig) -> list[Path | None]:
+def _walk(source: SourceConfig, root: str, *, whole: bool) -> Found:
+    files, left, seen, folders = [], [], set(), [root]
+    while folders:
+        folder = folders.pop()
+        real = os.path.realpath(folder)
+        if real in seen:  # two links to one folder, or a link to a folder above
+            left.append((folder, READ_ALREADY, 0))
+            continue
+        seen.add(real)
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+        for entry in entries:
+            inside = entry.path[len(root) :].lstrip(os.sep)
+            if entry.is_dir():
+                folders.append(entry.path)
+                continue
+            try:
+                stat = entry.stat()
+            except OSError:  # a link to nothing
+                why = ANNEX_LINK if ".git/annex/objects/" in os.readlink(entry.path) else DANGLING
+                left.append((entry.path, why if whole or may_hold(source, inside) else OTHER_KIND, 0))
+                continue
+            why = "" if entry.is_file() else "not a regular file"
+            if not (why := why or ("" if whole else why_left(source, inside))):
+                resolved = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                files.append((entry.path, resolved, stat))
+            else:
+                left.append((entry.path, why, stat.st_size))
+    return Found(sorted(files, key=lambda item: item[0].split(os.sep)), sorted(left))
+
+
+def why_left(source: SourceConfig, name: str) -> str:
+    """Why the file `name` of a folder or archive is left out; "" if it is to be read."""
+    patterns = [source.exclude] if isinstance(source.exclude, str) else source.exclude or []
+    if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+        return "excluded"
+    if os.path.basename(name).startswith("._"):
+        return "AppleDouble file (attributes that macOS keeps of another file)"
+    return "" if may_hold(source, name) else OTHER_KIND
+
+
+def may_hold(source: SourceConfig, name: str) -> bool:
+    return is_wanted(source, name) or (is_tar(name) and source.include is None)
+
+
+def find_all(sources: list[SourceConfig]) -> dict[str, Found]:
+    """What each source has, by its name. `UserError` for a file that belongs to two sources."""
+    found = {str(source.name): find(source) for source in sources}
+    owners: dict[str, str] = {}
+    for name, (files, _) in found.items():
+        for path, resolved, _ in files if len(found) > 1 else ():
+            if (owner := owners.setdefault(resolved, name)) != name:
+                advice = "name it in `exclude:` of one of them"
+                raise UserError(f"{path}: belongs to two sources, {owner} and {name}; {advice}")
+    return found
+
+
+def reading_units(source: SourceConfig, found: Found | None = None) -> list[Path | None]:
     """The parts of a source that can be read separately: its files, one saved dataset, or None for a Hub dataset."""
     if source.hub is not None:
         return [None]
     path = Path(str(source.path))
-    return [path] if is_saved_dataset(path) else list(find_files(source))
-
-
-def count_other_files(source: SourceConfig) -> int:
-    """Files in a source's folder that are passed over."""
-    path = Path(str(source.path))
-    if source.hub is not None or not path.is_dir() or is_saved_dataset(path):
-        return 0
-    return sum(item.is_file() for item in path.rglob("*")) - len(find_files(source))
+    return [path] if is_saved_dataset(path) else (found or find(source)).units
 
 
 def known_suffixes(source: SourceConfig | None = None) -> str:
@@ -84,49 +156,53 @@ def is_wanted(source: SourceConfig, name: str) -> bool:
     if source.include is not None:
         return fnmatch.fnmatch(name, source.include)
     if source.kind == "code":
-        suffixes = {"." + suffix.lstrip(".").lower() for suffix in source.extensions or CODE_SUFFIXES}
-        return _suffix(name) in suffixes and not name.endswith(NOT_CODE)
+        return _suffix(name) in _code_suffixes(tuple(source.extensions or CODE_SUFFIXES)) and not name.endswith(
+            NOT_CODE
+        )
     kind = KIND_OF_SUFFIX.get(_suffix(name))
     return kind is not None and source.kind in (None, kind)
 
 
+@functools.cache
+def _code_suffixes(suffixes: tuple[str, ...]) -> frozenset[str]:
+    return frozenset("." + suffix.lstrip(".").lower() for suffix in suffixes)
+
+
 def _suffix(name: str) -> str:
-    path = Path(name.lower())
-    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    stem, suffix = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] if suffix in COMPRESSED else suffix
 
 
 def describe_files(
-    sources: list[SourceConfig], known: list[dict[str, Any]], *, read_again: bool, by_size_only: bool
-) -> list[dict[str, Any]]:
-    """One record per file: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`. A file in
-    `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
+    sources: list[SourceConfig], found: dict[str, Found], known: list[dict[str, Any]], *, read_again: bool,
+    by_size_only: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One record per file of `found`: source, name within it, path, bytes, mtime_ns, and its SHA-256 as `content`. A
+    file in `known` (records of an earlier call) with the same path, size and time is taken to be unchanged, unless
     `read_again`. `by_size_only` is for streamed sources: their size replaces the hash."""
     hashes = {(item["path"], item["bytes"], item["mtime_ns"]): item["content"] for item in known}
     records: list[dict[str, Any]] = []
-    owners: dict[Path, str] = {}
     for source in sources:
-        root = Path(str(source.path or source.hub))
-        if source.hub is not None and not root.is_dir():
+        root = str(Path(str(source.path or source.hub)))
+        is_folder = os.path.isdir(root)
+        if source.hub is not None and not is_folder:
             name = f"{source.hub}/{source.config}/{source.split}@{source.revision}"
             record = {"source": source.name, "name": name, "path": name, "bytes": 0, "mtime_ns": 0, "content": name}
             records.append(record)
             continue
-        for path in find_files(source) if source.path else sorted(item for item in root.rglob("*") if item.is_file()):
-            owner = owners.setdefault(path.resolve(), str(source.name))
-            if owner != source.name:
-                raise UserError(f"{path}: belongs to two sources, {owner} and {source.name}")
-            try:
-                stat = path.stat()
-                content = hashes.get((str(path), stat.st_size, stat.st_mtime_ns))
-                if by_size_only:
-                    content = f"{stat.st_size} bytes"
-                elif content is None or read_again:
-                    content = hash_file(path)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        for path, _, stat in found[str(source.name)].files:
+            content = hashes.get((path, stat.st_size, stat.st_mtime_ns))
+            if by_size_only:
+                content = f"{stat.st_size} bytes"
+            elif content is None or read_again:
+                try:
+                    content = hash_file(Path(path))
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+            name = path[len(root) :].lstrip(os.sep) if is_folder else os.path.basename(path)
             records.append({
-                "source": source.name, "name": str(path.relative_to(root)) if root.is_dir() else path.name,
-                "path": str(path), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "content": content,
+                "source": source.name, "name": name, "path": path, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+                "content": content,
             })  # fmt: skip
     return records
 
@@ -170,4 +246,4 @@ def tokenizer_files(config: PrepareConfig) -> dict[str, str]:
 
 def hash_paths(paths: Iterable[str]) -> list[list[str]]:
     """Name and hash of every file with evaluation text."""
-    return [[str(file), hash_file(file)] for path in paths for file in find_files(SourceConfig(path=path))]
+    return [[str(file), hash_file(Path(file))] for path in paths for file, _, _ in find(SourceConfig(path=path)).files]

@@ -1,6 +1,7 @@
 """Documents to token ids, as flat arrays; conversations also to a mask of the tokens that the assistant says."""
 
 import functools
+import itertools
 import json
 import random
 import re
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from preparation.sources.conversations import split_messages
+from preparation.sources.conversations import REASONING_KEY, split_messages, split_tools
 from preparation.tokenizer.build import token_dtype
 from utils.cli import UserError
 
@@ -27,7 +28,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CUT = re.compile(r"\S(?=[ \n])")
 
 Encoded = tuple[np.ndarray, np.ndarray]
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 
 
@@ -275,7 +276,9 @@ class ConversationEncoder:
         try:
             self._template: str = tokenizer.get_chat_template()
         except ValueError:
-            advice = "give one with tokenizer.chat_template configs/chat_template.jinja"
+            has_marks = {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys()
+            fitting = "chat_template.jinja" if has_marks else "chat_template_plain.jinja"
+            advice = f"give one with tokenizer.chat_template configs/{fitting}"
             raise UserError(f"the tokenizer has no chat template; {advice}") from None
         self._marks_turns = GENERATION.search(self._template) is not None
         how = "as the chat template marks them" if self._marks_turns else "the text after a generation prompt"
@@ -310,42 +313,54 @@ class ConversationEncoder:
 
     def render(self, stored: str, id: str) -> tuple[str, list[Span]]:
         """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`."""
-        messages = split_messages(stored)
+        messages, tools = split_messages(stored), split_tools(stored)
+        given = {"tools": tools, REASONING_KEY: any(REASONING_KEY in message for message in messages)}
+        if lost := next((key for key, value in given.items() if value and key not in self._template), None):
+            raise UserError(f"{id}: this conversation has {lost}, which the chat template does not write; remove the "
+                            "key, or give a template that writes it (tokenizer.chat_template)")  # fmt: skip
+        learnt = [message.pop("weight", 1) for message in messages if message["role"] == "assistant"]
         try:
-            text, turns = self._apply_template(messages)
+            text, turns = self._apply_template(messages, tools)
             if not self._marks_turns:
-                turns = self._find_turns(messages, text, id)
+                turns = self._find_turns(messages, text, id, tools)
+            if not all(learnt):
+                if len(turns) != len(learnt):
+                    raise UserError(f"{id}: a message has the weight 0, but the chat template marks {len(turns)} turns "
+                                    f"of {len(learnt)} messages of the assistant, so it is unclear which")  # fmt: skip
+                turns = list(itertools.compress(turns, learnt))
         except UserError:
             raise
         except Exception as error:  # a template is a program, which can raise anything
             reason = str(error) or type(error).__name__
             raise UserError(f"{id}: the chat template refuses this conversation: {reason}") from None
         if not text.rstrip().endswith(self._special):
-            if messages[-1]["role"] == "assistant":
+            if messages[-1]["role"] == "assistant" and learnt[-1]:
                 turns = [*turns, (len(text), len(text) + len(self._eos))]
             text += self._eos
         if not any(start < stop for start, stop in turns):
             raise UserError(f"{id}: the chat template's {{% generation %}} marks nothing of this conversation")
         return text, turns
 
-    def _apply_template(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def _apply_template(
+        self, messages: Messages, tools: Any, *, add_generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
         """The formatted text, and the spans that the template marks in it."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
-            [messages], chat_template=self._template, add_generation_prompt=add_generation_prompt,
+            [messages], tools=tools, chat_template=self._template, add_generation_prompt=add_generation_prompt,
             return_assistant_tokens_mask=self._marks_turns, **self._variables,
         )  # fmt: skip
         (text,), marks = rendered
         return text, marks[0] if self._marks_turns else []
 
-    def _find_turns(self, messages: Messages, text: str, id: str) -> list[Span]:
+    def _find_turns(self, messages: Messages, text: str, id: str, tools: Any) -> list[Span]:
         turns = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt, _ = self._apply_template(messages[:number], add_generation_prompt=True)
-            whole, _ = self._apply_template(messages[: number + 1])
+            prompt, _ = self._apply_template(messages[:number], tools, add_generation_prompt=True)
+            whole, _ = self._apply_template(messages[: number + 1], tools)
             if not (whole.startswith(prompt) and text.startswith(whole)):
                 raise UserError(
                     f"{id}: the chat template formats message {number + 1} differently when more messages follow, so "
