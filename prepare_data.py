@@ -29,7 +29,7 @@ import tokenizers
 from preparation.cleaning.steps import clean_documents, expand_steps
 from preparation.recipe import SourceConfig
 from preparation.report.page import TRAINED_HERE, collect_details, data_card, html_report, table
-from preparation.selection.duplicates import NUM_HASHES, digest_documents, sketch_documents
+from preparation.selection.duplicates import SIGNATURE, digest_documents, digest_exact, sketch_documents
 from preparation.selection.splits import Selection, repeat_by_weight, select_documents
 from preparation.sources.conversations import SEPARATOR, without_system
 from preparation.sources.documents import (
@@ -273,9 +273,10 @@ CLEANED_FEATURES = datasets.Features(
 
 
 def sketch_features(near: bool) -> datasets.Features:
-    features = datasets.Features(digest=datasets.List(datasets.Value("uint8"), length=16))
+    digest = datasets.List(datasets.Value("uint8"), length=16)
+    features = datasets.Features(exact=digest, digest=digest)
     if near:
-        features["signature"] = datasets.List(datasets.Value("uint32"), length=NUM_HASHES)
+        features["signature"] = datasets.List(datasets.Value("uint32"), length=SIGNATURE)
     return features
 
 
@@ -285,12 +286,16 @@ def clean_table(batch: pa.Table, *options: Any) -> pa.Table:
 
 
 def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
-    """Columns digest and, if `near`, signature."""
+    """Columns exact (digest of the text), digest (of its words) and, if `near`, signature."""
     texts = [without_system(text) for text in batch["text"].to_pylist()]
-    columns = {"digest": pa.FixedSizeListArray.from_arrays(digest_documents(texts).ravel(), 16)}
+    columns = {"exact": digest_documents(texts, digest_exact)}
     if near:
-        columns["signature"] = pa.FixedSizeListArray.from_arrays(sketch_documents(texts).ravel(), NUM_HASHES)
-    return pa.table(columns)
+        columns["digest"], columns["signature"] = sketch_documents(texts)
+    else:
+        columns["digest"] = digest_documents(texts)
+    return pa.table({
+        name: pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1]) for name, values in columns.items()
+    })  # fmt: skip
 
 
 def map_texts(

@@ -168,7 +168,11 @@ class CleaningConfig:
 
 @dataclass
 class DeduplicationConfig:
-    """Near duplicates, and training documents that contain evaluation text. Exact duplicates are always dropped."""
+    """Near duplicates, and training documents that contain evaluation text. Exact duplicates, which differ in nothing
+    but white space, are always dropped."""
+
+    ignore_case_and_punctuation: bool = False
+    """Drop documents that equal another one but for case, punctuation and symbols; `C`, `C++` and `C#` are then equal."""
 
     # Below 0.5 the bands of `duplicates.py` begin to miss pairs.
     near_threshold: Annotated[float, ">= 0.5 and <= 1"] | None = 0.55

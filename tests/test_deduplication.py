@@ -23,6 +23,8 @@ from preparation.selection import duplicates
 from preparation.selection.duplicates import (
     build_index,
     digest,
+    digest_documents,
+    digest_exact,
     find_contaminated,
     find_near_duplicates,
     first_of_each,
@@ -35,6 +37,7 @@ from preparation.selection.duplicates import (
 
 TEXTS = [json.loads(line)["text"] for line in (ROOT / "sample_data/dictionaries.jsonl").read_text("utf-8").splitlines()]
 LONG = [text for text in TEXTS if len(text.split()) >= 40]
+LETTERS_ONLY = [word for text in TEXTS for word in text.split() if word.isalpha()]
 VOCABULARY = [word for text in TEXTS for word in text.split()]
 
 
@@ -66,7 +69,7 @@ def digests_of(texts: list[str]) -> np.ndarray:
 
 
 def sketch_all(texts: list[str], batch: int = 1000) -> list[np.ndarray]:
-    return [sketch_documents(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+    return [sketch_documents(texts[start : start + batch])[1] for start in range(0, len(texts), batch)]
 
 
 def cluster_texts(texts: list[str], **options: float) -> np.ndarray:
@@ -149,6 +152,51 @@ def test_ngrams_are_those_of_plain_python():
 
 
 # ---- Exact duplicates.
+
+APART = [
+    *("The language C is old", "The language C++ is old", "The language C# is old"), *("C", "C++", "C#", "c"),
+    *("if a && b then c", "if a || b then c", "if a & b then c"), *("it is -5 degrees", "it is 5 degrees"),
+    *("I love it \U0001f600", "I love it \U0001f621"), *("2 * x = 4", "2 + x = 4", "2 / x = 4"), *("Polish", "polish"),
+    *("it costs $5 in all", "it costs €5 in all", "it costs 5 in all"), *("!x", "x"),
+]  # fmt: skip
+
+
+def test_texts_that_differ_in_symbols_are_no_duplicates():
+    spaced = [text.replace(" ", " \n\t\u3000") for text in APART]
+    first = first_of_each(digest_documents([*APART, *spaced], digest_exact))
+    assert first.tolist() == [True] * len(APART) + [False] * len(APART)
+    assert (cluster_texts(APART) == np.arange(len(APART))).all()
+    assert len(np.unique(digests_of(APART), axis=0)) < len(APART) / 2  # their words, which decide about the split
+
+
+def test_markup_counts_as_nothing():
+    plain = [" ".join(text.split()[:60]) for text in LONG[:100]]
+    rule = "=" * 30
+    for spoil in (
+        lambda text: f"{rule}\n# {text}\n{rule}", lambda text: "* " + text.replace(" ", "\n * ", 1), str.title,
+        lambda text: f"| {text.replace(' ', ' | ', 3)} |", lambda text: text.replace(" ", " **", 1).replace(" ", "** ", 2),
+        lambda text: text.replace("'", "’").replace('"', "“").replace("-", "–"),
+    ):  # fmt: skip
+        copies = list(map(spoil, plain))
+        cluster = cluster_texts([*plain, *copies])
+        assert (cluster[:100] == cluster[100:]).mean() >= 0.98, copies[0]
+
+
+def test_exercises_with_other_numbers_are_kept_and_pages_with_another_date_are_found():
+    rng = random.Random(0)
+    train = (
+        "A train travels at {} km per hour for {} hours and stops at a station for {} minutes before it goes back to "
+        "where it came from at the same speed. How long is the whole journey? First compute {} and then add {}."
+    )
+    square = "Compute the square of {}. Multiply it by itself and write down the result without more words: {}."
+    numbers = [rng.choices(range(2, 1000), k=5) for _ in range(1000)]
+    exercises = [*(train.format(*five) for five in numbers), *(square.format(n, n * n) for n in range(2, 502))]
+    assert np.mean(cluster_texts(exercises) != np.arange(1500)) <= 0.01
+    bodies = [" ".join(rng.choices(LETTERS_ONLY, k=150)) for _ in range(200)]
+    for form in ("Posted on {} March 20{}. {}", "{2} Page {0} of {1}", "{2} Updated: 2024-{0}-{1}"):
+        pages = [form.format(rng.randint(10, 19), rng.randint(20, 29), body) for body in bodies for _ in range(2)]
+        cluster = cluster_texts(pages)
+        assert np.mean(cluster[::2] == cluster[1::2]) >= 0.98, form
 
 
 def test_every_exact_duplicate_is_found_and_nothing_else():
@@ -241,7 +289,7 @@ def test_clusters_and_estimates_agree_with_exact_sets():
         for text in LONG[:100]
         for share in (0, *rng.choices((0.02, 0.1, 0.4), k=3))
     ]
-    signatures = sketch_documents(texts)
+    signatures = sketch_documents(texts)[1]
     cluster = find_near_duplicates([signatures], np.full(400, 1), np.ones(400, bool))
     shingles = [plain_shingles(text, 3) for text in texts]
     parent = list(range(len(texts)))
@@ -254,7 +302,8 @@ def test_clusters_and_estimates_agree_with_exact_sets():
     errors, missed, similar = [], 0, 0
     for left, right in combinations(range(len(texts)), 2):
         exact = jaccard(shingles[left], shingles[right])
-        errors.append(np.mean(signatures[left] == signatures[right]) - exact)
+        equal = signatures[left] == signatures[right]
+        errors.append(np.mean(equal[: duplicates.NUM_HASHES]) - exact)
         if exact >= duplicates.THRESHOLD - 0.12:  # three standard errors
             parent[max(find(left), find(right))] = min(find(left), find(right))
         if exact >= duplicates.THRESHOLD + 0.12:
@@ -262,7 +311,7 @@ def test_clusters_and_estimates_agree_with_exact_sets():
             missed += cluster[left] != cluster[right]
     within = [error for error in errors if error]
     assert abs(np.mean(within)) < 0.01 and np.std(within) < 0.045 and np.max(np.abs(errors)) < 0.2
-    assert similar > 80 and missed <= 0.01 * similar
+    assert similar > 80 and missed <= 0.02 * similar  # among them edits of symbols, which weigh more
     assert all(find(document) == find(int(cluster[document])) for document in range(len(texts)))
 
 
@@ -298,9 +347,9 @@ def test_the_longest_stands_for_the_cluster_and_the_first_of_equals():
 def test_only_candidates_take_part():
     texts = [f"{LONG[0]} and more", LONG[0], LONG[0], f"{LONG[0]} and"]
     lengths = np.array([len(text) for text in texts])
-    cluster = find_near_duplicates([sketch_documents(texts)], lengths, np.array([False, True, False, True]))
+    cluster = find_near_duplicates([sketch_documents(texts)[1]], lengths, np.array([False, True, False, True]))
     assert cluster.tolist() == [0, 3, 2, 3]
-    assert find_near_duplicates([sketch_documents(texts)], lengths, np.zeros(4, bool)).tolist() == [0, 1, 2, 3]
+    assert find_near_duplicates([sketch_documents(texts)[1]], lengths, np.zeros(4, bool)).tolist() == [0, 1, 2, 3]
     assert find_near_duplicates([], np.empty(0, int), np.empty(0, bool)).tolist() == []
 
 
@@ -458,9 +507,9 @@ def test_the_cache_of_words_is_bounded_and_changes_nothing(monkeypatch):
 def test_a_forked_worker_sketches_after_its_parent_did():
     code = (
         "import multiprocessing; from test_deduplication import *;"
-        "parent = sketch_documents(TEXTS);"
+        "parent = sketch_documents(TEXTS)[1];"
         "pool = multiprocessing.get_context('fork').Pool(1);"
-        "assert (pool.map_async(sketch_documents, [TEXTS]).get(30)[0] == parent).all()"
+        "assert (pool.map_async(sketch_documents, [TEXTS]).get(30)[0][1] == parent).all()"
     )
     run(sys.executable, "-c", code, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
 
@@ -469,7 +518,7 @@ def test_signatures_mapped_from_arrow_give_what_arrays_give(tmp_path):
     texts, _ = planted_copies(0.05)
     signatures = sketch_all(texts)
     batches = [
-        pa.record_batch({"signature": pa.FixedSizeListArray.from_arrays(part.ravel(), duplicates.NUM_HASHES)})
+        pa.record_batch({"signature": pa.FixedSizeListArray.from_arrays(part.ravel(), duplicates.SIGNATURE)})
         for part in signatures
     ]
     with pa.OSFile(str(tmp_path / "s.arrow"), "wb") as file, pa.ipc.new_file(file, batches[0].schema) as writer:
@@ -477,7 +526,7 @@ def test_signatures_mapped_from_arrow_give_what_arrays_give(tmp_path):
             writer.write_batch(batch)
     column = pa.ipc.open_file(pa.memory_map(str(tmp_path / "s.arrow"))).read_all()["signature"]
     mapped = [
-        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, duplicates.NUM_HASHES) for chunk in column.chunks
+        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, duplicates.SIGNATURE) for chunk in column.chunks
     ]
     lengths, candidates = np.array([len(text) for text in texts]), np.ones(len(texts), bool)
     expected = find_near_duplicates([np.concatenate(signatures)], lengths, candidates)
@@ -532,8 +581,8 @@ def test_a_million_equal_documents_of_one_word():
 
 def test_a_hundred_thousand_equal_or_distinct_signatures():
     """The clusters are right, and four times the documents take about four times as long, not sixteen."""
-    block = np.broadcast_to(sketch_documents(["word"]), (1000, duplicates.NUM_HASHES))
-    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, duplicates.NUM_HASHES), np.uint32)
+    block = np.broadcast_to(sketch_documents(["word"])[1], (1000, duplicates.SIGNATURE))
+    distinct = np.random.default_rng(0).integers(0, 2**32, (100_000, duplicates.SIGNATURE), np.uint32)
 
     def cluster_equal(count: int) -> None:
         assert (find_near_duplicates([block] * (count // 1000), np.full(count, 4), np.ones(count, bool)) == 0).all()

@@ -76,12 +76,12 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
         TEXTS[1].upper() + "  \n\n!",
         "",
         " \u200b\n",
-    ]  # two duplicates (one except for case and punctuation), two empty documents
+    ]  # a duplicate, a near duplicate (equal but for case and punctuation), two empty documents
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in records))
     first = prepare(tmp_path / "out", "--sources", f"[{source}]")
     manifest = load_manifest(tmp_path / "out")
     assert manifest["documents_read"] == 54
-    assert manifest["dropped"] == {"exact duplicate": 2, "empty after cleaning": 2}
+    assert manifest["dropped"] == {"empty after cleaning": 2, "exact duplicate": 1, "near duplicate": 1}
     assert sum(figures["documents"] for figures in manifest["splits"].values()) == 50
     assert (
         "exact duplicate" in first
@@ -92,6 +92,32 @@ def test_table_counts_and_a_second_call_does_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert "nothing to do" in prepare(tmp_path / "out", "--sources", f"[{source}]")
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def test_only_white_space_makes_no_other_text_and_variants_are_on_one_side(tmp_path):
+    """The option drops variants under a reason of its own; kept documents are in the same split with and without it."""
+    forms = ("{} is -5 C", "{} is 5 c", "{}: is 5, C++", "{} is  5 C&&", "{} IS\n5 C&&", "{} is\t5 c")
+    words = sorted({word.casefold() for text in TEXTS for word in text.split()[:1] if word.isalpha()})[:60]
+    texts = [form.format(word) for word in words for form in forms]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    stored = {}
+    for ignore in ("false", "true"):
+        prepare(
+            tmp_path / ignore, "--sources", f"[{path}]", "--deduplication.ignore_case_and_punctuation", ignore,
+            "--validation_fraction", "0.3", "--cleaning.steps", "[]",
+        )  # fmt: skip
+        page = (tmp_path / ignore / "report.html").read_text(encoding="utf-8")
+        dropped = load_manifest(tmp_path / ignore)["dropped"]
+        assert ("equal but for case and punctuation" in page) == (ignore == "true")
+        assert dropped["exact duplicate"] == 60
+        assert dropped.get("equal but for case and punctuation", 0) == (240 if ignore == "true" else 0)
+        for split in ("train", "validation"):
+            stored[ignore, split] = documents(tmp_path / ignore, split)
+            held_out = is_held_out(digest_documents(stored[ignore, split]), 0.3)
+            assert (held_out == (split == "validation")).all()
+    for split in ("train", "validation"):
+        assert set(stored["true", split]) < set(stored["false", split])
 
 
 def test_the_report_can_be_opened_and_says_what_was_dropped(dataset):

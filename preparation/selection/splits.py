@@ -17,7 +17,8 @@ from preparation.selection.duplicates import build_index, find_contaminated, fin
 from preparation.sources.conversations import without_system
 from preparation.stages import iter_slices
 
-EXACT, NEAR, CONTAMINATED = "exact duplicate", "near duplicate", "holds evaluation text"
+EXACT, SAME_WORDS = "exact duplicate", "equal but for case and punctuation"
+NEAR, CONTAMINATED = "near duplicate", "holds evaluation text"
 
 
 @dataclass
@@ -60,20 +61,22 @@ def select_documents(
 ) -> Selection:  # fmt: skip
     """Decide about every document. Takes about 100 bytes of memory per document, plus the index of evaluation text.
 
-    `cleaned` has the columns text, source and reason; `sketches` digest (16 × uint8) and, for near duplicates,
+    `cleaned` has the columns text, source and reason; `sketches` exact, digest (16 × uint8) and, for near duplicates,
     signature. `lengths` (N,) are the bytes of each text; the longest of several near duplicates is kept. Training
     documents must not contain `evaluation_texts` (batches) or the validation split. `map_texts` applies a function to
     the texts of documents, given by their numbers (n,), and returns (n,) int64.
     """
     found, numbers = _encode_dictionary(cleaned.data.column("reason"))
-    reasons = ["", *sorted(reason for reason in found if reason), EXACT, NEAR, CONTAMINATED]
+    reasons = ["", *sorted(reason for reason in found if reason), EXACT, SAME_WORDS, NEAR, CONTAMINATED]
     code = np.array([reasons.index(reason) for reason in found], np.int16)[numbers]
     names, numbers = _encode_dictionary(cleaned.data.column("source"))
     source = np.array([sources.index(name) for name in names], np.int16)[numbers]
-    digests = np.concatenate(list(fixed_size_chunks(sketches, "digest")))
 
-    kept = np.flatnonzero(code == 0)
-    code[kept[~first_of_each(digests[kept])]] = reasons.index(EXACT)
+    for column, reason in (("exact", EXACT), ("digest", SAME_WORDS)):
+        digests = np.concatenate(list(fixed_size_chunks(sketches, column)))
+        if reason == EXACT or config.ignore_case_and_punctuation:
+            kept = np.flatnonzero(code == 0)
+            code[kept[~first_of_each(digests[kept])]] = reasons.index(reason)
 
     cluster = np.arange(len(code))
     if config.near_threshold is not None:
