@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import datasets
 import numpy as np
@@ -461,7 +462,8 @@ def test_a_system_message_that_all_share_makes_no_duplicates(tmp_path, conversat
     assert without_system(join_messages([system, *brief[0]])) == join_messages(brief[0])
     monkeypatch.setattr(prepare_data, "without_system", str)
     options = ("--messages_column", "messages", "--sources", source, *TEMPLATE_OPTIONS)
-    assert "near duplicate 199" in error_line("prepare_data.py", "--output", tmp_path / "without", *options)
+    _, out, err = call("prepare_data.py", "--output", tmp_path / "without", *options)
+    assert int(re.search(r"near duplicate +(\d+)", out + err)[1]) > 190
 
 
 def test_the_example_makes_the_same_conversations_each_time(tmp_path, instructions, conversations):
