@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import SMALL, call, error_line, flags, run, script, train
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from evaluate import encode_document
 from preparation.tokenizer.encoding import Encoder
@@ -238,6 +238,19 @@ def sampled(sharp, temperature: float, seed: int = 0) -> tuple[torch.Tensor, flo
     chances = (chances / max(temperature, 1e-9)).softmax(-1)
     expected = (surprise.gather(1, likeliest) * chances).sum(-1)
     return ids, float(surprise.gather(1, ids[start:, None]).mean()), float(expected.mean())
+
+
+def test_a_models_own_generation_settings_do_not_count(sharp):
+    model, tokenizer = sharp
+    ids, *_ = sampled(sharp, 1.0)
+    mine = {"suppress_tokens": ids.tolist(), "return_dict_in_generate": True, "num_return_sequences": 3, "min_p": 0.9,
+            "repetition_penalty": 9.0, "do_sample": True, "stop_strings": [tokenizer.decode(ids[1:2])], "max_time": 1e-9}  # fmt: skip
+    before, model.generation_config = model.generation_config, GenerationConfig(**mine)
+    try:
+        assert sampled(sharp, 1.0)[0].tolist() == ids.tolist()
+        assert model.generation_config.suppress_tokens == ids.tolist()
+    finally:
+        model.generation_config = before
 
 
 def test_texts_are_drawn_at_their_temperature(sharp):

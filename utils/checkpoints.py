@@ -111,8 +111,8 @@ def read_pointers(folder: Path) -> dict[str, str]:
     """The names of the checkpoints in `folder` that are best, best_average and last, as far as it is known.
 
     pointers.json decides. Without it, the links do, and without these, as a last resort, the state of the newest
-    checkpoint, which was saved before its own evaluation. `UserError`
-    if one of them names anything else than a checkpoint of this folder.
+    checkpoint, which was saved before its own evaluation. `UserError` if one of them names anything else than a
+    checkpoint of this folder.
     """
     path = folder / POINTER_FILE
     if path.is_file():
@@ -129,10 +129,12 @@ def read_pointers(folder: Path) -> dict[str, str]:
             if not is_inside(link, folder):
                 raise UserError(f"{link} is a link to {os.readlink(link)}, outside of the run; give that folder itself")
             pointers[link.name] = link.resolve().name
-    if found and "best" not in pointers:
+    if found and len(pointers) < len(POINTERS):
         with contextlib.suppress(UserError):
-            if best_step := load_state(found[-1]).best_step:
-                pointers["best"] = checkpoint_name(best_step)
+            state = load_state(found[-1])
+            for name, step in (("best", state.best_step), ("best_average", state.best_average_step)):
+                if step:
+                    pointers.setdefault(name, checkpoint_name(step))
     return pointers
 
 

@@ -9,22 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from utils.cli import UserError
+from utils.model.adapters import without_adapters
 from utils.model.build import as_list, evaluating, longest_sequence, stop_token_ids
 from utils.objectives import count_targets
 from utils.pretrained import chat_ids
-
-# transformers' own defaults of what a model's generation settings may change.
-NEUTRAL = {
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "top_k": 50,
-    "top_p": 1.0,
-}
 
 
 @dataclass
@@ -90,8 +81,11 @@ def generate_text(
     tokens, such as a repetition penalty, does not count.
     """
     settings = model.generation_config
-    neutral = {name: value for name, value in NEUTRAL.items() if getattr(settings, name, None) is not None}
-    stops = {*stop_token_ids(tokenizer), *as_list(settings.eos_token_id)}
+    plain = GenerationConfig(
+        bos_token_id=settings.bos_token_id, pad_token_id=settings.pad_token_id,
+        eos_token_id=sorted({*stop_token_ids(tokenizer), *as_list(settings.eos_token_id)}),
+        decoder_start_token_id=settings.decoder_start_token_id,
+    )  # fmt: skip
     positions = longest_sequence(model)
     if chat and prompt:
         ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
@@ -102,10 +96,17 @@ def generate_text(
     ids = ids[1 - positions :] or [tokenizer.eos_token_id]
     torch.manual_seed(seed)
     input_ids = torch.tensor([ids], device=model.device)
-    with evaluating(model):
-        output = (generate or model.generate)(  # type: ignore[operator]
-            input_ids, attention_mask=torch.ones_like(input_ids), eos_token_id=sorted(stops),
-            max_new_tokens=min(max_new_tokens, positions - len(ids)),
-            do_sample=temperature > 0, temperature=temperature or None, **neutral,
-        )  # fmt: skip
+    # `generate` reads the model's settings too, and those of a model within adapters.
+    owners = [model, without_adapters(model)]
+    try:
+        for owner in owners:
+            owner.generation_config = plain
+        with evaluating(model):
+            output = (generate or model.generate)(  # type: ignore[operator]
+                input_ids, attention_mask=torch.ones_like(input_ids), do_sample=temperature > 0,
+                max_new_tokens=min(max_new_tokens, positions - len(ids)), temperature=temperature or None,
+            )  # fmt: skip
+    finally:
+        for owner in owners:
+            owner.generation_config = settings
     return tokenizer.decode(output[0], skip_special_tokens=True)

@@ -445,6 +445,8 @@ def test_16_another_model_tokenizer_or_dataset_is_refused_and_other_logging_is_n
 
     line = refused(model__hidden_size=64, optimizer__beta2=0.99)
     assert "model.hidden_size 32 → 64; optimizer.beta2 0.95 → 0.99" in line
+    line = refused(evaluation__early_stopping_weights="average", optimizer__ema_decay=0.99)
+    assert "evaluation.early_stopping_weights trained → average" in line
     other = tmp_path / "other"
     assert call("prepare_data.py", "--output", other, "--tokenizer.vocab_size", "1024")[0] == 0
     assert "was trained on another dataset" in refused(data__dataset=other)

@@ -1,6 +1,7 @@
 """Looking at a model never costs the run; and which checkpoint counts, wherever a run folder has been copied to."""
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -231,6 +232,11 @@ def test_the_file_counts_then_the_links_then_the_state(whole, tmp_path):
     assert find_checkpoint(run).name == "step-00000003"
     (folder / "best").unlink()
     assert find_checkpoint(run).name == f"step-{state(run)['best_step']:08}"
+    newest = folder / "step-00000012" / "state.json"
+    content = newest.read_text()
+    newest.write_text(json.dumps({"state": state(run) | {"best_average_step": 8}}))
+    assert read_pointers(folder)["best_average"] == "step-00000008"
+    newest.write_text(content)
     shutil.rmtree(find_checkpoint(run))
     line = error_line("export.py", "--checkpoint", run, "--output", tmp_path / "export")
     assert "is gone" in line and "step-00000004" in line

@@ -51,7 +51,10 @@ TEMPORARY_PREFIX = ".tmp-"  # not yet a checkpoint, or no longer one; the next s
 # Options that a resumed run may change: what is shown, how the same batch is split, how long the run is. The last one
 # bends a decaying schedule from the resumed step on. Every change is printed.
 FREE_TO_CHANGE = (
-    "output", "max_minutes", "data.dataset", "data.num_workers", "batch.per_device_batch_size", "evaluation.",
+    "output", "max_minutes", "data.dataset", "data.num_workers", "batch.per_device_batch_size",
+    # Not early_stopping_weights: the loss that patience compares with is the other weights'.
+    "evaluation.every_steps", "evaluation.at_start", "evaluation.per_device_batch_size",
+    "evaluation.early_stopping_patience", "evaluation.early_stopping_min_delta",
     "checkpoint.", "guards.", "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens",
     "schedule.decay_steps", "model.activation_checkpointing",
 )  # fmt: skip
