@@ -72,6 +72,8 @@ class TextStream:
         recipe = PrepareConfig(sources=options["sources"], text_column=options["text_column"])
         self.sources = [source for source in resolve_sources(recipe) if source.weight]
         self.code_sources = {str(source.name) for source in self.sources if source.kind == "code"}
+        # Datasets of earlier versions, whose options lack it, were encoded with true.
+        self.parse_special_tokens: bool = options["tokenizer"].get("parse_special_tokens", True)
         self.validation_fraction: float = options["validation_fraction"]
         self.dataset, self.num_lanes, self.seed = dataset, num_lanes, seed
         self.files = describe_files(self.sources, [], read_again=False, by_size_only=True)
@@ -134,7 +136,8 @@ class TextStream:
         tokens = open_split(self.dataset, "validation")  # the same sample for all lanes, so that they decide alike
         pairs = itertools.pairwise(tokens.offsets[: SAMPLE_DOCUMENTS + 1].tolist())
         documents = [tokens.read(start, min(stop, start + SAMPLE_TOKENS)) for start, stop in pairs]
-        return build_encoder(tokenizer, tokenizer.batch_decode(documents, skip_special_tokens=True))
+        sample = tokenizer.batch_decode(documents, skip_special_tokens=True)
+        return build_encoder(tokenizer, sample, parse_special_tokens=self.parse_special_tokens)
 
     @cached_property
     def _opened(self) -> list["OpenedSource"]:  # opened in the process that reads them
