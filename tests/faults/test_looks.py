@@ -108,24 +108,24 @@ def test_the_average_has_a_best_checkpoint_of_its_own(dataset, tmp_path):
     output = tmp_path / "run"
     records = train(
         output, data__dataset=dataset, evaluation__every_steps=1, checkpoint__every_steps=2, checkpoint__keep_last=1,
-        optimizer__learning_rate=0.5, optimizer__max_grad_norm=0, schedule__warmup_steps=10, schedule__max_steps=11,
+        optimizer__learning_rate=0.7, optimizer__max_grad_norm=0, schedule__warmup_steps=8, schedule__max_steps=12,
         schedule__shape="constant", optimizer__ema_decay=0.9,
     )  # fmt: skip
     best = {}
     for name in ("eval/loss", "eval/average_loss"):
         losses = {record["step"]: record[name] for record in records if name in record}
         best[name] = min(losses, key=lambda step: losses[step])
-    assert len({*best.values(), 11}) == 3, "the test needs two different best steps, both before the last"
+    assert len({*best.values(), 12}) == 3, "the test needs two different best steps, both before the last"
     assert summary(output)["best_average_step"] == best["eval/average_loss"]
     assert {path.name for path in (output / "checkpoints").glob("step-*")} == {
-        f"step-{step:08}" for step in (*best.values(), 11)
+        f"step-{step:08}" for step in (*best.values(), 12)
     }
     code, out, err = call("export.py", "--checkpoint", output, "--output", tmp_path / "export", "--weights", "average")
     assert code == 0, err
     kept = load_file(output / "checkpoints" / f"step-{best['eval/average_loss']:08}" / "average.safetensors")
     exported = load_file(tmp_path / "export" / "model.safetensors")
     assert all(bool((exported[name] == tensor).all()) for name, tensor in kept.items())
-    assert "step-00000011" in out  # what is newer is named
+    assert "step-00000012" in out  # what is newer is named
 
 
 def test_early_stopping_can_follow_the_average(dataset, tmp_path):
