@@ -169,7 +169,8 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
 def claim_output(
     config: PrepareConfig, sources: list[SourceConfig], stages: Stages, output: Path
 ) -> Iterator[tuple[list[dict[str, Any]], dict[str, Found], str] | None]:
-    """The files of the sources, what else was found, and the recipe's key, with a lock on the output; None if the output is up to date.
+    """The files of the sources, what `find` gave for each, and the recipe's key, with a lock on the output; None if the
+    output is up to date.
 
     `UserError` if the output is locked, is not a dataset, overlaps a source or cannot be written.
     """

@@ -93,7 +93,7 @@ class SourceConfig:
         if self.encoding is not None:
             try:
                 "".encode(self.encoding)
-            except LookupError:
+            except (LookupError, UnicodeError):
                 found.append(f"encoding {self.encoding!r} is unknown; give one such as windows-1252, utf-16, shift_jis")
         if not 0 <= self.weight <= 100:
             found.append(f"weight is {self.weight}; it must be between 0 and 100")

@@ -1,8 +1,10 @@
 """Conversations: which tokens the assistant says, compared with transformers and by hand, and through prepare_data.py."""
 
 import json
+import math
 import random
 import re
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -27,7 +29,7 @@ from preparation.sources.conversations import (
     split_tools,
     without_system,
 )
-from preparation.sources.documents import read_sources
+from preparation.sources.documents import Broken, Document, make_document, read_sources
 from preparation.tokenizer.build import train_tokenizer
 from preparation.tokenizer.encoding import ConversationEncoder
 from utils.cli import UserError
@@ -403,6 +405,32 @@ def test_the_forms_of_sharegpt_and_alpaca_are_recognised():
     )
     with pytest.raises(ValueError, match="the role 'function_call'"):
         find_conversation({"conversations": [turns[0], {"from": "function_call", "value": "{}"}]}, "messages")
+
+
+def test_any_record_is_a_conversation_or_is_broken():
+    """Random records in the three forms: a text that can be split and joined again, or a `Broken`; no other error."""
+    rng, found = random.Random(0), Counter()
+    values = [None, "", "text", 5, 0, 1.5, math.nan, True, [], {}, ["a"], {"a": 1}, [["q", "a"]], [[1, 2]], [None], "{"]
+    names = ["user", "assistant", "human", "gpt", "system", 5, ["x"]]
+    keys = ["role", "content", "from", "value", "weight", "reasoning_content", "tool_calls"]
+
+    def message() -> object:
+        item = {key: rng.choice(values + ["hello"] * 9) for key in keys if rng.random() < 0.6}
+        item |= {key: rng.choice(names) for key in ("role", "from") if key in item}
+        return item if rng.random() < 0.9 else rng.choice(values)
+
+    source = SourceConfig(path="x", messages_column="messages")
+    for _ in range(20_000):
+        columns = ["instruction", "input", "output", "history", "system", "tools"]
+        record = {name: rng.choice(values + ["text"] * 9) for name in columns if rng.random() < 0.6}
+        for name in ("messages", "conversations"):
+            if rng.random() < 0.4:
+                record[name] = [message() for _ in range(rng.randint(0, 3))]
+        document = make_document(record, "file", 1, "line", source)
+        found[type(document)] += 1
+        if isinstance(document, Document):
+            assert join_messages(split_messages(document.text), split_tools(document.text)) == document.text
+    assert set(found) == {Document, Broken} and min(found.values()) > 300, found
 
 
 def test_what_does_not_go_with_conversations_is_refused_in_one_line(tmp_path, tokenizer):

@@ -97,10 +97,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def hash_file(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits; a second per GB."""
     with path.open("rb", buffering=0) as file:
-        first = file.read(1 << 16)  # of a small file all, without the 256 KB that `file_digest` allocates
-        if len(first) < 1 << 16:
-            return hashlib.sha256(first).hexdigest()
-        file.seek(0)
+        if os.fstat(file.fileno()).st_size < 1 << 16:  # without the 256 KB that `file_digest` allocates
+            return hashlib.sha256(file.readall()).hexdigest()
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -208,8 +208,8 @@ def first_of_each(digests: np.ndarray) -> np.ndarray:
 
 
 def sketch_documents(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Digests (n, 16) uint8 and signatures (n, SIGNATURE) uint32: NUM_HASHES MinHashes of the shingles, MARK_HASHES of the marks, the number of
-    words, the number of marks. A text of fewer than NGRAM words is one shingle."""
+    """Digests (n, 16) uint8 and signatures (n, SIGNATURE) uint32: NUM_HASHES MinHashes of the shingles, MARK_HASHES of
+    the marks, the number of words, the number of marks. A text of fewer than NGRAM words is one shingle."""
     _keep_rensa_to_one_thread()
     digests = bytearray()
     words, lengths = hash_words(texts, NGRAM, digests)

@@ -4,6 +4,7 @@ For each message the text holds U+001E (ASCII's record separator), the role, a n
 that works on text also works on conversations, and nothing needs escaping.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +23,14 @@ UNSUPPORTED = ("tool_calls", "function_call", "thinking")  # parts of what the a
 def find_conversation(record: dict[str, Any], column: str) -> str:
     """The conversation of a record as text: a list of messages in `column`, ShareGPT's in `column` or `conversations`,
     or Alpaca's instruction, input and output. `KeyError` if there is none, `ValueError` if it is not one to learn."""
-    if column not in record:
-        if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
-            return join_messages(_from_alpaca(record))
-        column = "conversations" if "conversations" in record else column
-    messages, tools = record[column], record.get("tools")
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
-        messages = _from_sharegpt(record, messages)
+    if column not in record and {"instruction", "output"} <= record.keys():
+        column, messages = "output", _from_alpaca(record)
+    else:
+        column = "conversations" if column not in record and "conversations" in record else column
+        messages = record[column]
+        if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
+            messages = _from_sharegpt(record, messages)
+    tools = record.get("tools")
     if fault := find_fault(messages):
         raise ValueError(f"column {column!r} {fault}")
     if isinstance(tools, str) and tools.strip():
@@ -50,13 +52,16 @@ def _from_sharegpt(record: dict[str, Any], messages: list[Any]) -> list[Any]:
 
 
 def _from_alpaca(record: dict[str, Any]) -> list[dict[str, Any]]:
-    asked = "\n\n".join(text for key in ("instruction", "input") if (text := record.get(key) or ""))
-    earlier = [
-        {"role": role, "content": text}
-        for pair in record.get("history") or [] for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]  # fmt: skip
-    last = [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
-    return _system(record) + earlier + last
+    pairs = record.get("history") or []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("column 'history' is not a list of pairs, each what the user and the assistant said")
+    parts = [text for key in ("instruction", "input") if (text := record.get(key)) not in (None, "")]
+    for part in parts:
+        if not isinstance(part, str):
+            raise ValueError(f"instruction or input holds {type(part).__name__}, not text")
+    said = [text for pair in pairs for text in pair] + ["\n\n".join(parts), record["output"]]
+    roles = itertools.cycle(("user", "assistant"))
+    return _system(record) + [{"role": role, "content": text} for role, text in zip(roles, said, strict=False)]
 
 
 def _system(record: dict[str, Any]) -> list[dict[str, Any]]:

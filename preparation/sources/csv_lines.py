@@ -12,7 +12,8 @@ LINES_IN_DOUBT, LINES_AHEAD = 40, 1000
 
 
 def sniff_csv(head: str, name: str, columns: list[str]) -> tuple[str, bool, bool]:
-    """Of a file that begins with `head` and should have `columns`: the delimiter, whether a first line states it, and whether a backslash stands before a quote in a cell."""
+    """Of a file that begins with `head` and should have `columns`: the delimiter, whether a first line states it, and
+    whether a backslash stands before a quote in a cell."""
     first, _, rest = head.partition("\n")
     stated = re.fullmatch(r'"?sep=(.)"?\r?', first)
     if stated:

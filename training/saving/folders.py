@@ -52,7 +52,7 @@ TEMPORARY_PREFIX = ".tmp-"  # not yet a checkpoint, or no longer one; the next s
 # bends a decaying schedule from the resumed step on. Every change is printed.
 FREE_TO_CHANGE = (
     "output", "max_minutes", "data.dataset", "data.num_workers", "batch.per_device_batch_size",
-    # Not early_stopping_weights: the loss that patience compares with is the other weights'.
+    # Not early_stopping_weights: patience would compare with the loss of the other weights.
     "evaluation.every_steps", "evaluation.at_start", "evaluation.per_device_batch_size",
     "evaluation.early_stopping_patience", "evaluation.early_stopping_min_delta",
     "checkpoint.", "guards.", "tracking.", "schedule.max_steps", "schedule.num_epochs", "schedule.max_tokens",
