@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from utils.checkpoints import find_checkpoint, resolve_checkpoint
 from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
-from utils.pretrained import check_adapters, read_tokenizer
+from utils.pretrained import check_adapters, hide_special_tokens, read_tokenizer
 
 NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file or --prompt"
 
@@ -177,8 +177,9 @@ def read_text_file(path: Path, tokenizer: Any) -> tuple[TokenDataset, int]:
 
 
 def encode_document(text: str, tokenizer: Any) -> np.ndarray:
-    """The ids that prepare_data.py stores for a document, (n,) uint32: the tokenizer's own, then an eos token."""
-    ids = tokenizer.backend_tokenizer.encode(text).ids
+    """The ids that prepare_data.py stores for a document, (n,) uint32: the tokenizer's own, then an eos token. Special
+    tokens that the text spells out are text."""
+    ids = hide_special_tokens(tokenizer.backend_tokenizer)[0].encode(text).ids
     if len(ids) <= 1 or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     return np.array(ids, np.uint32)

@@ -14,8 +14,10 @@ config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else Non
 
 import contextlib
 import json
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +29,7 @@ import pyarrow as pa
 import tokenizers
 
 from preparation.cleaning.steps import clean_documents, expand_steps
-from preparation.recipe import SourceConfig
+from preparation.recipe import BUILT_IN_TOKENS, SourceConfig
 from preparation.report.page import TRAINED_HERE, collect_details, data_card, html_report, table
 from preparation.selection.duplicates import SIGNATURE, digest_documents, digest_exact, sketch_documents
 from preparation.selection.splits import Selection, repeat_by_weight, select_documents
@@ -62,6 +64,7 @@ from preparation.tokenizer.build import (
 from preparation.tokenizer.encoding import ConversationEncoder, Encoder, build_encoder
 from utils.data.token_dataset import FORMAT_VERSION, open_split
 from utils.files import hold_lock, read_json
+from utils.pretrained import hide_special_tokens
 
 
 class Engine(NamedTuple):
@@ -72,6 +75,7 @@ class Engine(NamedTuple):
 
 
 THIS_MACHINE = Engine()
+MAX_LOST_SHARE = 0.05  # of the characters of a source, which the tokenizer cannot write; emoji in English are fewer
 
 
 def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
@@ -234,16 +238,22 @@ def write_dataset(
     """Encode both splits into `folder`, which holds the tokenizer, complete `manifest` and write the reports."""
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     samples = sample_by_source(cleaned, selection, sources)
+    parse = config.tokenizer.parse_special_tokens
     encoder: Encoder | ConversationEncoder
     if holds_conversations(sources):
-        encoder = ConversationEncoder(tokenizer)
+        encoder = ConversationEncoder(tokenizer, parse)
     else:
-        encoder = build_encoder(tokenizer, [text for texts in samples.values() for text in texts])
+        sample = [text for texts in samples.values() for text in texts]
+        encoder = build_encoder(tokenizer, sample, parse_special_tokens=parse)
     rows = {"train": weighted_rows(selection, sources), "validation": np.flatnonzero(selection.validation)}
     if config.stream:
         del rows["train"]
+    backend = None if parse else hide_special_tokens(tokenizer.backend_tokenizer)[0]
+    described = {source: describe_tokenizer(tokenizer, texts, backend) for source, texts in samples.items()}
+    check_loss(described, str(config.tokenizer.pretrained or config.tokenizer.algorithm))
+    spelled: Counter[str] = Counter()
     tokens = {
-        split: encode_split(cleaned.select(indices), lengths[indices], encoder, folder / split, engine)
+        split: encode_split(cleaned.select(indices), lengths[indices], encoder, folder / split, engine, spelled)
         for split, indices in rows.items()
     }
     print(f"{'encode':<12} {encoder.note}")
@@ -256,8 +266,8 @@ def write_dataset(
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
     manifest["tokenizer"] = {
         "from": config.tokenizer.pretrained or TRAINED_HERE, "vocab_size": len(tokenizer),
-        "dtype": encoder.dtype.__name__,
-        "sources": {source: describe_tokenizer(tokenizer, texts) for source, texts in samples.items()},
+        "dtype": encoder.dtype.__name__, "spelled_out": dict(spelled.most_common()),
+        "sources": described,
     }  # fmt: skip
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
@@ -325,6 +335,10 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
     texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), config.tokenizer.sample_bytes)
     if holds_conversations(resolve_sources(config)):  # messages will be separated by special tokens
         texts = ([part for text in batch for part in text.split(SEPARATOR)] for batch in texts)
+    if config.tokenizer.parse_special_tokens:  # what becomes a token is not for merges to learn
+        special = [*BUILT_IN_TOKENS[config.tokenizer.algorithm], *config.tokenizer.special_tokens]
+        pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+        texts = ([part for text in batch for part in pattern.split(text)] for batch in texts)
     trained_tokenizer(config, texts).save_pretrained(folder)
 
 
@@ -358,6 +372,17 @@ def check_tokenizer(config: PrepareConfig) -> None:
         ConversationEncoder(tokenizer)
 
 
+def check_loss(described: dict[str, dict[str, Any]], tokenizer: str) -> None:
+    """`UserError` if the tokenizer cannot write a large share of a source's text."""
+    for source, figures in described.items():
+        if figures["lost_share"] > MAX_LOST_SHARE:
+            raise UserError(
+                f"{source}: the tokenizer ({tokenizer}) cannot write {figures['lost_share']:.1%} of the characters, such "
+                f"as {figures['lost_characters']}, so this text would be lost; use a tokenizer that knows the language, "
+                "or train one (tokenizer.algorithm bpe writes every text)"
+            )
+
+
 def sample_by_source(
     cleaned: datasets.Dataset, selection: Selection, sources: list[SourceConfig], documents: int = 100
 ) -> dict[str, list[str]]:
@@ -384,15 +409,19 @@ def encode_split(
     encoder: Encoder | ConversationEncoder,
     folder: Path,
     engine: Engine,
+    spelled: Counter[str],
 ) -> np.ndarray:
-    """Write `documents` as a split of the token dataset; returns their lengths in tokens (n,)."""
+    """Write `documents` as a split of the token dataset; returns their lengths in tokens (n,). Counts in `spelled` how
+    often they spell out each special token."""
     path = folder.with_suffix(".arrow")
     engine.map_slices(
         documents.select_columns(list(encoder.columns)), lengths, encoder.encode_table, path, features=encoder.features,
         description=f"encode {folder.name}",
     )  # fmt: skip
+    encoded = load_slices(path)
+    spelled.update(encoded.data.column("spelled").combine_chunks().flatten().to_pylist())
     # The folder stores this fingerprint. `datasets` would draw a random one, and the bytes would differ every time.
-    datasets.Dataset(load_slices(path).data, fingerprint=folder.name).save_to_disk(folder)
+    datasets.Dataset(encoded.remove_columns("spelled").data, fingerprint=folder.name).save_to_disk(folder)
     for file in slice_files(path):
         file.unlink()
     return np.diff(open_split(folder.parent, folder.name).offsets)

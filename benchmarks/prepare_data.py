@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -182,7 +183,7 @@ def measure_encoding(arguments: argparse.Namespace, *, fast: bool) -> dict[str, 
     out = arguments.folder / ("ours_fast" if fast else "ours")
     started = time.perf_counter()
     encoder = build_encoder(tokenizer, documents[:100]["text"], use_gigatoken=fast)
-    tokens = encode_split(documents, lengths, encoder, out / f"run-{time.time_ns()}" / "train", THIS_MACHINE)
+    tokens = encode_split(documents, lengths, encoder, out / f"run-{time.time_ns()}" / "train", THIS_MACHINE, Counter())
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "tokens": int(tokens.sum()), "note": encoder.note}
 

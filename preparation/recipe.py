@@ -195,6 +195,8 @@ class TokenizerConfig:
     """Entries of a tokenizer trained here, including special tokens."""
     special_tokens: list[str] = field(default_factory=list)
     """More special tokens, as in [<|user|>, <|assistant|>]."""
+    parse_special_tokens: bool = False
+    """Special tokens that a text spells out become these tokens. false: they are text, encoded like any other."""
     chat_template: str | None = None
     """File with a Jinja chat template, which is saved with the tokenizer."""
     sample_bytes: PositiveInt = 30_000_000

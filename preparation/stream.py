@@ -75,6 +75,8 @@ class TextStream:
         recipe = PrepareConfig(sources=options["sources"], text_column=options["text_column"])
         self.sources = [source for source in resolve_sources(recipe) if source.weight]
         self.code_sources = {str(source.name) for source in self.sources if source.kind == "code"}
+        # Datasets of earlier versions, whose options lack it, were encoded with true.
+        self.parse_special_tokens: bool = options["tokenizer"].get("parse_special_tokens", True)
         self.validation_fraction: float = options["validation_fraction"]
         self.max_broken_share: float = options.get("max_broken_share", recipe.max_broken_share)
         self.dataset, self.num_lanes, self.seed = dataset, num_lanes, seed
@@ -154,7 +156,8 @@ class TextStream:
         tokens = open_split(self.dataset, "validation")  # the same sample for all lanes, so that they decide alike
         pairs = itertools.pairwise(tokens.offsets[: SAMPLE_DOCUMENTS + 1].tolist())
         documents = [tokens.read(start, min(stop, start + SAMPLE_TOKENS)) for start, stop in pairs]
-        return build_encoder(tokenizer, tokenizer.batch_decode(documents, skip_special_tokens=True))
+        sample = tokenizer.batch_decode(documents, skip_special_tokens=True)
+        return build_encoder(tokenizer, sample, parse_special_tokens=self.parse_special_tokens)
 
     @cached_property
     def _opened(self) -> list["OpenedSource"]:  # opened in the process that reads them

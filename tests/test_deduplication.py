@@ -173,7 +173,7 @@ def test_markup_counts_as_nothing():
     plain = [" ".join(text.split()[:60]) for text in LONG[:100]]
     rule = "=" * 30
     for spoil in (
-        lambda text: f"{rule}\n# {text}\n{rule}", lambda text: "* " + text.replace(" ", "\n * ", 1), str.title,
+        lambda text: f"{rule}\n# {text}\n{rule}", lambda text: re.sub(r"((?:\S+ ){6})", r"\1\n * ", text), str.title,
         lambda text: f"| {text.replace(' ', ' | ', 3)} |", lambda text: text.replace(" ", " **", 1).replace(" ", "** ", 2),
         lambda text: text.replace("'", "’").replace('"', "“").replace("-", "–"),
     ):  # fmt: skip

@@ -97,7 +97,13 @@ def report(documents: list[dict], *, stream: bool = False, **tokenizer: object) 
         }
 
     everything = set(range(len(sources)))
-    measured = {"bytes_per_token": 3.25, "fertility": 1.5, "unknown_rate": 0.0, "round_trip_share": 1.0} | tokenizer
+    measured = {
+        "bytes_per_token": 3.25,
+        "fertility": 1.5,
+        "unknown_rate": 0.0,
+        "lost_share": 0.0,
+        "round_trip_share": 1.0,
+    } | tokenizer
     manifest = {
         "stream": stream,
         "options": {"sources": sources, "deduplication": {"near_threshold": 0.55}, "tokenizer": {"vocab_size": 500}},
@@ -128,7 +134,13 @@ def report(documents: list[dict], *, stream: bool = False, **tokenizer: object) 
             | {"sources": {name: figures(split, {number}) for number, name in enumerate(sources)}}
             for split in rows
         },
-        "tokenizer": {"from": "x", "vocab_size": 500, "dtype": "uint16", "sources": dict.fromkeys(sources, measured)},
+        "tokenizer": {
+            "from": "x",
+            "vocab_size": 500,
+            "dtype": "uint16",
+            "spelled_out": {},
+            "sources": dict.fromkeys(sources, measured),
+        },
         "versions": {"datasets": "5.2.0"},
         "token_lengths": {split: lengths.tolist() for split, lengths in tokens.items()},  # not in a real manifest
     }

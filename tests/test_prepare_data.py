@@ -120,6 +120,32 @@ def test_only_white_space_makes_no_other_text_and_variants_are_on_one_side(tmp_p
         assert set(stored["true", split]) < set(stored["false", split])
 
 
+def test_special_tokens_in_the_text_are_counted_and_are_text_unless_asked_for(tmp_path):
+    texts = [f"{text} <|endoftext|> or <|user|>\n" for text in TEXTS[:40]] + TEXTS[40:80]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    counted = {}
+    for parse in ("false", "true"):
+        out = prepare(
+            tmp_path / parse, "--sources", f"[{tmp_path / 'a.jsonl'}]", "--tokenizer.special_tokens", "[<|user|>]",
+            "--tokenizer.parse_special_tokens", parse,
+        )  # fmt: skip
+        manifest = load_manifest(tmp_path / parse)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / parse / "tokenizer")
+        ids = np.concatenate([open_split(tmp_path / parse, split).read(0, manifest["splits"][split]["tokens"])
+                              for split in ("train", "validation")])  # fmt: skip
+        user, eos = tokenizer.convert_tokens_to_ids(["<|user|>", "<|endoftext|>"])
+        counted[parse] = (ids == user).sum(), (ids == eos).sum() - 2 * 80
+        assert manifest["tokenizer"]["spelled_out"] == {"<|endoftext|>": 40, "<|user|>": 40}
+        for page in (out, *((tmp_path / parse / name).read_text("utf-8") for name in ("README.md", "report.html"))):
+            assert "spelled out" in page
+        learnt = [piece for piece in tokenizer.get_vocab() if "endof" in piece and piece != "<|endoftext|>"]
+        assert bool(learnt) == (parse == "false")
+        if parse == "false":
+            stored = [text for split in ("train", "validation") for text in documents(tmp_path / parse, split)]
+            assert sorted(stored) == sorted(clean(texts))
+    assert counted == {"false": (0, 0), "true": (40, 40)}
+
+
 def test_the_report_can_be_opened_and_says_what_was_dropped(dataset):
     page = (dataset / "report.html").read_text(encoding="utf-8")
     assert "near duplicate" in page.lower() and "src=" not in page and "href=" not in page

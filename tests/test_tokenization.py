@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -11,8 +12,18 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT, environment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from conftest import ROOT, call, environment, error_line
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from preparation.recipe import TokenizerConfig
@@ -33,6 +44,8 @@ from preparation.tokenizer.encoding import (
     splits_at_spaces,
 )
 from utils.cli import UserError
+from utils.data.token_dataset import load_manifest
+from utils.pretrained import hide_special_tokens
 
 ENGLISH = [
     json.loads(line)["text"] for line in (ROOT / "sample_data" / "dictionaries.jsonl").read_text("utf-8").splitlines()
@@ -95,18 +108,21 @@ def all_texts(tokenizer) -> list[str]:
     return [*ENGLISH[300:400], *GERMAN, *JAPANESE, *CHINESE, *CODE, *fuzz(), *awkward_texts(tokenizer)]
 
 
-def expected_ids(tokenizer, text: str) -> list[int]:
-    """The ids in a dataset: the tokenizer's own, and the eos token unless they end with it."""
-    ids = tokenizer(text)["input_ids"]
+def expected_ids(tokenizer, text: str, parse: bool = False) -> list[int]:
+    """The ids in a dataset: the tokenizer's own, and the eos token unless they end with it. Special tokens in the text
+    are text, or those tokens if `parse`."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.encode_special_tokens = not parse
+    ids = backend.encode(text).ids
     return ids if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
 
 
-def check_ids(encoder: Encoder, tokenizer, texts: list[str]) -> None:
+def check_ids(encoder: Encoder, tokenizer, texts: list[str], parse: bool = False) -> None:
     ids, offsets = encoder(texts)
     assert ids.dtype == encoder.dtype == np.uint16 and offsets.dtype == np.int64
     assert len(offsets) == len(texts) + 1 and offsets[0] == 0 and offsets[-1] == len(ids)
     for index, text in enumerate(texts):
-        assert ids[offsets[index] : offsets[index + 1]].tolist() == expected_ids(tokenizer, text), text[:100]
+        assert ids[offsets[index] : offsets[index + 1]].tolist() == expected_ids(tokenizer, text, parse), text[:100]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +152,64 @@ def bpe(folders):
 
 def test_document_ids_are_the_tokenizers_own_and_eos(tokenizer):
     check_ids(Encoder(tokenizer), tokenizer, all_texts(tokenizer))
+
+
+def test_special_tokens_become_tokens_if_asked_for(tokenizer):
+    check_ids(Encoder(tokenizer, parse_special_tokens=True), tokenizer, awkward_texts(tokenizer), parse=True)
+    ids, _ = Encoder(tokenizer)(awkward_texts(tokenizer))
+    assert not {tokenizer.pad_token_id, *tokenizer.convert_tokens_to_ids(EXTRA)} & set(ids.tolist())
+
+
+def sentencepiece_like(model) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.add_special_tokens(["<s>", "</s>", "<unk>"])
+    backend.add_tokens(["<think>"])
+    return backend
+
+
+CHARACTERS = ["<s>", "</s>", "<unk>", *"▁abcdefghijklmnopqrstuvwxyz<>/|", "<think>"]
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        sentencepiece_like(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(CHARACTERS)], 2, False)),
+        sentencepiece_like(
+            models.BPE(
+                {piece: id for id, piece in enumerate([*CHARACTERS, "</", "s>", "th"])},
+                [("<", "/"), ("s", ">"), ("</", "s>"), ("<", "s>"), ("t", "h")],
+                unk_token="<unk>",
+            )
+        ),
+        sentencepiece_like(
+            models.WordPiece(
+                {piece: id for id, piece in enumerate([*CHARACTERS, *(f"##{c}" for c in CHARACTERS[3:-1])])},
+                unk_token="<unk>",
+            )
+        ),
+    ],
+    ids=["unigram", "bpe", "wordpiece"],
+)
+def test_a_model_that_has_special_tokens_among_its_pieces_writes_none(backend):
+    """encode_special_tokens alone would not do: unigram and BPE models write </s> as its id. All else is as it was."""
+    special = [backend.token_to_id(token) for token in ("<s>", "</s>")]
+    hidden, names = hide_special_tokens(backend)
+    attribute = Tokenizer.from_str(backend.to_str())
+    attribute.encode_special_tokens = True
+    leaks = set(special) & set(attribute.encode("a </s>b <s>").ids)
+    assert bool(leaks) != isinstance(backend.model, models.WordPiece)
+    for text in ("a </s>b", "<s>", "x<s>struck</s> out", "</s></s>"):
+        ids = hidden.encode(text).ids
+        assert not set(special) & set(ids) and len(ids) >= 3
+    for text in ("abc the th <think> x/y", "", "q <th", " </ s> ☃"):
+        assert hidden.encode(text).ids == backend.encode(text).ids
+    text = "<s>a thing</s> <think>b</s>"
+    renamed = text.replace("</s>", names["</s>"]).replace("<s>", names["<s>"])
+    assert hidden.encode(renamed).ids == backend.encode(text).ids
+    again = pickle.loads(pickle.dumps(hidden))
+    assert again.encode("a </s>b").ids == hidden.encode("a </s>b").ids
 
 
 def test_gigatoken_gives_the_same_ids(bpe):
@@ -415,7 +489,7 @@ def test_tables_of_documents_through_datasets(bpe):
     documents = datasets.Dataset.from_dict({"text": texts}, datasets.Features({"text": datasets.Value("large_string")}))
     encoded = documents.with_format("arrow").map(
         encoder.encode_table, batched=True, batch_size=100, remove_columns=["text"], new_fingerprint="encoded",
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("uint16"))}),
+        features=encoder.features,
     )  # fmt: skip
     assert encoded.with_format(None)["input_ids"][:] == [expected_ids(bpe, text) for text in texts]
     assert encoder.encode_table(pa.table({"text": pa.array([], pa.large_string())})).num_rows == 0
@@ -489,3 +563,43 @@ def test_the_description_is_that_of_a_plain_computation(tokenizer):
     else:
         assert report["odd"]["unknown_rate"] == 1.0
         assert report["odd"]["round_trip_failures"] == [{"text": "☃ ☃", "decoded": ""}]
+
+
+@pytest.mark.parametrize(
+    ("text", "decoded", "share", "characters"),
+    [
+        ("Schöne Ｇrüße,\tİstanbul ﬁ", "schone gruße, istanbul fi", 0.0, ""),  # lower case, NFKC, no accents
+        ("abcdefgh☃☃", "ab cd ef gh", 0.2, "☃"),
+        ("日本語 text", "text", 3 / 7, "日本語"),
+        ("한국어 문서", "한 어 문서", 3 / 13, "\u1100\u116e\u11a8"),
+    ],
+)
+def test_what_is_lost_is_characters_and_not_their_form(text, decoded, share, characters, bpe, monkeypatch):
+    monkeypatch.setattr(bpe, "decode", lambda ids, **options: decoded)
+    figures = describe_tokenizer(bpe, [text])
+    assert set(figures["lost_characters"]) == set(characters)
+    assert figures["lost_share"] == pytest.approx(share)
+
+
+def test_text_that_a_tokenizer_cannot_write_is_refused_or_named(tmp_path):
+    """A BPE without unknown token drops the characters that it lacks: "unknown" is 0 for all of them."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], show_progress=False)
+    backend.train_from_iterator([text for text in ENGLISH if text.isascii()], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "tokenizer")
+    few = [*(text for text in ENGLISH[:90] if text.isascii()), "a snowman ☃ stands here"]
+    for name, texts in (("few", few), ("many", [text + JAPANESE[0] for text in few])):
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    options = ("--tokenizer.pretrained", tmp_path / "tokenizer", "--output", tmp_path / "out")
+    options = (*options, "--deduplication.near_threshold", "null", "--deduplication.contamination_overlap", "null")
+    line = error_line("prepare_data.py", "--sources", f"[{tmp_path / 'many.jsonl'}]", *options)
+    assert "many: the tokenizer" in line and "cannot write" in line and "。" in line
+    assert not (tmp_path / "out").exists()
+    options = (*options, "--validation_fraction", "0.05")
+    code, out, _ = call("prepare_data.py", "--sources", f"[{tmp_path / 'few.jsonl'}]", *options)
+    figures = load_manifest(tmp_path / "out")["tokenizer"]["sources"]["few"]
+    assert code == 0 and figures["unknown_rate"] == 0.0 and 0 < figures["lost_share"] < 0.001
+    for page in (out, *((tmp_path / "out" / name).read_text("utf-8") for name in ("README.md", "report.html"))):
+        assert "cannot write" in page and "☃" in page

@@ -1,6 +1,8 @@
 """Tokenizers, configurations and weights that others saved. All calls of transformers' `from_pretrained` are here.
 A folder is data: none of its code runs (`auto_map`), nothing is unpickled (`.bin`, `.pt`); a fault is a `UserError`."""
 
+import hashlib
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from utils.files import UserError, read_json, short
 FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("data/", "exports/", "models/", "runs/")  # folders of the README's commands, not names on the Hub
+DIGITS_AS_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -69,6 +72,37 @@ def read_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each format fails in its own way
         raise UserError(f"{name}: no tokenizer can be loaded from here: {short(error)}") from None
+
+
+def hide_special_tokens(backend: Any) -> tuple[Any, dict[str, str]]:
+    """A copy of a `tokenizers.Tokenizer` that encodes special tokens spelled out in a text as ordinary text, and the
+    name that stands for each special token in its input instead. All ids are as before.
+
+    The attribute `encode_special_tokens` is not enough: it is lost when a tokenizer is pickled, and many models have
+    special tokens among their pieces, so that T5's writes </s> in a text as the end of the text. A special token of one
+    character remains one.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(backend.to_str())
+    names = {}
+    for token in state["added_tokens"]:
+        if token["special"] and len(token["content"].strip()) > 1:
+            letters = hashlib.blake2b(token["content"].encode(), digest_size=16).hexdigest()
+            # Lower-case letters, which no normalizer changes; no text holds these.
+            names[token["content"]] = f"<{letters.translate(DIGITS_AS_LETTERS)}>"
+            token["content"] = names[token["content"]]
+    model = state["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {names.get(piece, piece): id for piece, id in vocab.items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocab]
+    if "merges" in model:
+        model["merges"] = [pair for pair in model["merges"] if not {*pair, "".join(pair)} & names.keys()]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return Tokenizer.from_str(json.dumps(state)), names
 
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:

@@ -21,6 +21,7 @@ EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # per reason; per document
 CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; per cluster; per member
 COMPARED_CHARACTERS, COMPARED_WORDS = 4000, 500  # of near duplicates; the time of difflib is quadratic
 REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # listed at most; the language filter alone has 180 reasons
+SPELLED = 20  # the same of special tokens
 NAME, LINE = 60, 200  # characters shown of a source's name and of other text from files, to keep the page small
 # HTML forbids control characters, so symbols for them (␀, ␛) replace them.
 CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
@@ -281,6 +282,14 @@ def table(manifest: dict[str, Any]) -> str:
     short = tokenizer["from"] == TRAINED_HERE and tokenizer["vocab_size"] < options["vocab_size"]
     note = f" ({options['vocab_size']:,} requested, but the text has no more pairs to merge)" if short else ""
     lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
+    for name, figures in tokenizer["sources"].items():
+        if lost := figures.get("lost_share"):
+            share = f"{lost:.2%}" if lost >= 0.0001 else "< 0.01%"
+            lines.append(f"warning: the tokenizer cannot write {share} of {name}: {figures['lost_characters']}")
+    if spelled := tokenizer.get("spelled_out"):
+        counts = ", ".join(f"{token} {count:,}" for token, count in list(spelled.items())[:SPELLED])
+        meaning = "became tokens" if options.get("parse_special_tokens") else "are text (see parse_special_tokens)"
+        lines.append(f"special tokens spelled out in the stored text, which {meaning}: {counts}")
     lines += [f"note: {note}" for note in notes_on_pages(read)]
     lines += [f"broken: {record['file']}: {record['why']}" for record in read["broken_records"][:5]]
     if read["broken"] > 5:
@@ -315,8 +324,8 @@ def _row(name: str, figures: dict[str, Any]) -> str:
 
 def tokenizer_table(manifest: dict[str, Any]) -> str:
     """How well the tokenizer works on a sample of each source."""
-    lines = [f"{'source':<34}{'bytes/token':>12}{'tokens/word':>13}{'unknown':>10}{'round trip':>12}"]
-    row = "{:<34}{bytes_per_token:>12.2f}{fertility:>13.2f}{unknown_rate:>10.2%}{round_trip_share:>12.1%}"
+    lines = [f"{'source':<34}{'bytes/token':>12}{'tokens/word':>13}{'unknown':>10}{'lost':>10}{'round trip':>12}"]
+    row = "{:<34}{bytes_per_token:>12.2f}{fertility:>13.2f}{unknown_rate:>10.2%}{lost_share:>10.2%}{round_trip_share:>12.1%}"
     lines += [row.format(name, **figures) for name, figures in manifest["tokenizer"]["sources"].items()]
     return "\n".join(lines)
 

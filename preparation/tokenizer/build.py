@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 LONG_WORD = re.compile(r"(\S{1000})(?=\S)")
 SAMPLE_BATCH_BYTES = 1_000_000
+NOT_TEXT = ("Cc", "Cf", "Cn", "Mn", "Zl", "Zp", "Zs")  # Unicode categories
 # Scripts that put no space between words: Thai to Lao, Burmese, Khmer, kana, Chinese characters.
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -170,27 +172,44 @@ def iter_sample(dataset: "datasets.Dataset", sample_bytes: int, seed: int = 0) -
         yield batch
 
 
-def describe_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
-    """How well a tokenizer works on sample texts, as values for JSON:
+def fold(text: str) -> Counter[str]:
+    """The characters that a tokenizer should keep, with their numbers: none of white space, control characters and
+    combining marks, and case and compatibility forms alike, as an uncased BERT or NFKC change these on purpose."""
+    folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    counts = Counter(folded)
+    return Counter({c: counts[c] for c in counts if unicodedata.category(c) not in NOT_TEXT})
+
+
+def describe_tokenizer(tokenizer: Any, texts: list[str], backend: Tokenizer | None = None) -> dict[str, Any]:
+    """How well a tokenizer works on sample texts, encoded by `backend` (its own), as values for JSON:
 
     - bytes_per_token: UTF-8 bytes of text per token, without template and eos;
     - fertility: tokens per word, words being separated by white space (as in Rust et al. 2021, arXiv:2012.15613);
       meaningless if `spaced` is false;
     - spaced: whether most of the text is in scripts that put spaces between words (not Chinese, Japanese, Thai...);
     - unknown_rate: share of tokens that are the unknown token;
+    - lost_share: share of the characters that are not among those which the tokens decode to (see `fold`);
+      lost_characters: the ten that are lost most often, as one string;
     - round_trip_share: share of texts that decode to themselves; round_trip_failures: up to three that do not, as
       {text, decoded}, each cut to some characters around the first difference.
     """
     total: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     failures: list[dict[str, str]] = []
+    backend = backend or tokenizer.backend_tokenizer
     for text in texts:
-        ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        decoded = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = backend.encode(text, add_special_tokens=False).ids
+        known = [id for id in ids if id != tokenizer.unk_token_id]  # other special tokens stand in the text
+        decoded = tokenizer.decode(known, clean_up_tokenization_spaces=False)
         words = text.split()
         total.update(
             bytes=len(text.encode()), words=len(words), tokens=len(ids), unknown=ids.count(tokenizer.unk_token_id),
             characters=sum(map(len, words)), unspaced=len(UNSPACED.findall(text)), same=decoded == text,
         )  # fmt: skip
+        written = fold(text) if decoded != text else Counter(kept=len("".join(words)))
+        total["written"] += written.total()
+        if decoded != text:
+            lost += written - fold(decoded)
         if decoded != text and len(failures) < 3:
             pairs = enumerate(zip(text, decoded, strict=False))
             start = max(0, next((i for i, (a, b) in pairs if a != b), min(len(text), len(decoded))) - 20)
@@ -201,6 +220,8 @@ def describe_tokenizer(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
         "fertility": total["tokens"] / max(total["words"], 1),
         "spaced": total["unspaced"] <= total["characters"] / 2,
         "unknown_rate": total["unknown"] / max(total["tokens"], 1),
+        "lost_share": lost.total() / max(total["written"], 1),
+        "lost_characters": "".join(character for character, _ in lost.most_common(10)),
         "round_trip_share": total["same"] / max(len(texts), 1),
         "round_trip_failures": failures,
     }

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from preparation.sources.conversations import REASONING_KEY, split_messages, split_tools
 from preparation.tokenizer.build import token_dtype
 from utils.cli import UserError
+from utils.pretrained import hide_special_tokens
 
 # Characters passed to `tokenizers` at a time. A byte of text takes 30 to 70 bytes of memory there in short documents,
 # and 110 to 180 in a long one.
@@ -26,30 +27,57 @@ BATCH_CHARACTERS = 2_000_000
 PIECE_CHARACTERS = 250_000  # a longer document is cut where that changes no token
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CUT = re.compile(r"\S(?=[ \n])")
+SPELLED_FEATURE = datasets.List(datasets.Value("string"))
 
 Encoded = tuple[np.ndarray, np.ndarray]
 Messages = list[dict[str, Any]]
 Span = tuple[int, int]  # of characters: the first, and the one after the last
 
 
+class SpecialTokens:
+    """The special tokens of a tokenizer, as strings that a text may spell out; those of one character do not count."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        added = backend.get_added_tokens_decoder().values()
+        self.names = sorted(token.content for token in added if token.special and len(token.content.strip()) > 1)
+        longest_first = sorted(self.names, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._beginnings = {name[:2] for name in self.names}
+
+    def find(self, text: str) -> list[str]:
+        """All that occur in a text, in order. Most texts lack the beginnings of all, which is found out faster."""
+        for beginning in self._beginnings:
+            if beginning in text:
+                return self.pattern.findall(text)
+        return []
+
+
 class Encoder:
     """Encodes documents to the tokenizer's own ids, followed by its eos token unless they already end with it.
+
+    Special tokens that a text spells out are encoded as ordinary text, unless `parse_special_tokens`.
 
     A document longer than PIECE_CHARACTERS is cut at white space if the tokenizer always splits there
     (`splits_at_spaces`). Any other tokenizer encodes it whole, which takes up to 180 times its bytes of memory.
 
-    `encode_table` reads `columns` of the documents; its table has `features`. `note` says which library encodes, and
-    why; read it after the last document, as gigatoken may fail on the way.
+    `encode_table` reads `columns` of the documents; its table has `features`, among them `spelled`, the special tokens
+    that each text spells out. `note` says which library encodes, and why; read it after the last document, as gigatoken
+    may fail on the way.
     """
 
     columns = ("text",)
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, parse_special_tokens: bool = False) -> None:
         self.dtype = token_dtype(len(tokenizer))
-        self.features = datasets.Features(input_ids=datasets.List(datasets.Value(self.dtype.__name__)))
+        self.features = datasets.Features(
+            input_ids=datasets.List(datasets.Value(self.dtype.__name__)), spelled=SPELLED_FEATURE
+        )
         self.note = "encoded by tokenizers"
         self._uses_gigatoken = False
         self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._special = SpecialTokens(self._backend)
+        if not parse_special_tokens:
+            self._backend, _ = hide_special_tokens(self._backend)
         self._eos: int = tokenizer.eos_token_id
         self._template = find_template(self._backend)
         self._cut = self._template is not None and splits_at_spaces(self._backend)
@@ -75,10 +103,13 @@ class Encoder:
         return self._frame(*self._encode_by_tokenizers(texts))
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Column `text` → column `input_ids`, a list of uint16 or uint32 per document."""
-        ids, offsets = self(batch["text"].to_pylist())
+        """Column `text` → columns `input_ids`, a list of uint16 or uint32 per document, and `spelled`."""
+        texts = batch["text"].to_pylist()
+        ids, offsets = self(texts)
+        spelled = pa.array(map(self._special.find, texts), pa.list_(pa.string()))
         # Arrow's 32-bit offsets allow 2^31 tokens, some 8 GB of text in one batch.
-        return pa.table({"input_ids": pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))})
+        lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
+        return pa.table({"input_ids": lists, "spelled": spelled})
 
     def try_gigatoken(self, sample: Sequence[str]) -> None:
         """Encode with gigatoken from now on, if it gives the ids of `tokenizers` on `sample` and on `iter_probes`."""
@@ -87,7 +118,8 @@ class Encoder:
             return
         try:
             self._compare("sample document", list(sample))
-            self._compare("probe", list(iter_probes(self._backend)))
+            added = [token.content for token in self._backend.get_added_tokens_decoder().values()]
+            self._compare("probe", list(iter_probes([*self._special.names, *added])))
             self._uses_gigatoken = True
             agreed = f"same ids as tokenizers on {len(sample)} documents"
             self.note = f"encoded by gigatoken {version('gigatoken')} ({agreed})"
@@ -156,13 +188,15 @@ class Encoder:
         return framed, offsets + np.concatenate([[0], chosen.sum(axis=1).cumsum()])
 
 
-def build_encoder(tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True) -> Encoder:
+def build_encoder(
+    tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True, *, parse_special_tokens: bool = False
+) -> Encoder:
     """An encoder for `tokenizer` that uses gigatoken if it is installed and gives the ids of `tokenizers` on `sample`.
 
     `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers` if gigatoken
     does not support this tokenizer (WordPiece, unigram, a byte-level vocabulary that lacks a byte), or later fails.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, parse_special_tokens)
     if use_gigatoken:
         encoder.try_gigatoken(sample)
     return encoder
@@ -237,15 +271,15 @@ def iter_pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def iter_probes(backend: Tokenizer) -> Iterator[str]:
-    """Texts on which two implementations of one tokenizer are likely to differ."""
+def iter_probes(tokens: Sequence[str]) -> Iterator[str]:
+    """Texts on which two implementations of a tokenizer with such added tokens are likely to differ."""
     yield from (
         "", " ", "\n", " \n\n \t\t  \r\n x   y\n\n\n", "it's I'LL they'Ve ’s 's'", "12,345.67 ١٢٣ ²½",
         "x" * 999, " " * 999, "吾輩は猫である。名前はまだ無い。", "道可道，非常道。", "👩‍👩‍👧‍👦🏳️‍🌈 ☕️", "e\u0301 ﬁ ǅ ß İ",
         "\0\x7f\x85\xa0\u180e\u2028\u3000\ufeff.",
     )  # fmt: skip
-    for token in backend.get_added_tokens_decoder().values():
-        yield from (token.content, f"a{token.content}b {token.content}{token.content}\n", token.content[:-1])
+    for token in tokens:
+        yield from (token, f"a{token}b {token}{token}\n", token[:-1])
     rng = random.Random(0)
     for last in (0x7F, 0x24F, 0x2FFF, 0xD7FF, 0x10FFFF) * 20:
         codes = [rng.randint(0, last) for _ in range(200)]
@@ -260,18 +294,24 @@ class ConversationEncoder:
     prompt; white space after a special token that ends the turn is left out. A token that overlaps a turn counts as
     part of it, as in transformers' `return_assistant_tokens_mask`.
 
+    Special tokens are those that the template writes. One that a message spells out is encoded as ordinary text, unless
+    `parse_special_tokens`, as transformers does. To tell them apart, a placeholder stands for it while the template
+    runs.
+
     The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
-    `encode_table` reads `columns` of the documents; its table has `features`. `note` says how turns are found.
+    `encode_table` reads `columns` of the documents; its table has `features`, among them `spelled`, the special tokens
+    that messages spell out. `note` says how turns are found.
     """
 
     columns = ("text", "id")
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, parse_special_tokens: bool = False) -> None:
         """`UserError` if the tokenizer has no chat template."""
         self.dtype = token_dtype(len(tokenizer))
         self.features = datasets.Features(
             input_ids=datasets.List(datasets.Value(self.dtype.__name__)),
             loss_mask=datasets.List(datasets.Value("uint8")),
+            spelled=SPELLED_FEATURE,
         )
         try:
             self._template: str = tokenizer.get_chat_template()
@@ -288,15 +328,20 @@ class ConversationEncoder:
         self._eos: str = tokenizer.eos_token
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.post_processor = None  # some of them remove white space from a token's span of characters
+        self._spelled = SpecialTokens(self._backend)
+        self._hidden, names = hide_special_tokens(self._backend)
+        # What stands for a special token of a message while the template runs; letters, which templates leave alone.
+        self._placeholders = {} if parse_special_tokens else {name: f"z{names[name][1:-1]}" for name in names}
+        self._final = names | {placeholder: name for name, placeholder in self._placeholders.items()}
+        self._to_replace = re.compile("|".join(map(re.escape, sorted(self._final, key=len, reverse=True))) or "(?!)")
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32) and `loss_mask` (uint8), lists. `UserError`
-        for a conversation that the template refuses, or whose turns cannot be found."""
-        rendered = list(map(self.render, batch["text"].to_pylist(), batch["id"].to_pylist()))
-        encodings = chain.from_iterable(
-            self._backend.encode_batch(texts, add_special_tokens=False)
-            for texts, _ in iter_batches([text for text, _ in rendered], cut=False)
-        )
+        """Columns `text` and `id` → columns `input_ids` (uint16 or uint32), `loss_mask` (uint8) and `spelled`, lists.
+        `UserError` for a conversation that the template refuses, or whose turns cannot be found."""
+        stored = batch["text"].to_pylist()
+        spelled = list(map(self._spelled.find, stored))
+        rendered = list(map(self.render, stored, batch["id"].to_pylist()))
+        encodings = self._encode([text for text, _ in rendered], spelled)
         ids, masks = [np.empty(0, self.dtype)], [np.empty(0, np.uint8)]
         for (_, turns), encoding in zip(rendered, encodings, strict=True):
             first, after = np.array(encoding.offsets, np.int64).T  # of each token's characters
@@ -307,12 +352,27 @@ class ConversationEncoder:
             masks.append(mask)
         offsets = pa.array(np.cumsum([len(mask) for mask in masks], dtype=np.int32))
         columns = {"input_ids": ids, "loss_mask": masks}
-        return pa.table({
+        lists = {
             name: pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(parts))) for name, parts in columns.items()
-        })  # fmt: skip
+        }
+        return pa.table(lists | {"spelled": pa.array(spelled, pa.list_(pa.string()))})
+
+    def _encode(self, texts: list[str], spelled: list[list[str]]) -> Iterator[Any]:
+        """The encoding of each rendered text; `_hidden` encodes those whose messages spell out special tokens."""
+        plain = [text for text, found in zip(texts, spelled, strict=True) if not (found and self._placeholders)]
+        encodings = chain.from_iterable(
+            self._backend.encode_batch(part, add_special_tokens=False) for part, _ in iter_batches(plain, cut=False)
+        )
+        for text, found in zip(texts, spelled, strict=True):
+            hidden = found and self._placeholders
+            yield self._hidden.encode(text, add_special_tokens=False) if hidden else next(encodings)
 
     def render(self, stored: str, id: str) -> tuple[str, list[Span]]:
-        """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`."""
+        """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`. If
+        messages spell out special tokens, the text is for `_hidden`."""
+        hidden = self._placeholders and self._spelled.find(stored)
+        if hidden:
+            stored = self._spelled.pattern.sub(lambda found: self._placeholders[found[0]], stored)
         messages, tools = split_messages(stored), split_tools(stored)
         given = {"tools": tools, REASONING_KEY: any(REASONING_KEY in message for message in messages)}
         if lost := next((key for key, value in given.items() if value and key not in self._template), None):
@@ -339,7 +399,20 @@ class ConversationEncoder:
             text += self._eos
         if not any(start < stop for start, stop in turns):
             raise UserError(f"{id}: the chat template's {{% generation %}} marks nothing of this conversation")
-        return text, turns
+        return self._put_names(text, turns) if hidden else (text, turns)
+
+    def _put_names(self, text: str, turns: list[Span]) -> tuple[str, list[Span]]:
+        """Replace the template's special tokens by the names that `_hidden` reads as them, and placeholders by the
+        special tokens that they stand for; the turns move along."""
+        found = list(self._to_replace.finditer(text))
+        longer = np.cumsum([0, *(len(self._final[item[0]]) - len(item[0]) for item in found)])
+        ends = [item.end() for item in found]
+
+        def moved(place: int) -> int:
+            return place + int(longer[np.searchsorted(ends, place, side="right")])
+
+        replaced = self._to_replace.sub(lambda item: self._final[item[0]], text)
+        return replaced, [(moved(start), moved(stop)) for start, stop in turns]
 
     def _apply_template(
         self, messages: Messages, tools: Any, *, add_generation_prompt: bool = False
