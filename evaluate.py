@@ -2,6 +2,8 @@
 
 python evaluate.py --model runs/demo --prompt "LOVE, n."
 python evaluate.py --model exports/demo --text_file my_notes.txt
+
+A model that reads pictures or sounds also answers each validation document, and is scored by its text.
 """
 
 import json
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 from utils.checkpoints import find_checkpoint, resolve_checkpoint
 from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
-from utils.pretrained import check_adapters, hide_special_tokens, read_tokenizer
+from utils.pretrained import check_adapters, hide_special_tokens, read_processor, tokenizer_of
 
 NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file or --prompt"
 
@@ -43,6 +45,8 @@ class EvaluateConfig:
     """Sampling temperature. 0 takes the likeliest token."""
     seed: NonNegativeInt = 1234
     """Seed of the sampled text."""
+    blank_media: bool = False
+    """Replace all pictures by grey ones and all sounds by silence. A control: what the model says without them."""
     compare_with_xz: bool = False
     """Also compress the scored text with xz -9 and print its bits per byte."""
     report: str | None = None
@@ -78,8 +82,9 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from utils.answers import score_answers, write_answers
 from utils.config import ObjectiveConfig, ScoringConfig
-from utils.data.loaders import build_evaluation_loader, build_layout
+from utils.data.loaders import Layout, build_evaluation_loader, build_layout
 from utils.evaluation import evaluate, generate_text
 from utils.files import finite, read_json, read_yaml
 from utils.model.build import (
@@ -92,7 +97,8 @@ from utils.model.build import (
 )
 from utils.objectives import Objective, objective_module
 
-NON_GENERATIVE = ("masked", "span_corruption")
+NON_GENERATIVE = ("masked", "span_corruption", "captioning", "transcription")
+EXAMPLES = 4  # answers to print
 
 
 def main(config: EvaluateConfig) -> None:
@@ -103,7 +109,8 @@ def main(config: EvaluateConfig) -> None:
     if config.prompt is not None and run is not None and run.objective.name in NON_GENERATIVE:
         raise UserError(f"--prompt: a model of objective {run.objective.name} does not continue a text")
     model = load_model(folder)
-    tokenizer = read_tokenizer(folder)
+    processor = read_processor(folder)
+    tokenizer = tokenizer_of(processor)
     report: dict[str, Any] = {"options": asdict(config), "parameters": count_parameters(model)}
     print(f"{folder}: {type(model).__name__}, {report['parameters']:,} parameters")
 
@@ -114,12 +121,17 @@ def main(config: EvaluateConfig) -> None:
         scored = (f"{dataset}, validation", *read_validation(dataset, tokenizer))
     if scored is not None:
         what, tokens, num_bytes = scored
-        report |= {"scored": what, "bytes": num_bytes, **score(config, model, tokenizer, tokens, num_bytes, run)}
+        report |= {"scored": what, "bytes": num_bytes, **score(config, model, processor, tokens, num_bytes, run)}
         print(
             f"{what}: {report['target_tokens']:,} target tokens, {num_bytes:,} bytes\n"
             f"loss {report['loss']:.4f} nats per target, perplexity {report['perplexity']:.2f}"
             + (f", {report['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in report else "")
         )
+        if "exact_match" in report:
+            scores = {name: report[name] for name in ("exact_match", "word_f1", "word_error_rate")}
+            print(*(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()), sep=", ")
+            for answer in report["answers"][:EXAMPLES]:
+                print(f"  {answer['reference']!r}: {answer['text']!r}")
         if config.compare_with_xz and "bits_per_byte" in report:
             report["xz_bits_per_byte"] = xz_bits_per_byte(tokens, tokenizer)
             saved = 1 - report["bits_per_byte"] / report["xz_bits_per_byte"]
@@ -186,10 +198,11 @@ def encode_document(text: str, tokenizer: Any) -> np.ndarray:
 
 
 def score(
-    config: EvaluateConfig, model: PreTrainedModel, tokenizer: Any, tokens: TokenDataset, num_bytes: int,
+    config: EvaluateConfig, model: PreTrainedModel, processor: Any, tokens: TokenDataset, num_bytes: int,
     run: ScoringConfig | None,
-) -> dict[str, float]:  # fmt: skip
-    """Loss in nats per token, perplexity, number of target tokens; bits per byte if every token is a target."""
+) -> dict[str, Any]:  # fmt: skip
+    """Loss in nats per token, perplexity, number of target tokens; bits per byte if every token is a target; with pictures
+    or sounds the answers and their scores."""
     length = config.sequence_length or (run.data.sequence_length if run else longest_sequence(model))
     if length == sys.maxsize:
         raise UserError("the model has no longest sequence and is not in a run folder; give --sequence_length")
@@ -202,22 +215,37 @@ def score(
     objective = objective_options(model, run)
     if config.text_file is not None and objective.name == "instruction":  # every token of a plain text counts
         objective = replace(objective, name="causal")
-    collate = objective_module(objective.name).build_collator(objective, tokenizer)
+    objective = replace(objective, blank_media=config.blank_media or objective.blank_media)
+    tokenizer, collate = tokenizer_of(processor), objective_module(objective.name).build_collator(objective, processor)
+    if tokens.media is not None and hasattr(collate, "check"):
+        collate.check(tokens, length, "validation")
     layout = build_layout(
-        tokens, run.data.layout if run else "packed", length, pad_token_id=pad_token_id(tokenizer),
+        tokens, run.data.layout if run else "packed" if tokens.media is None else "padded", length, pad_token_id=pad_token_id(tokenizer),
         vocab_size=len(tokenizer),
     )  # fmt: skip
     loader = build_evaluation_loader(layout, collate, config.batch_size)
     prepared, loader = accelerator.prepare(Objective(model, objective), loader)
     result = evaluate(accelerator, prepared, loader)
-    scores = {"loss": result.loss, "perplexity": result.perplexity, "target_tokens": result.num_tokens}
+    scores: dict[str, Any] = {"loss": result.loss, "perplexity": result.perplexity, "target_tokens": result.num_tokens}
+    if tokens.media is not None:
+        scores |= answer(config, accelerator.unwrap_model(prepared).model, collate, layout, tokenizer)
     return scores | ({"bits_per_byte": result.bits_per_byte(num_bytes)} if objective.name == "causal" else {})
+
+
+def answer(
+    config: EvaluateConfig, model: PreTrainedModel, collate: Any, layout: Layout, tokenizer: Any
+) -> dict[str, Any]:
+    """What the model writes about each document, greedily, and the scores of that; nothing if none is to be answered."""
+    rows = range(len(layout))
+    answers = write_answers(model, collate, layout, rows, tokenizer, max_new_tokens=config.max_new_tokens)
+    return score_answers(answers) | {"answers": list(map(asdict, answers))} if answers else {}
 
 
 def objective_options(model: PreTrainedModel, run: ScoringConfig | None) -> ObjectiveConfig:
     """The run's objective; without a run, the objective that suits the model's head."""
     if run is None:
         names = {"AutoModelForMaskedLM": "masked", "AutoModelForSeq2SeqLM": "span_corruption"}
+        names |= {"AutoModelForImageTextToText": "captioning", "AutoModelForSpeechSeq2Seq": "transcription"}
         return ObjectiveConfig(name=names.get(saved_class(model.config).__name__, "causal"))  # type: ignore[arg-type]
     return run.objective
 

@@ -42,17 +42,28 @@ class ExportConfig:
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
 
 import copy
+import io
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoModelForSpeechSeq2Seq, PreTrainedModel
 
 from utils.checkpoint_tensors import load_average
-from utils.config import ScoringConfig
+from utils.config import ObjectiveConfig, ScoringConfig
 from utils.files import flatten, follow_umask, read_yaml
-from utils.model.build import add_special_tokens, count_parameters, load_model, longest_sequence, saved_class
-from utils.pretrained import read_tokenizer
+from utils.model.build import (
+    add_special_tokens,
+    count_parameters,
+    load_model,
+    longest_sequence,
+    saved_class,
+    text_config,
+)
+from utils.objectives import objective_module
+from utils.pretrained import read_processor, tokenizer_of
 
-PROBE_TOKENS = 256
+PROBE_TOKENS, PROBE_TEXT = 256, 16  # of a text; beside a picture
+MEDIA_OBJECTIVES = {AutoModelForImageTextToText: "captioning", AutoModelForSpeechSeq2Seq: "transcription"}
 MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights and adapters, once per layer
 
 
@@ -63,7 +74,7 @@ def main(config: ExportConfig) -> None:
     if config.weights == "average":
         load_average(checkpoint, model)
     model.eval()
-    tokenizer = read_tokenizer(checkpoint)
+    processor = read_processor(checkpoint)
 
     work = output.with_name(f".{output.name}.exporting")
     shutil.rmtree(work, ignore_errors=True)
@@ -73,13 +84,16 @@ def main(config: ExportConfig) -> None:
         merged: Any = model
         if hasattr(model, "merge_and_unload"):
             merged = copy.deepcopy(merged).merge_and_unload()
-        add_special_tokens(merged, tokenizer)
+        add_special_tokens(merged, tokenizer_of(processor))
+        if merged.config.model_type == "whisper":
+            suit_whisper_pipeline(merged, processor)
         merged.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        processor.save_pretrained(work)
         # Loaded as by anyone else, without options for precision or attention.
         auto_model = saved_class(merged.config)
-        difference, _ = largest_logit_difference(merged, auto_model.from_pretrained(work).eval())
-        merging, size = largest_logit_difference(model, merged)  # rounding only; 0 without adapters
+        inputs = build_probe(merged, processor)
+        difference, _ = largest_logit_difference(merged, auto_model.from_pretrained(work).eval(), inputs)
+        merging, size = largest_logit_difference(model, merged, inputs)  # rounding only; 0 without adapters
         report = {
             "checkpoint": str(config.checkpoint),
             "weights": config.weights,
@@ -141,16 +155,55 @@ def keep_terms(checkpoint: Path, work: Path) -> str | None:
     return name
 
 
-@torch.no_grad()
-def largest_logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> tuple[float, float]:
-    """The largest difference over two rows of random tokens (2, T), all positions and the vocabulary; the largest logit.
+def suit_whisper_pipeline(model: PreTrainedModel, processor: Any) -> None:
+    """Give a Whisper with a tokenizer of ours, in place, what transformers' pipeline takes for granted: the class of its
+    tokenizer, and a longest text."""
+    from transformers import WhisperTokenizer
 
-    NaN stays NaN.
-    """
+    tokenizer = processor.tokenizer
+    model.generation_config.max_length = longest_sequence(model)
+    if not isinstance(tokenizer, WhisperTokenizer):
+        # It begins a text with the token of a name that ours lacks, and hence with its unknown one.
+        processor.tokenizer = WhisperTokenizer(
+            tokenizer_object=tokenizer.backend_tokenizer, bos_token=tokenizer.bos_token, unk_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token, pad_token=tokenizer.pad_token, predict_timestamps=True,
+        )  # fmt: skip
+
+
+def build_probe(model: PreTrainedModel, processor: Any) -> dict[str, torch.Tensor]:
+    """What a model reads in the comparison: two rows of random tokens (2, T), and a picture or a sound of noise in each."""
     length = min(PROBE_TOKENS, longest_sequence(model))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})
+    ids = torch.randint(text_config(model.config).vocab_size, (2, length), generator=generator)
+    auto_model, noise = saved_class(model.config), np.random.default_rng(0)
+    if auto_model not in MEDIA_OBJECTIVES:
+        return {"input_ids": ids} | ({"decoder_input_ids": ids.flip(1)} if model.config.is_encoder_decoder else {})
+    file = io.BytesIO()
+    if auto_model is AutoModelForImageTextToText:
+        from PIL import Image
+
+        Image.fromarray(noise.integers(0, 256, (48, 64, 3), np.uint8)).save(file, "PNG")
+        mark = tokenizer_of(processor).convert_tokens_to_ids(processor.image_token)
+        ids = ids[:, :PROBE_TEXT]
+        ids[ids == mark] = 0
+        ids[:, 1] = mark
+    else:
+        import soundfile
+
+        rate = processor.feature_extractor.sampling_rate
+        soundfile.write(file, noise.normal(0, 0.1, rate), rate, format="WAV")
+    rows = {"input_ids": ids.numpy(), "targets": ids.numpy(), "lengths": np.array([ids.shape[1]] * 2)}
+    rows["media"] = np.empty(2, object)
+    rows["media"][:] = [[file.getvalue()]] * 2
+    collate = objective_module(MEDIA_OBJECTIVES[auto_model]).build_collator(ObjectiveConfig(), processor)
+    return {name: torch.from_numpy(values) for name, values in collate(rows, []).items() if name != "targets"}
+
+
+@torch.no_grad()
+def largest_logit_difference(
+    model: PreTrainedModel, other: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[float, float]:
+    """The largest difference over all positions of `inputs` and the vocabulary; the largest logit. NaN stays NaN."""
     logits = model(**inputs).logits
     return float((logits - other(**inputs).logits.float()).abs().max()), float(logits.abs().max())
 

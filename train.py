@@ -49,7 +49,7 @@ from training.parallel.sharding import enable_sharded_generate
 from training.run import Run
 from utils.evaluation import evaluate
 from utils.model.build import build_model, enable_activation_checkpointing, load_model
-from utils.objectives import count_targets, objective_module
+from utils.objectives import build_processor, count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
 
@@ -59,15 +59,16 @@ def main(config: TrainConfig) -> None:
     at_exit.enter_context(orderly_end(accelerator))
 
     # ---- Data: rows laid out over stored tokens, or made of text while it is read. The objective decides what the model
-    # sees of a row, and may add special tokens to the tokenizer.
+    # sees of a row, and may add special tokens to the tokenizer. For pictures and sounds a processor holds the tokenizer.
     tokenizer = read_tokenizer(Path(config.data.dataset) / "tokenizer")
     task = objective_module(config.objective.name)
-    data = TrainingData(config, accelerator, plan, tokenizer, task.build_collator(config.objective, tokenizer))
+    processor = build_processor(config.objective.name, config.model, tokenizer)
+    data = TrainingData(config, accelerator, plan, tokenizer, task.build_collator(config.objective, processor))
     if config.dry_run:
         return print_dry_run(config, accelerator, data, tokenizer)
 
     # ---- The run: its folder, where it stands, what a person sees of it.
-    run = Run(accelerator, config, data, tokenizer)
+    run = Run(accelerator, config, data, processor)
     state, max_steps = run.state, data.max_steps
 
     # ---- Model and optimizer: the seed is the same on every rank, and so are the initial weights.
@@ -94,7 +95,7 @@ def main(config: TrainConfig) -> None:
     batches = iter(train_loader)
     evaluation, look = None, partial(evaluate, accelerator, objective, validation_loader)
     save = partial(run.save, model, optimizer, scheduler, average)
-    sample = partial(write_sample, accelerator, objective, tokenizer, data.example, config)
+    sample = partial(write_sample, accelerator, objective, processor, data, config)
     if config.evaluation.at_start and state.optimizer_step == 0:
         run.tracker.log(look(lambda: run.beat("evaluating")).metrics(data.validation_bytes), 0)
     while True:

@@ -30,8 +30,10 @@ class TrainingData:
     Attributes:
         key: identity of the dataset, from its manifest.
         train_rows, num_rows: the training rows and their number; None for a stream.
+        validation_rows: the validation rows.
         max_steps: optimizer steps of the whole run.
-        example: the first validation row that has a target, and a row that only fills up a batch; collated.
+        example: the first validation row that has a target, and a row that only fills up a batch (with media, the first
+            alone); collated.
         validation_bytes: length of the validation text, if all its tokens are targets; else None.
     """
 
@@ -49,7 +51,8 @@ class TrainingData:
             self.context_group = accelerator.torch_device_mesh["cp"].get_group()
             rank = dist.get_rank(self.context_group)
             self._collate = partial(collate_columns, collate, rank, plan.context_parallel_size)
-        self._validation_rows = self._lay_out("validation", tokenizer)
+        self._check = getattr(collate, "check", None)  # of documents with pictures or sounds
+        self.validation_rows = self._lay_out("validation", tokenizer)
         self.train_rows = None if self.manifest.get("stream") else self._lay_out("train", tokenizer)
         self.num_rows = None if self.train_rows is None else len(self.train_rows)
         if self.train_rows is None:
@@ -59,7 +62,7 @@ class TrainingData:
             config.schedule, num_rows=self.num_rows, global_batch_size=plan.global_batch_size,
             sequence_length=config.data.sequence_length,
         )  # fmt: skip
-        rows = loaders.CollatedRows(self._validation_rows, collate, loaders.EVALUATION_SEED)
+        rows = loaders.CollatedRows(self.validation_rows, collate, loaders.EVALUATION_SEED)
         self.example = find_example(rows, "validation")
         if self.train_rows is not None:
             find_example(loaders.CollatedRows(self.train_rows, collate, config.seed), "training")
@@ -67,8 +70,11 @@ class TrainingData:
         self.validation_bytes = splits["validation"]["bytes"] if config.objective.name == "causal" else None
 
     def _lay_out(self, split: str, tokenizer: Any) -> loaders.Layout:
+        tokens = open_split(self.folder, split)
+        if self._check is not None:
+            self._check(tokens, self.config.data.sequence_length, split)
         return loaders.build_layout(
-            open_split(self.folder, split), self.config.data.layout, self.config.data.sequence_length,
+            tokens, self.config.data.layout, self.config.data.sequence_length,
             pad_token_id=pad_token_id(tokenizer), vocab_size=len(tokenizer),
             fixed_length=self.config.data.pad_to == "max_length",
         )  # fmt: skip
@@ -93,7 +99,7 @@ class TrainingData:
 
     def validation_loader(self) -> DataLoader:
         batch_size = self.config.evaluation.per_device_batch_size * self.plan.data_parallel_size
-        return loaders.build_evaluation_loader(self._validation_rows, self._collate, batch_size)
+        return loaders.build_evaluation_loader(self.validation_rows, self._collate, batch_size)
 
     def stream_state(self) -> dict[str, Any] | None:
         """Where each lane of a stream stands (all ranks call); None for stored data, whose order is computed."""
@@ -110,11 +116,13 @@ class TrainingData:
 
 
 def find_example(rows: loaders.CollatedRows, split: str) -> dict[str, torch.Tensor]:
-    """The first of `rows` that has a target, and a row of padding, as a batch. `UserError` if none has: training
+    """The first of `rows` that has a target, and a row of padding, as a batch; with media the first alone, as its
+    pictures need not be one per row. `UserError` if none has: training
     would never make a step, and an evaluation would have no loss."""
     for start in range(0, len(rows), 64):
         targets = rows.__getitems__(list(range(start, min(start + 64, len(rows)))))["targets"]
         for row in np.flatnonzero((targets != IGNORED).any(axis=1)):
-            return loaders.to_tensors(rows.__getitems__([start + int(row), PADDING_SAMPLE]))
+            filler = [PADDING_SAMPLE] if rows.layout.tokens.media is None else []
+            return loaders.to_tensors(rows.__getitems__([start + int(row), *filler]))
     remedy = "prepare other text" if split == "training" else "prepare the data with a larger --validation_fraction"
     raise UserError(f"the objective finds nothing to predict in the {len(rows)} {split} rows; {remedy}")

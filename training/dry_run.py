@@ -36,7 +36,7 @@ from utils.model.adapters import without_adapters
 from utils.model.build import build_model, count_parameters, fake_copy
 from utils.objectives import Objective, build_objective, objective_module
 
-# A batch: name → a tensor, or only its shape (int64).
+# A batch: name → a tensor, or only its shape (int64; of pictures and sounds, with more than two dimensions, fp32).
 BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
 LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries with their threads and scratch, measured by benchmarks/memory.py
 # Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
@@ -152,15 +152,20 @@ def shapes_of(batch: BatchShapes) -> dict[str, Sequence[int]]:
     return {name: value.shape if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
-def resized(batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1) -> dict[str, tuple[int, int]]:
-    """The shapes of `batch` with `rows` rows; with `longest`, scaled to that many positions.
+def resized(batch: BatchShapes, rows: int, longest: int | None = None, share: int = 1) -> dict[str, tuple[int, ...]]:
+    """The shapes of `batch` with `rows` rows; with `longest`, scaled to that many positions. Pictures and sounds keep their
+    sizes, and their number per row.
 
     `share` devices share the positions, and the shapes are those of one of them. The keys and values that it gathers
     from the others do not count.
     """
     shapes = shapes_of(batch)
-    length = max(shape[1] for shape in shapes.values())
-    return {name: (rows, -(-shape[1] * (longest or length) // (length * share))) for name, shape in shapes.items()}
+    length = max(shape[1] for shape in shapes.values() if len(shape) == 2)
+    return {
+        name: (rows, -(-shape[1] * (longest or length) // (length * share))) if len(shape) == 2
+        else (rows * shape[0] // shapes["targets"][0], *shape[1:])
+        for name, shape in shapes.items()
+    }  # fmt: skip
 
 
 def describe_objective(objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool) -> list[str]:
@@ -179,7 +184,10 @@ def describe_objective(objective: Objective, config: TrainConfig, data: Training
 
 
 def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(*shape, dtype=torch.int64, device=device) for name, shape in shapes_of(batch).items()}
+    return {
+        name: torch.empty(*shape, dtype=torch.int64 if len(shape) == 2 else torch.float32, device=device)
+        for name, shape in shapes_of(batch).items()
+    }
 
 
 def count_flops(objective: Objective, batch: BatchShapes) -> int:

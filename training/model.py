@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from training.data import TrainingData
 from training.parallel.context_parallel import use_context_parallel
@@ -18,7 +17,7 @@ from utils.config import TrainConfig
 from utils.data.packing import IGNORED
 from utils.files import short
 from utils.model.adapters import without_adapters
-from utils.model.build import evaluating, longest_sequence
+from utils.model.build import DECODERS, evaluating, longest_sequence, text_config
 from utils.model.initialization import is_norm, residual_projections
 from utils.objectives import Objective, build_objective, objective_module
 from utils.pretrained import read_tokenizer
@@ -32,15 +31,16 @@ def build_training_objective(
     `UserError` if the model cannot read such rows, or would mix the documents of a row.
     """
     check_length(model, config.data.sequence_length)
-    packed = "position_ids" in data.example
+    packed, has_media = "position_ids" in data.example, "media" in data.manifest
     try:
         objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
-        if objective_module(config.objective.name).AUTO_MODEL is AutoModelForCausalLM:
+        if objective_module(config.objective.name).AUTO_MODEL in DECODERS:
             check_future_is_hidden(objective)
         if packed:
             check_documents_stay_apart(objective)
         with evaluating(objective):
-            loss = objective(**{name: values[:, :16].to(model.device) for name, values in data.example.items()})
+            width = None if has_media else 16
+            loss = objective(**{name: values[:, :width].to(model.device) for name, values in data.example.items()})
     except UserError:
         raise
     except Exception as error:  # each class has its own limits
@@ -48,7 +48,8 @@ def build_training_objective(
         remedy = "data.layout padded, other sizes" if packed else "other sizes"
         name = type(without_adapters(model)).__name__
         raise UserError(f"{name} does not train on {rows}: {short(error)}; try {remedy} or another model") from error
-    if accelerator.ddp_handler is not None and not reaches_every_parameter(loss, model):
+    # The rows of a rank may hold no picture, and then its loss does not reach what reads pictures.
+    if accelerator.ddp_handler is not None and (has_media or not reaches_every_parameter(loss, model)):
         accelerator.ddp_handler.find_unused_parameters = True  # else DDP raises in the second step
     if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
@@ -141,9 +142,10 @@ def reaches_every_parameter(loss: torch.Tensor, model: nn.Module) -> bool:
 
 def random_ids(model: Any, rows: int, columns: int) -> torch.Tensor:
     """(rows, columns) token ids, always the same. Without padding, which RoBERTa does not count as a position."""
-    vocabulary = model.config.get_text_config().vocab_size
+    config = text_config(model.config)
+    vocabulary = config.vocab_size
     ids = torch.randint(vocabulary, (rows, columns), generator=torch.Generator().manual_seed(0))
-    return (ids + (ids == model.config.pad_token_id)) % vocabulary
+    return (ids + (ids == config.pad_token_id)) % vocabulary
 
 
 def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:

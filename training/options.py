@@ -13,6 +13,7 @@ from utils.data.token_dataset import load_manifest
 from utils.pretrained import check_name, check_peft
 
 STOP_FILE = "stop"  # in the run folder: its user asks the run to save and end
+NEEDED_MEDIA = {"captioning": "image", "transcription": "audio"}  # objective → kind in a dataset's manifest
 FP8_LIBRARIES = ("torchao", "transformer_engine", "msamp")  # accelerate's, in its order
 
 
@@ -39,7 +40,17 @@ def check_data(config: TrainConfig, argv: list[str]) -> None:
     dataset = config.data.dataset
     if not Path(dataset).exists() and (commands := commands_for(dataset, argv)):
         raise UserError(f"dataset {dataset} does not exist; make it with: {commands}")
-    splits = load_manifest(dataset)["splits"]
+    manifest = load_manifest(dataset)
+    splits, media = manifest["splits"], manifest.get("media", {}).get("kind")
+    name, wanted = config.objective.name, NEEDED_MEDIA.get(config.objective.name)
+    if wanted and media != wanted:
+        remedy = f"prepare one from sources with {wanted}_column"
+        raise UserError(f"objective.name {name} needs a dataset of texts with {wanted}s, which {dataset} is not; {remedy}")
+    if media and not wanted:
+        fitting = next(name for name, kind in NEEDED_MEDIA.items() if kind == media)
+        raise UserError(f"objective.name {name} reads text alone, and {dataset} has {media}s; choose {fitting}")
+    if media and config.data.layout != "padded":
+        raise UserError(f"data.layout {config.data.layout}: rows with {media}s need data.layout padded")
     if config.objective.name == "instruction" and "assistant_tokens" not in splits["validation"]:
         remedy = "prepare some with --messages_column messages"
         raise UserError(f"objective.name instruction needs conversations, but {dataset} has none; {remedy}")

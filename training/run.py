@@ -28,6 +28,7 @@ from utils.config import TrainConfig
 from utils.data.loaders import end_workers
 from utils.evaluation import Evaluation
 from utils.model.build import count_parameters
+from utils.pretrained import tokenizer_of
 
 END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
 
@@ -39,15 +40,17 @@ class Run:
     is the step of the newest checkpoint, and `first_step` the one where this launch began.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, data: TrainingData, tokenizer: Any) -> None:
-        """Open the run folder; `UserError` if it holds another run, is in use, or may not be resumed."""
-        self.accelerator, self.config, self.data, self.tokenizer = accelerator, config, data, tokenizer
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, data: TrainingData, processor: Any) -> None:
+        """Open the run folder; `UserError` if it holds another run, is in use, or may not be resumed. `processor` is the
+        tokenizer, or holds it."""
+        self.accelerator, self.config, self.data, self.processor = accelerator, config, data, processor
+        self.tokenizer = tokenizer_of(processor)
         self.folder = Path(config.output)
         self.checkpoint, self.notes = open_run(accelerator, config, data.key)
         if self.checkpoint is None:
             self.state = TrainState(dataset_key=data.key)
         else:
-            check_tokenizer(self.checkpoint, tokenizer)
+            check_tokenizer(self.checkpoint, self.tokenizer)
             self.state = load_state(self.checkpoint)
         self.first_step = self.saved_step = self.state.optimizer_step
         # Tokens and seconds of training at the last line of the log, and after the first step of this launch.
@@ -76,7 +79,7 @@ class Run:
         hang_seconds = 60 * config.guards.hang_minutes + 2 * self.stops.save_seconds  # ranks may wait for a save
         self.watchdog = at_exit.enter_context(Watchdog(self.folder, accelerator.process_index, hang_seconds))
         self.writer = CheckpointWriter(
-            accelerator, self.folder / "checkpoints", config.checkpoint, self.tokenizer, warn=self.tracker.warn,
+            accelerator, self.folder / "checkpoints", config.checkpoint, self.processor, warn=self.tracker.warn,
             note=self.watchdog.note_writing,
         )  # fmt: skip
         at_exit.callback(self.writer.close)

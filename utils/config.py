@@ -101,14 +101,19 @@ class FillInTheMiddleConfig:
 class ObjectiveConfig:
     """What the model learns to predict."""
 
-    name: Literal["causal", "masked", "span_corruption", "fill_in_the_middle", "instruction"] = "causal"
+    name: Literal[
+        "causal", "masked", "span_corruption", "fill_in_the_middle", "instruction", "captioning", "transcription"
+    ] = "causal"
     """causal: the next token. masked: tokens hidden from an encoder. span_corruption: spans cut out of an encoder's
-    input. fill_in_the_middle: causal, documents' middle moved to their end. instruction: the assistant's turns."""
+    input. fill_in_the_middle: causal, documents' middle moved to their end. instruction: the assistant's turns.
+    captioning: the next token of texts with pictures, in conversations the assistant's. transcription: what is said."""
     label_smoothing: BelowOne = 0.0
     """Share of each target's probability that is spread over the vocabulary, in training only. train/loss includes it."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared logarithm of the softmax's normaliser, which keeps logits small. In training only.
     train/loss includes it."""
+    blank_media: bool = False
+    """captioning, transcription: all pictures grey, all sounds silent. A control: what the model learns without them."""
     masked: MaskedConfig = field(default_factory=MaskedConfig)
     span_corruption: SpanCorruptionConfig = field(default_factory=SpanCorruptionConfig)
     fill_in_the_middle: FillInTheMiddleConfig = field(default_factory=FillInTheMiddleConfig)

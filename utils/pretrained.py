@@ -15,6 +15,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OURS = ("data/", "exports/", "models/", "runs/")  # folders of the README's commands, not names on the Hub
 DIGITS_AS_LETTERS = str.maketrans("0123456789", "ghijklmnop")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
@@ -72,6 +73,27 @@ def read_tokenizer(name: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each format fails in its own way
         raise UserError(f"{name}: no tokenizer can be loaded from here: {short(error)}") from None
+
+
+def read_processor(name: str | Path) -> Any:
+    """What makes a model's inputs: the processor of a folder or of a name on the Hub, or its tokenizer if it has none."""
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in PROCESSOR_FILES):
+        return read_tokenizer(name)
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except ImportError as error:
+        missing = next((library for library in ("torchvision", "torchcodec", "num2words") if library in str(error)), "")
+        remedy = f"pip install {missing}" if missing else short(error)
+        raise UserError(f"{name}: its processor needs a library that is not installed: {remedy}") from None
+    except Exception as error:  # each format fails in its own way
+        raise UserError(f"{name}: no processor can be loaded from here: {short(error)}") from None
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer in a processor, or `processor` itself."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def hide_special_tokens(backend: Any) -> tuple[Any, dict[str, str]]:

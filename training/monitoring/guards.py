@@ -67,12 +67,12 @@ def write_bad_batch(
 ) -> None:  # fmt: skip
     """Write the rows of a global batch to `bad_batches/`, as ids and as text. All ranks call, the main process writes.
 
-    With context parallelism a record holds one rank's two pieces of a row, one after the other.
+    Of speech only the text is written. With context parallelism a record holds one rank's two pieces of a row, one after the other.
     """
     rows = gather_object([
         {"rank": accelerator.process_index, "micro_batch": number, "input_ids": ids}
         for number, batch in enumerate(micro_batches)
-        for ids in batch["input_ids"].tolist()
+        for ids in (batch["input_ids"] if "input_ids" in batch else batch["decoder_input_ids"]).tolist()
     ])  # fmt: skip
     if accelerator.is_main_process:
         where = {"step": state.optimizer_step + 1, "samples_seen": state.samples_seen, "fault": fault}

@@ -24,17 +24,21 @@ from accelerate.tracking import filter_trackers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from training.data import TrainingData
 from training.parallel.sharding import is_sharded, meeting_group
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
 from utils.config import TrainConfig
 from utils.data.packing import IGNORED
+from utils.answers import write_answers
 from utils.evaluation import generate_text
 from utils.files import finite, flatten, replace_text, short
 from utils.model.build import evaluating
 from utils.objectives import Objective, objective_module
+from utils.pretrained import tokenizer_of
 
 WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it
+SAMPLE_ROWS = 4
 DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
 
 
@@ -261,17 +265,25 @@ def draw_losses(metrics: Path) -> Any:
 
 
 def write_sample(
-    accelerator: Accelerator, prepared: Any, tokenizer: Any, example: dict[str, torch.Tensor], config: TrainConfig
+    accelerator: Accelerator, prepared: Any, processor: Any, data: TrainingData, config: TrainConfig
 ) -> str | None:
     """A sample by the main process; None on the others. With FSDP all ranks must take part and get the same text.
 
-    An objective that does not generate text predicts the targets of `example`, a batch.
+    An objective that does not generate text predicts the targets of an example. For pictures and sounds, the model
+    answers `SAMPLE_ROWS` of the validation rows.
     """
     if not accelerator.is_main_process and not is_sharded(accelerator):
         return None
-    objective = accelerator.unwrap_model(prepared)
+    objective, tokenizer = accelerator.unwrap_model(prepared), tokenizer_of(processor)
+    if "media" in data.manifest:
+        rows, collate = data.validation_rows, objective_module(config.objective.name).build_collator(config.objective, processor)
+        answers = write_answers(
+            objective.model, collate, rows, range(len(rows)), tokenizer, at_most=SAMPLE_ROWS,
+            max_new_tokens=config.tracking.sample_max_new_tokens, generate=objective.generate,
+        )  # fmt: skip
+        return "\n".join(f"reference: {answer.reference}\nwritten:   {answer.text}" for answer in answers)
     if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
-        return write_predictions(objective, tokenizer, example)
+        return write_predictions(objective, tokenizer, data.example)
     return generate_text(
         objective.model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
         max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",

@@ -43,10 +43,10 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, tokenizer: Any, *,
+        self, accelerator: Accelerator, folder: Path, config: CheckpointConfig, processor: Any, *,
         warn: Callable[[str], None], note: Callable[[str], None],
     ) -> None:  # fmt: skip
-        """`note` gets what the thread is doing: writing, rotating or idle."""
+        """`processor` is the tokenizer, or holds it. `note` gets what the thread is doing: writing, rotating or idle."""
         self.accelerator, self.folder, self.config, self.warn, self.note = accelerator, folder, config, warn, note
         self.pause_seconds = self.write_seconds = 0.0
         self._thread: threading.Thread | None = None
@@ -66,13 +66,13 @@ class CheckpointWriter:
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
             ))  # fmt: skip
         transformers_logging.disable_progress_bar()  # of each `save_pretrained`
-        self._tokenizer_files: dict[Path, bytes] = {}
+        self._processor_files: dict[Path, bytes] = {}
         if accelerator.is_main_process:
-            # Read once: the tokenizer does not change, and may be in use while a checkpoint is written.
+            # Read once: it does not change, and may be in use while a checkpoint is written.
             with tempfile.TemporaryDirectory() as temporary:
-                tokenizer.save_pretrained(temporary)
+                processor.save_pretrained(temporary)
                 files = [path for path in Path(temporary).rglob("*") if path.is_file()]
-                self._tokenizer_files = {path.relative_to(temporary): path.read_bytes() for path in files}
+                self._processor_files = {path.relative_to(temporary): path.read_bytes() for path in files}
 
     def save(
         self, state: TrainState, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LambdaLR,
@@ -179,7 +179,7 @@ class CheckpointWriter:
         text, step = json.dumps(record, indent=2), state.optimizer_step
 
         def write_rest(temporary: Path) -> None:
-            for name, content in self._tokenizer_files.items():
+            for name, content in self._processor_files.items():
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 (temporary / name).write_bytes(content)
             (temporary / "state.json").write_text(text, encoding="utf-8")

@@ -3,7 +3,8 @@
 No layout loses a target: every token except its document's first is a target exactly once. The target of a row's last
 position is the next token of the document, whichever row that token is in. Ignored targets are -100. A layout is a
 map-style dataset whose unit is the batch; index `PADDING_SAMPLE` is a row without a target. Every batch has `lengths`
-(B,) int64, the positions with tokens in each row; if the tokens have a loss mask, also `loss_mask`, like `targets`.
+(B,) int64, the positions with tokens in each row; if the tokens have a loss mask, also `loss_mask`, like `targets`; if
+they have media, also `media` (B,), an object array of lists of files, empty for a padding row.
 """
 
 from bisect import bisect_left, insort
@@ -163,7 +164,7 @@ class PaddedLayout:
         buffer = self.tokens.gather(*spans).reshape(-1, width + 1).astype(np.int64)
         columns = np.arange(width)
         has_target = columns + 1 < sizes[:, None]
-        batch = {
+        batch: Batch = {
             "input_ids": np.where(columns < sizes[:, None], buffer[:, :-1], self.pad_token_id),
             "targets": np.where(has_target, buffer[:, 1:], IGNORED),
             "attention_mask": (columns < lengths[:, None]).astype(np.int64),
@@ -171,6 +172,10 @@ class PaddedLayout:
         }
         if self.tokens.loss_mask is not None:
             batch["loss_mask"] = self.tokens.loss_mask.gather(*spans).reshape(-1, width + 1)[:, 1:] * has_target
+        if self.tokens.media is not None:
+            batch["media"] = np.empty(len(indices), object)
+            for place, document in enumerate(documents.tolist()):
+                batch["media"][place] = [] if padding[place] else self.tokens.media[document]
         return batch
 
 

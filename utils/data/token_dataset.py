@@ -1,7 +1,9 @@
 """The token dataset on disk: a folder with `train/` and `validation/` (Arrow), `tokenizer/` and `manifest.json`.
 
 A split is a `datasets` table with one row per document and the column `input_ids` (uint16 or uint32), without padding
-and labels. Conversations also have the column `loss_mask` (uint8), 1 on the assistant's tokens.
+and labels. Conversations also have the column `loss_mask` (uint8), 1 on the assistant's tokens. Pictures and sounds are
+in a table of their own beside the split, `train_media/` and `validation_media/`, with one row per document: the column
+`media`, a list of files as they came. The manifest's `media` says their kind, and what stands for a picture in a text.
 """
 
 import itertools
@@ -42,14 +44,30 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
+class MediaFiles:
+    """The files of each document, read in place: document i → a list of bytes, empty for one without."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, document: int) -> list[bytes]:
+        return self._column[document].as_py()  # type: ignore[no-any-return]
+
+
 class TokenDataset:
     """The tokens of many documents as one long stream, read in place. Document i is positions offsets[i] to
     offsets[i + 1]; `offsets` (N + 1,) int64. `loss_mask` is a stream of the same documents, 1 for a token that may be
-    trained on, else 0; None if all may be."""
+    trained on, else 0; None if all may be. `media` are the documents' pictures or sounds; None for text."""
 
-    def __init__(self, chunks: list[np.ndarray], lengths: np.ndarray, loss_mask: "TokenDataset | None" = None) -> None:
+    def __init__(
+        self, chunks: list[np.ndarray], lengths: np.ndarray, loss_mask: "TokenDataset | None" = None,
+        media: MediaFiles | None = None,
+    ) -> None:  # fmt: skip
         """`chunks` are the stream, in order; `lengths` (N,) are the documents' lengths in tokens."""
-        self._chunks, self.loss_mask = chunks, loss_mask
+        self._chunks, self.loss_mask, self.media = chunks, loss_mask, media
         self._chunk_starts = [0, *itertools.accumulate(map(len, chunks))]
         self.offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         self.offsets[1:] = lengths
@@ -90,18 +108,29 @@ class TokenDataset:
 
 def open_split(folder: str | Path, split: str) -> TokenDataset:
     """The split `train` or `validation` of a dataset folder, mapped from disk without a copy."""
-    path = Path(folder) / split
-    try:  # as `datasets.load_from_disk` maps a table, without the second of CPU time that importing `datasets` takes
-        files = [path / part["filename"] for part in read_json(path / "state.json")["_data_files"]]
-        table = pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
+    media = None
+    try:
+        table = _map_table(Path(folder) / split)
         mask = TokenDataset(*_read_lists(table, "loss_mask")) if "loss_mask" in table.column_names else None
-        tokens = TokenDataset(*_read_lists(table, "input_ids"), mask)
+        if (Path(folder) / f"{split}_media").is_dir():
+            media = MediaFiles(_map_table(Path(folder) / f"{split}_media").column("media"))
+        tokens = TokenDataset(*_read_lists(table, "input_ids"), mask, media)
     except Exception as error:  # pyarrow raises many types
         raise UserError(f"dataset {folder}: the {split} split cannot be read: {short(error)}") from None
     if mask is not None and mask.num_tokens != tokens.num_tokens:
         counts = f"{mask.num_tokens} masks for {tokens.num_tokens} tokens"
         raise UserError(f"dataset {folder}: the {split} split has {counts}; prepare it again")
+    if media is not None and len(media) != (documents := len(tokens.offsets) - 1):
+        counts = f"media of {len(media)} documents for {documents}"
+        raise UserError(f"dataset {folder}: the {split} split has {counts}; prepare it again")
     return tokens
+
+
+def _map_table(folder: Path) -> pa.Table:
+    """A table that `datasets` saved, mapped as its `load_from_disk` does, without the second of CPU time that importing
+    `datasets` takes."""
+    files = [folder / part["filename"] for part in read_json(folder / "state.json")["_data_files"]]
+    return pa.concat_tables([pa.ipc.open_stream(pa.memory_map(str(file))).read_all() for file in files])
 
 
 def _read_lists(table: pa.Table, column: str) -> tuple[list[np.ndarray], np.ndarray]:

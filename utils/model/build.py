@@ -23,7 +23,12 @@ from utils.pretrained import TOKENIZER_FILES, chat_ids, read_adapters, read_conf
 
 Module = TypeVar("Module", bound=nn.Module)
 # Names of transformers' classes that open a saved model, by the objective's head.
-AUTO_MODELS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM")
+AUTO_MODELS = (
+    "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForImageTextToText",
+    "AutoModelForSpeechSeq2Seq",
+)  # fmt: skip
+# Those whose model predicts the next token of its own input.
+DECODERS = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
 # Values of `model.attention` that `use_kernels` applies when the device is known; before, the architecture's default.
 DEFERRED_ATTENTION = {"auto": None, "blocked": None}
 # Our name of a size → further names in configuration classes, beyond transformers' own `attribute_map`.
@@ -36,18 +41,20 @@ def build_model(
     """A model in fp32 with an embedding row for each token; the caller seeds torch first. `auto_model` is the
     objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are not read.
     `UserError` if the options do not fit, or `config.pretrained` cannot be loaded or has another tokenizer."""
-    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    special["pad_token_id"] = pad_token_id(tokenizer)
+    special = special_tokens(tokenizer)
     # A decoder's embedding does not train the row of its padding token, so that must be none that texts contain.
-    if auto_model is transformers.AutoModelForCausalLM and pad_token_id(tokenizer) in (*special.values(),)[:2]:
+    if auto_model in DECODERS and pad_token_id(tokenizer) in (*special.values(),)[:2]:
         special["pad_token_id"] = None
     architecture = build_architecture(config, auto_model, special)
-    entries = max(len(tokenizer), architecture.vocab_size if config.pretrained else 0)
+    text = text_config(architecture)
+    entries = max(len(tokenizer), text.vocab_size if config.pretrained else 0)
     rows = -(-entries // config.vocabulary_multiple) * config.vocabulary_multiple
+    if config.pretrained is None and hasattr(architecture, "image_token_id"):
+        architecture.image_token_id = tokenizer.convert_tokens_to_ids(image_token(tokenizer))
     if config.pretrained is not None and weights:
         model = load_pretrained(config, tokenizer, auto_model, architecture, rows)
     else:
-        architecture.vocab_size = rows
+        text.vocab_size = rows
         try:
             attention = DEFERRED_ATTENTION.get(config.attention, config.attention)
             model = auto_model.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
@@ -70,7 +77,7 @@ def add_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
     A tokenizer without a bos token leaves the folder's, a second eos token stays, and so does a padding token or none:
     with another one a resumed run would train other rows of the embedding.
     """
-    config, decoder_start = model.config, pad_token_id(tokenizer)  # with which every objective begins a decoder's input
+    config, decoder_start = text_config(model.config), decoder_start_id(model, tokenizer)
     if tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
     if tokenizer.eos_token_id not in as_list(config.eos_token_id):
@@ -105,6 +112,38 @@ def _is_savable(generation: GenerationConfig) -> bool:
     return True
 
 
+def special_tokens(tokenizer: Any) -> dict[str, Any]:
+    """What a configuration says of a tokenizer's special tokens."""
+    return {
+        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad_token_id(tokenizer),
+    }  # fmt: skip
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the decoder of text, in place: itself for a model of text alone."""
+    found = config.get_text_config(decoder=True)  # of an old encoder-decoder's, a changed copy
+    return found if any(found is value for value in vars(config).values()) else config
+
+
+def image_token(tokenizer: Any) -> str:
+    """The placeholder of a picture in a text."""
+    return getattr(tokenizer, "image_token", None) or "<image>"
+
+
+def decoder_start_id(model: PreTrainedModel, tokenizer: Any) -> int:
+    """The token with which every objective begins a decoder's input: the padding token; for speech, what the tokenizer
+    puts in front of a text, if anything."""
+    prefix = [] if model.main_input_name == "input_ids" else text_prefix(tokenizer)
+    return prefix[0] if prefix else pad_token_id(tokenizer)
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text."""
+    ids, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    return ids[: ids.index(plain[0])] if plain[0] in ids else []  # type: ignore[no-any-return]
+
+
 def as_list(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -122,7 +161,8 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
         for name in config.overrides:
             if name not in fields:
                 raise UserError(f"model.overrides: {cls.__name__} has no {name}{nearest(name, fields)}")
-        values: dict[str, Any] = special | {"tie_word_embeddings": config.tie_word_embeddings}
+        is_nested = "text_config" in fields
+        values: dict[str, Any] = {"tie_word_embeddings": config.tie_word_embeddings} | ({} if is_nested else special)
         for name, value in config.sizes().items():
             names = (cls.attribute_map.get(name, name), *OTHER_NAMES.get(name, ()))
             field = next((known for known in names if known in fields), None)
@@ -143,6 +183,8 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
             architecture = cls(**(values | config.overrides))
         except Exception as error:  # each class checks in its own way
             raise UserError(f"model: {cls.__name__} rejects these values: {short(error)}") from None
+        if is_nested:
+            text_config(architecture).update(special)
         if architecture.is_encoder_decoder:
             architecture.decoder_start_token_id = special["pad_token_id"]
         heads, groups = (getattr(architecture, f"num_{name}_heads", 1) for name in ("attention", "key_value"))
@@ -156,8 +198,10 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
 
 
 def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> None:
-    """Set every dropout probability of a configuration, except those named in `but`."""
+    """Set every dropout probability of a configuration and of its parts, except those named in `but`."""
     for name, value in vars(architecture).items():
+        if isinstance(value, transformers.PreTrainedConfig):
+            set_dropout(value, dropout, but[name] if isinstance(but, dict) and isinstance(but.get(name), dict) else ())
         is_dropout = ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
         if is_dropout and name not in but and not isinstance(value, bool):
             setattr(architecture, name, dropout)
@@ -170,9 +214,9 @@ def load_pretrained(config: ModelConfig, tokenizer: Any, auto_model: Any, archit
         mismatch = f"model.pretrained {name} was trained with another tokenizer than the dataset's"
         raise UserError(f"{mismatch}; prepare the data with --tokenizer.pretrained {name}")
     model = load_model(name, config.attention, auto_model, architecture)
-    if rows > architecture.vocab_size:
+    if rows > text_config(architecture).vocab_size:
         if config.lora.rank:
-            why = f"{name} has {architecture.vocab_size} entries, the tokenizer {len(tokenizer)}"
+            why = f"{name} has {text_config(architecture).vocab_size} entries, the tokenizer {len(tokenizer)}"
             remedy = "train all weights (model.lora.rank 0), or use data without new tokens"
             raise UserError(f"model.lora: {why}, and adapters do not train the embedding: {remedy}")
         model.resize_token_embeddings(rows)
@@ -260,7 +304,9 @@ def count_parameters(model: nn.Module) -> int:
 
 def longest_sequence(model: PreTrainedModel) -> int:
     """Positions that the model can read; `sys.maxsize` for a model without a limit."""
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 0)
+    config = text_config(model.config)
+    names = ("max_position_embeddings", "max_target_positions")  # Whisper's decoder has the second
+    positions = int(next((value for name in names if (value := getattr(config, name, None))), 0))
     return positions - first_position(model) if positions > 0 else sys.maxsize  # XLNet's -1 is no limit
 
 

@@ -3,6 +3,10 @@
     AUTO_MODEL                            transformers' class that loads a model with the right head
     build_collator(config, tokenizer)     rows of the dataset → what the model reads and its targets
 
+and for pictures or sounds, whose collator gets the processor in place of the tokenizer,
+
+    build_processor(config, tokenizer)    transformers' processor, which holds the tokenizer
+
 All have the same loss: cross-entropy between the logits and the targets at the same positions. `accelerator.prepare`
 wraps the module `Objective`, so autocast, DDP and sharding see every use of the parameters.
 """
@@ -18,17 +22,24 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForMaskedLM
 
-from utils.config import KernelConfig, ObjectiveConfig
+from utils.config import KernelConfig, ModelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import use_kernels
 from utils.kernels.head_loss import head_loss
 from utils.model.adapters import without_adapters
-from utils.model.build import evaluating, fake_copy, first_position
+from utils.model.build import evaluating, fake_copy, first_position, text_config
 
 
 def objective_module(name: str) -> ModuleType:
     """The module of an objective."""
     return importlib.import_module(f"utils.objectives.{name}")
+
+
+def build_processor(name: str, config: ModelConfig, tokenizer: Any) -> Any:
+    """What makes the inputs of an objective's model: a processor, or for text `tokenizer` itself. It may add special
+    tokens to `tokenizer`."""
+    build = getattr(objective_module(name), "build_processor", None)
+    return tokenizer if build is None else build(config, tokenizer)
 
 
 def build_objective(
@@ -131,7 +142,7 @@ def _logits_are_the_heads(model: Any) -> bool:
         base.register_forward_hook(lambda _, __, output: seen.update(hidden=output[0])),
         head.register_forward_hook(lambda _, inputs, output: seen.update(input=inputs[0], output=output)),
     ]
-    ids = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % text_config(model.config).vocab_size
     with evaluating(model):
         logits = model(input_ids=ids, use_cache=False).logits
     for hook in hooks:

@@ -1,0 +1,105 @@
+"""What a model writes about held-out pictures or sounds, and how far it agrees with the reference."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from utils.data.loaders import Layout, to_tensors
+from utils.data.packing import IGNORED
+from utils.model.build import evaluating, longest_sequence
+
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One document of a split: its number, what it says after its picture or sound, and what the model writes there."""
+
+    document: int
+    reference: str
+    text: str
+
+
+@torch.no_grad()
+def write_answers(
+    model: PreTrainedModel, collate: Any, layout: Layout, rows: Iterable[int], tokenizer: Any, *, max_new_tokens: int,
+    at_most: int | None = None, generate: Callable[..., torch.Tensor] | None = None,
+) -> list[Answer]:  # fmt: skip
+    """The likeliest text, token by token, for each of `rows` that has something to answer, in their order.
+
+    collate: the objective's collator. generate: called in place of the model's own. Rows whose inputs have the same shapes
+    are computed together, so none is padded.
+    """
+    groups, references = defaultdict(list), {}
+    for row in rows:
+        if len(references) == at_most:
+            break
+        prompt, reference = read_prompt(layout.__getitems__([row]), collate)
+        if prompt is None or not (text := tokenizer.decode(reference, skip_special_tokens=True).strip()):
+            continue
+        batch = collate(prompt, [np.random.default_rng(0)])
+        del batch["targets"]
+        references[row] = text
+        groups[tuple((name, values.shape[1:], values.shape[0]) for name, values in batch.items())].append((row, batch))
+    texts = {}
+    with evaluating(model):
+        for group in groups.values():
+            for start in range(0, len(group), ROWS_AT_ONCE):
+                part = group[start : start + ROWS_AT_ONCE]
+                batch = {name: np.concatenate([inputs[name] for _, inputs in part]) for name in part[0][1]}
+                inputs = {name: values.to(model.device) for name, values in to_tensors(batch).items()}
+                length = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"].shape[1]
+                output = (generate or model.generate)(  # type: ignore[operator]
+                    **inputs, do_sample=False, max_new_tokens=min(max_new_tokens, longest_sequence(model) - length)
+                )
+                for (row, _), ids in zip(part, output, strict=True):
+                    texts[row] = tokenizer.decode(ids[length:], skip_special_tokens=True).strip()
+    return [Answer(row, reference, texts[row]) for row, reference in references.items()]
+
+
+def read_prompt(rows: dict[str, np.ndarray], collate: Any) -> tuple[dict[str, np.ndarray] | None, list[int]]:
+    """Of a row by itself, what the model reads before it answers, as a row, and the ids of the answer; None if it has
+    nothing to answer."""
+    size = int(rows["lengths"][0])
+    last = rows["targets"][0, max(size - 1, 0)]
+    ids = np.append(rows["input_ids"][0, :size], last if last != IGNORED else [])
+    mask = None
+    if "loss_mask" in rows:  # of a token's target; the first token is none
+        mask = np.append(0, rows["loss_mask"][0, : len(ids) - 1])
+    length = collate.prompt_length(ids, mask)
+    if length is None or length >= len(ids):
+        return None, []
+    end = len(ids)
+    if mask is not None:
+        end = length + int(np.append(mask[length:], 0).argmin())
+    prompt = {name: values[:, :length] for name, values in rows.items() if values.ndim == 2}
+    return prompt | {"lengths": np.array([length]), "media": rows["media"]}, ids[length:end].astype(int).tolist()
+
+
+def word_errors(reference: list[str], written: list[str]) -> int:
+    """The fewest words to insert, delete or replace to turn one text into the other (Levenshtein, 1966)."""
+    row = list(range(len(written) + 1))
+    for number, word in enumerate(reference, 1):
+        before, row[0] = row[0], number
+        for place, other in enumerate(written, 1):
+            before, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, before + (word != other))
+    return row[-1]
+
+
+def score_answers(answers: list[Answer]) -> dict[str, float]:
+    """Shares of 1: texts that equal their reference; mean F1 of the words, in any order; and word errors per word of the
+    references, which may exceed 1."""
+    pairs = [(answer.reference.split(), answer.text.split()) for answer in answers]
+    shared = [(Counter(reference) & Counter(text)).total() for reference, text in pairs]
+    words = sum(len(reference) for reference, _ in pairs)
+    f1 = [2 * count / max(1, len(reference) + len(text)) for count, (reference, text) in zip(shared, pairs, strict=True)]
+    return {
+        "exact_match": sum(answer.reference == answer.text for answer in answers) / len(answers),
+        "word_f1": sum(f1) / len(answers),
+        "word_error_rate": sum(word_errors(*pair) for pair in pairs) / words,
+    }
