@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from utils.data.loaders import Layout, to_tensors
 from utils.data.packing import IGNORED
@@ -47,18 +48,22 @@ def write_answers(
         references[row] = text
         groups[tuple((name, values.shape[1:], values.shape[0]) for name, values in batch.items())].append((row, batch))
     texts = {}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # Whisper's `generate` warns of its own arguments
     with evaluating(model):
         for group in groups.values():
             for start in range(0, len(group), ROWS_AT_ONCE):
                 part = group[start : start + ROWS_AT_ONCE]
                 batch = {name: np.concatenate([inputs[name] for _, inputs in part]) for name in part[0][1]}
                 inputs = {name: values.to(model.device) for name, values in to_tensors(batch).items()}
-                length = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"].shape[1]
-                output = (generate or model.generate)(  # type: ignore[operator]
-                    **inputs, do_sample=False, max_new_tokens=min(max_new_tokens, longest_sequence(model) - length)
-                )
-                for (row, _), ids in zip(part, output, strict=True):
-                    texts[row] = tokenizer.decode(ids[length:], skip_special_tokens=True).strip()
+                read = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
+                longest = min(max_new_tokens, longest_sequence(model) - read.shape[1])
+                output = (generate or model.generate)(**inputs, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
+                for (row, _), prompt, ids in zip(part, read, output, strict=True):
+                    if ids[: len(prompt)].equal(prompt):  # Whisper returns new tokens only
+                        ids = ids[len(prompt) :]
+                    texts[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    transformers_logging.set_verbosity(verbosity)
     return [Answer(row, reference, texts[row]) for row, reference in references.items()]
 
 

@@ -22,6 +22,7 @@ from utils.model.build import build_architecture, pad_token_id, special_tokens, 
 from utils.pretrained import read_processor
 
 AUTO_MODEL = AutoModelForSpeechSeq2Seq
+NO_TIMESTAMPS = "<|notimestamps|>"
 FRAMES_PER_SECOND = 50  # of Whisper's encoder
 
 
@@ -41,12 +42,15 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
 
 
 def build_whisper_processor(architecture: Any, tokenizer: Any) -> Any:
+    """Adds the token behind which transformers' pipeline takes every token for a point in time."""
     seconds, rest = divmod(architecture.max_source_positions, FRAMES_PER_SECOND)
     if rest or not seconds:
         raise UserError(
             f"model.overrides: max_source_positions {architecture.max_source_positions} must be a multiple of "
             f"{FRAMES_PER_SECOND}, the positions of a second"
         )
+    if NO_TIMESTAMPS not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"extra_special_tokens": [NO_TIMESTAMPS]}, replace_extra_special_tokens=False)
     return WhisperProcessor(WhisperFeatureExtractor(architecture.num_mel_bins, chunk_length=seconds), tokenizer)
 
 
