@@ -48,7 +48,7 @@ from training.optimization.schedule import build_scheduler
 from training.parallel.sharding import enable_sharded_generate
 from training.run import Run
 from utils.evaluation import evaluate
-from utils.model.build import build_model, enable_activation_checkpointing, load_model
+from utils.model.build import build_model, load_model, set_up_training
 from utils.objectives import build_processor, count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
@@ -75,7 +75,7 @@ def main(config: TrainConfig) -> None:
     set_seed(config.seed)
     if run.checkpoint:
         model = load_model(run.checkpoint, config.model.attention, dropout=config.model.dropout)
-        enable_activation_checkpointing(model, config.model)
+        set_up_training(model, config.model)
     else:
         model = build_model(config.model, tokenizer, task.AUTO_MODEL)
     objective = build_training_objective(model, config, accelerator, data)

@@ -175,6 +175,11 @@ class ModelConfig:
     """Checkpoint every n-th block only; the others keep their activations. --dry_run shows what fits."""
     activation_offload: bool = False
     """GPU only: keep the checkpointed inputs in host memory. Pays for long sequences; costs two copies per block."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """Pretrained folders for parts of a new model, by module name, as in '{vision_tower: FOLDER, language_model: FOLDER}'.
+    The sizes of a part are those of its folder."""
+    frozen: list[str] = field(default_factory=list)
+    """Names of modules that are not trained, as in '[vision_tower]'."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def sizes(self) -> dict[str, int | None]:
@@ -187,8 +192,10 @@ class ModelConfig:
         found = []
         if self.activation_offload and not self.activation_checkpointing:
             found.append("model.activation_offload needs model.activation_checkpointing; set that to true too")
+        if self.frozen and self.lora.rank:
+            found.append("model.frozen: model.lora.rank freezes all weights; choose model.lora.target_modules instead")
         if self.pretrained is not None:
-            return found
+            return found + (["model.parts is for a new model; leave model.pretrained null"] if self.parts else [])
         if self.lora.rank:
             found.append("model.lora.rank trains adapters beside pretrained weights; give model.pretrained")
         if self.size is not None and self.size not in SIZES.get(self.architecture, {}):
@@ -236,6 +243,8 @@ class OptimizerConfig:
     slow for transformers. adamw_8bit: AdamW with 8-bit state; needs bitsandbytes (`[optim8bit]`)."""
     learning_rate: PositiveFloat = 3e-3
     """Peak learning rate."""
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Other peaks for modules by name, as in '{multi_modal_projector: 1e-3}'. muon trains their matrices by AdamW."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay on matrices, never on biases and norm weights. sgd adds it to the gradient instead."""
     beta1: BelowOne = 0.9
@@ -250,6 +259,10 @@ class OptimizerConfig:
     """Clip the gradient's global norm to this. 0: measure but do not clip."""
     ema_decay: Annotated[float, "> 0 and < 1"] | None = None
     """Also keep a moving average of the weights, with this decay per step, such as 0.999. null: none."""
+
+    def problems(self) -> list[str]:
+        wrong = [f"{name} {rate}" for name, rate in self.learning_rates.items() if not rate > 0]
+        return [f"optimizer.learning_rates must be above 0, not {', '.join(wrong)}"] if wrong else []
 
 
 @dataclass

@@ -116,9 +116,19 @@ def adamw_options(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two parameter groups: with weight decay, and without."""
-    decayed, others = split_by_decay(model)
-    return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    """Two parameter groups: with weight decay, and without. Two more for each module with a learning rate of its own."""
+    from utils.model.build import find_modules
+
+    decays = (config.weight_decay, 0.0)
+    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(split_by_decay(model), decays, strict=True)]
+    for name, module in find_modules(model, config.learning_rates, "optimizer.learning_rates").items():
+        own = {id(parameter) for parameter in module.parameters()}
+        for group in groups[:2]:
+            taken = [parameter for parameter in group["params"] if id(parameter) in own]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            if taken:
+                groups.append(group | {"params": taken, "lr": config.learning_rates[name]})
+    return groups
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

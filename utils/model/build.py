@@ -65,10 +65,58 @@ def build_model(
     if config.pretrained is None and model.can_generate():
         model.generation_config = GenerationConfig()
     add_special_tokens(model, tokenizer)
+    if config.parts and weights:
+        load_parts(model, config, tokenizer)
     if config.lora.rank:
         model = add_adapters(model, config.lora)
-    enable_activation_checkpointing(model, config)
+    set_up_training(model, config)
     return model
+
+
+def set_up_training(model: Any, config: ModelConfig) -> None:
+    """What a checkpoint does not keep: which modules are frozen, and how activations are kept."""
+    for module in find_modules(model, config.frozen, "model.frozen").values():
+        module.requires_grad_(False)
+    enable_activation_checkpointing(model, config)
+
+
+def find_modules(model: nn.Module, names: Iterable[str], option: str) -> dict[str, nn.Module]:
+    """The module of each of `names`, the last part of its path or all of it; `UserError` if there is none, or several."""
+    paths = dict(model.named_modules())
+    known = sorted({path.rpartition(".")[2] for path in paths if path and not path.rpartition(".")[2].isdigit()})
+    found = {}
+    for name in names:
+        fitting = [path for path in paths if path == name or path.endswith(f".{name}")]
+        if not fitting:
+            raise UserError(f"{option}: {type(model).__name__} has no module {name}{nearest(name, known)}")
+        if len(fitting) > 1:
+            raise UserError(f"{option}: {name} is the name of {len(fitting)} modules; give a path, as in {fitting[0]}")
+        found[name] = paths[fitting[0]]
+    return found
+
+
+@torch.no_grad()
+def load_parts(model: Any, config: ModelConfig, tokenizer: Any) -> None:
+    """Weights of `config.parts` in place of new ones. Rows of the embedding for tokens that a folder lacks stay new."""
+    for name, module in find_modules(model, config.parts, "model.parts").items():
+        folder = config.parts[name]
+        is_text = hasattr(read_part(folder), "vocab_size")
+        if is_text and not covers_vocabulary(tokenizer, folder):
+            mismatch = f"model.parts: {name} {folder} was trained with another tokenizer than the dataset's"
+            raise UserError(f"{mismatch}; prepare the data with --tokenizer.pretrained {folder}")
+        auto_model = transformers.AutoModelForCausalLM if is_text else type(module)
+        saved = read_weights(auto_model, folder, read_part(folder), dtype=torch.float32)
+        heads = [(model.get_output_embeddings(), saved.get_output_embeddings())] if is_text else []
+        for ours, theirs in [(module, saved.base_model if is_text else saved), *heads]:
+            for key, value in theirs.state_dict().items():
+                weight = ours.get_parameter(key)
+                (weight[: len(value)] if value.ndim else weight).copy_(value)
+
+
+def read_part(folder: str) -> Any:
+    """The configuration of a part of a model; of CLIP's and its relatives' that of their vision model."""
+    found = read_config(folder)
+    return getattr(found, "vision_config", found)
 
 
 def add_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -179,6 +227,11 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
         for name, other in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):
             if name in fields:
                 values[name] = special[other]
+        for folder in config.parts.values():
+            part = read_part(folder)
+            values["text_config" if hasattr(part, "vocab_size") else "vision_config"] = part
+            if hasattr(part, "vocab_size"):
+                values["tie_word_embeddings"] = part.tie_word_embeddings
         try:
             architecture = cls(**(values | config.overrides))
         except Exception as error:  # each class checks in its own way
