@@ -1,7 +1,6 @@
 """Texts with pictures and with sounds: the loss, the batches, a run, its export, and transformers' own pipelines."""
 
 import io
-import itertools
 import json
 import random
 import shutil
@@ -56,9 +55,10 @@ SHORT = {
 }  # fmt: skip
 
 
-def picture(colour: str, size: tuple[int, int] = (24, 16)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, COLOURS[colour]).save(file, "PNG")
+def picture(colour: str, size: tuple[int, int] = (24, 16), mark: int = 0) -> bytes:
+    file, image = io.BytesIO(), Image.new("RGB", size, COLOURS[colour])
+    image.putpixel((0, 0), (mark, mark, mark))  # documents with the same picture would be in one split
+    image.save(file, "PNG")
     return file.getvalue()
 
 
@@ -76,11 +76,11 @@ def pictures_and_texts() -> list[tuple[str, list[bytes]]]:
     for number in range(80):
         one, two = draw.choices(list(COLOURS), k=2)
         if number % 4 == 0:
-            rows.append((f"no picture of {one} and {two}", []))
+            rows.append((f"no picture of {one} and {two} {number}", []))
         elif number % 4 == 1:
-            rows.append((f"first <image> then <image> so {one} and {two}", [picture(one), picture(two, (16, 24))]))
+            rows.append((f"first <image> then <image> so {one} and {two} {number}", [picture(one, mark=number), picture(two, (16, 24))]))
         else:
-            rows.append((f"a {one} picture {number}", [picture(one)]))
+            rows.append((f"a {one} picture {number}", [picture(one, mark=number)]))
     return rows
 
 
@@ -94,6 +94,7 @@ def datasets(tmp_path_factory):
     spoken = [f"{words[number % 4]} sound {number}" for number in range(40)]
     pq.write_table(pa.table({"text": spoken, "media": [sound(number % 4) for number in range(40)]}), folder / "audio.parquet")
     common = ["--validation_fraction", "0.2", "--tokenizer.vocab_size", "320"]
+    common += ["--deduplication.near_threshold", "null"]
     for kind in ("image", "audio"):
         source = f"[{{path: {folder / kind}.parquet, {kind}_column: media}}]"
         code, _, err = call("prepare_data.py", "--sources", source, "--output", folder / kind, *common)
@@ -139,7 +140,7 @@ def test_the_loss_of_a_batch_is_what_the_model_says_of_each_text_by_itself(name,
             inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
             labels, is_own = inputs["input_ids"].clone(), torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
             ours = collate(layout.__getitems__([row]), [])
-            is_own[0, 1:] = torch.from_numpy(ours["targets"][0] != IGNORED)  # what the processor adds is no target
+            is_own[0, 1:] = torch.from_numpy(ours["targets"][0, :-1] != IGNORED)  # what the processor adds is no target
             labels[~is_own] = IGNORED
             kinds.add(len(files))
         else:
@@ -151,7 +152,7 @@ def test_the_loss_of_a_batch_is_what_the_model_says_of_each_text_by_itself(name,
         total, targets = total + float(found.loss) * number, targets + number
     assert int((batch["targets"] != IGNORED).sum()) == targets
     assert float(objective(**tensors(batch))) == pytest.approx(total, rel=1e-6)
-    assert kinds in (set(), {0, 1, 2})
+    assert kinds == ({0, 1, 2} if OBJECTIVES[name] == "captioning" else set())
 
 
 @pytest.mark.parametrize("name", ["llava", "idefics3"])
@@ -197,7 +198,7 @@ def test_documents_that_do_not_fit_are_refused_with_their_sizes(datasets):
     with pytest.raises(UserError, match=r"needs \d+ positions, \d+ of text and 32 of its 2 pictures.* 32;"):
         collate.check(layout.tokens, 32, "validation")
     layout, collate, _, _, _ = build("whisper", datasets)
-    with pytest.raises(UserError, match=r"tokens to predict.*sequence_length 4 "):
+    with pytest.raises(UserError, match=r"tokens, more.*sequence_length 4 "):
         collate.check(layout.tokens, 4, "validation")
     collate.processor.feature_extractor.n_samples = 4000
     with pytest.raises(UserError, match="0.5 seconds"):
@@ -288,7 +289,7 @@ def test_frozen_modules_stay_and_modules_may_have_their_own_learning_rate(datase
     towers = {name for name in moved if "vision_tower" in name}
     assert towers and not any(moved[name] for name in towers)
     projector = [size for name, size in moved.items() if "projector" in name]
-    others = [size for name, size in moved.items() if "language_model.layers" in name]
+    others = [size for name, size in moved.items() if ".layers." in name and name not in towers]
     assert 0 < max(projector) < 1e-7 and min(others) > 1e-5
     assert len([name for name, _ in before.named_modules() if name.endswith("vision_tower")]) == 1
     for option in ("--model.frozen", "--optimizer.learning_rates"):

@@ -5,12 +5,14 @@ and its tensors followed through forward pass, backward pass and update. This ta
 parameters. Models whose operations depend on values cannot be estimated.
 """
 
+import contextlib
 import copy
 import logging
+import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,8 +57,23 @@ HARDWARE: dict[str, dict[str, float]] = {
 # PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
 UTILISATION = 0.4
 MATMUL_SECONDS = 0.5
+UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 # torch logs a traceback for an operation that fake tensors lack. Our own line says what that means.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within the block, tensors are fake, and transformers does not compare numbers of pictures that they do not hold."""
+    before = os.environ.get(UNCHECKED)
+    os.environ[UNCHECKED] = "1"
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        os.environ.pop(UNCHECKED)
+        if before is not None:
+            os.environ[UNCHECKED] = before
 
 
 def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
@@ -204,7 +221,7 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu_backward:
             lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
     }  # fmt: skip
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         whole = copy.copy(objective)
         whole.context = None  # under context parallelism it holds a process group, and rows are in parts
         fake, inputs = fake_copy(whole, "cpu").train(), fake_batch(batch, "cpu")
@@ -272,7 +289,7 @@ def estimate_memory(
         mixed_precision: accelerate's: no, bf16 or fp16.
         device: a type of device, which decides what kernels keep. Compared with real steps on a CPU only.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         fake, inputs = fake_copy(objective, device).train(), fake_batch(batch, device)
         trainable = [parameter for parameter in fake.parameters() if parameter.requires_grad]
         live = LiveTensors(fake)
@@ -342,7 +359,7 @@ def estimate_evaluation_activations(
     objective: Objective, batch: BatchShapes, *, mixed_precision: str = "no", device: str = "cpu"
 ) -> int:
     """Bytes at the peak of an evaluation's forward pass, without weights and optimizer state."""
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with fake_tensors(), torch.no_grad():
         fake, inputs = fake_copy(objective, device).eval(), fake_batch(batch, device)
         live = LiveTensors(fake)
         with live, autocast(device, mixed_precision):

@@ -292,6 +292,11 @@ def load_model(
         auto_model = auto_model or saved_class(architecture)
         chosen = DEFERRED_ATTENTION.get(attention, attention)
         model = read_weights(auto_model, name, architecture, attn_implementation=chosen, dtype=torch.float32)
+        # Loading makes all parameters trainable, also those that the class holds fixed, such as Whisper's sinusoids.
+        with torch.device("meta"):
+            fresh = type(model)._from_config(copy.deepcopy(model.config))
+        for parameter, other in zip(model.parameters(), fresh.parameters(), strict=True):
+            parameter.requires_grad_(other.requires_grad)
     # From the mapped file into torch's own memory: the last bits of a product can depend on the alignment of its
     # inputs, and a resumed run must equal the uninterrupted one.
     for parameter in model.parameters():

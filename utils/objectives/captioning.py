@@ -165,7 +165,7 @@ class Captioning:
             where = f"document {document} of the {split} split"
             if marks != len(files):
                 raise UserError(f"{where} has {len(files)} pictures and {marks} placeholders; prepare the data again")
-            text, of_pictures = int(stop - start) - 1 - marks, sum(length_of(size_of(data)) for data in files)
+            text, of_pictures = int(stop - start) - marks, sum(length_of(size_of(data)) for data in files)
             if text + of_pictures > sequence_length:
                 raise UserError(
                     f"{where} needs {text + of_pictures} positions, {text} of text and {of_pictures} of its "

@@ -80,11 +80,13 @@ class Transcription:
 
     def __call__(self, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
         """Rows → decoder_input_ids, targets (B, T), and what the feature extractor makes of the sounds, such as
-        input_features (B, mel bins, frames). A padding row has a second of silence."""
+        input_features (B, mel bins, frames). A padding row has a silent one."""
         if "media" not in rows:
             raise UserError("objective.name transcription needs sounds; prepare some with a source's audio_column")
-        silence = np.zeros(self.rate, np.float32)
-        sounds = [self.decode(files[0]) if files else silence for files in rows["media"]]
+        sounds = [self.decode(files[0]) if files else None for files in rows["media"]]
+        # No longer than the others: Moonshine's norms count what pads a sound.
+        silence = np.zeros(min((len(sound) for sound in sounds if sound is not None), default=self.rate), np.float32)
+        sounds = [silence if sound is None else sound for sound in sounds]
         options = {} if hasattr(self.extractor, "n_samples") else {"padding": True}  # Whisper's has one length
         found = self.extractor(sounds, sampling_rate=self.rate, return_tensors="np", **options)
         ids, targets = rows["input_ids"], rows["targets"]
@@ -121,16 +123,15 @@ class Transcription:
         import soundfile
 
         longest = getattr(self.extractor, "n_samples", None)
-        limit = sequence_length - (not self.prefix)
+        limit = sequence_length + (1 if self.prefix else -1)
         for document, size in enumerate(np.diff(tokens.offsets).tolist()):
             files = [] if tokens.media is None else tokens.media[document]
             where = f"document {document} of the {split} split"
             if len(files) != 1:
                 raise UserError(f"{where} has {len(files)} sounds in place of one; prepare the data again")
-            if size - 1 > limit:
+            if size > limit:
                 raise UserError(
-                    f"{where} has {size - 1} tokens to predict, more than the {limit} that data.sequence_length "
-                    f"{sequence_length} holds; raise that, or shorten the text: nothing is cut off"
+                    f"{where} has {size} tokens, more than the {limit} that data.sequence_length {sequence_length} holds; raise that, or shorten the text: nothing is cut off"
                 )
             seconds = soundfile.info(io.BytesIO(files[0])).duration
             if longest is not None and seconds * self.rate > longest:
