@@ -236,8 +236,7 @@ def answer(
     config: EvaluateConfig, model: PreTrainedModel, collate: Any, layout: Layout, tokenizer: Any
 ) -> dict[str, Any]:
     """What the model writes about each document, greedily, and the scores of that; nothing if none is to be answered."""
-    rows = range(len(layout))
-    answers = write_answers(model, collate, layout, rows, tokenizer, max_new_tokens=config.max_new_tokens)
+    answers = write_answers(model, collate, layout, tokenizer, max_new_tokens=config.max_new_tokens)
     return score_answers(answers) | {"answers": list(map(asdict, answers))} if answers else {}
 
 

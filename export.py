@@ -158,7 +158,7 @@ def keep_terms(checkpoint: Path, work: Path) -> str | None:
 def suit_whisper_pipeline(model: PreTrainedModel, processor: Any) -> None:
     """Give a Whisper with a tokenizer of ours, in place, what transformers' pipeline takes for granted: the class of its
     tokenizer, and a longest text."""
-    from transformers import WhisperTokenizer
+    from transformers import WhisperTokenizer  # type: ignore[attr-defined]
 
     tokenizer = processor.tokenizer
     model.generation_config.max_length = longest_sequence(model)

@@ -12,14 +12,14 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import ROOT, call, error_line, metrics, script, train_losses
+from conftest import call, error_line, metrics, script, train_losses
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, pipeline
 
 from utils.answers import Answer, score_answers, word_errors
 from utils.cli import UserError
-from utils.config import ModelConfig, ObjectiveConfig, OptimizerConfig
+from utils.config import ModelConfig, ObjectiveConfig
 from utils.data.order import PADDING_SAMPLE
 from utils.data.packing import IGNORED, PaddedLayout
 from utils.data.token_dataset import open_split
@@ -78,7 +78,12 @@ def pictures_and_texts() -> list[tuple[str, list[bytes]]]:
         if number % 4 == 0:
             rows.append((f"no picture of {one} and {two} {number}", []))
         elif number % 4 == 1:
-            rows.append((f"first <image> then <image> so {one} and {two} {number}", [picture(one, mark=number), picture(two, (16, 24))]))
+            rows.append(
+                (
+                    f"first <image> then <image> so {one} and {two} {number}",
+                    [picture(one, mark=number), picture(two, (16, 24))],
+                )
+            )
         else:
             rows.append((f"a {one} picture {number}", [picture(one, mark=number)]))
     return rows
@@ -92,7 +97,9 @@ def datasets(tmp_path_factory):
     pq.write_table(pa.table({"text": texts, "media": list(files)}), folder / "image.parquet")
     words = ["low", "middle", "high", "silent"]
     spoken = [f"{words[number % 4]} sound {number}" for number in range(40)]
-    pq.write_table(pa.table({"text": spoken, "media": [sound(number % 4) for number in range(40)]}), folder / "audio.parquet")
+    pq.write_table(
+        pa.table({"text": spoken, "media": [sound(number % 4) for number in range(40)]}), folder / "audio.parquet"
+    )
     common = ["--validation_fraction", "0.2", "--tokenizer.vocab_size", "320"]
     common += ["--deduplication.near_threshold", "null"]
     for kind in ("image", "audio"):
@@ -125,7 +132,7 @@ def tensors(batch) -> dict[str, torch.Tensor]:
 def test_the_loss_of_a_batch_is_what_the_model_says_of_each_text_by_itself(name, datasets):
     """The other side of the comparison calls the processor as its users do, on a text and its pictures."""
     layout, collate, model, processor, objective = build(name, datasets)
-    texts = {text: files for text, files in pictures_and_texts()}
+    texts = dict(pictures_and_texts())
     rows = [*range(min(8, len(layout))), PADDING_SAMPLE]
     batch = collate(layout.__getitems__(rows), [])
     total, targets, kinds = 0.0, 0, set()
@@ -157,7 +164,7 @@ def test_the_loss_of_a_batch_is_what_the_model_says_of_each_text_by_itself(name,
 
 @pytest.mark.parametrize("name", ["llava", "idefics3"])
 def test_a_target_is_the_next_token_and_never_a_picture(name, datasets):
-    layout, collate, _, processor, _ = build(name, datasets)
+    layout, collate, _, _, _ = build(name, datasets)
     rows = layout.__getitems__(list(range(len(layout))))
     batch = collate(rows, [])
     marks = (batch["input_ids"] == collate.placeholder_id).sum(axis=1)
@@ -188,7 +195,9 @@ def test_what_the_models_read_is_rgb_the_right_side_up_and_one_channel_at_their_
     samples = collate.decode(sound(1))
     assert samples.shape == (8000,) and samples.dtype == np.float32
     assert np.abs(np.fft.rfft(samples)).argmax() == pytest.approx(0.2 / (2 * np.pi) * 4000, abs=1)
-    silent = objective_module("transcription").build_collator(ObjectiveConfig("transcription", blank_media=True), processor)
+    silent = objective_module("transcription").build_collator(
+        ObjectiveConfig("transcription", blank_media=True), processor
+    )
     assert not silent.decode(sound(1)).any() and len(silent.decode(sound(1))) == 8000
 
 
@@ -201,15 +210,19 @@ def test_documents_that_do_not_fit_are_refused_with_their_sizes(datasets):
     with pytest.raises(UserError, match=r"tokens, more.*sequence_length 4 "):
         collate.check(layout.tokens, 4, "validation")
     collate.processor.feature_extractor.n_samples = 4000
-    with pytest.raises(UserError, match="0.5 seconds"):
+    with pytest.raises(UserError, match=r"0\.5 seconds"):
         collate.check(layout.tokens, 64, "validation")
 
 
 def test_scores_of_answers_by_hand():
-    assert word_errors("the cat sat".split(), "the hat sat down".split()) == 2
+    assert word_errors(["the", "cat", "sat"], ["the", "hat", "sat", "down"]) == 2
     assert word_errors([], ["a"]) == 1 and word_errors(["a"], []) == 1
     found = score_answers([Answer(0, "the cat sat", "the hat sat down"), Answer(1, "a b", "a b")])
-    assert found == {"exact_match": 0.5, "word_f1": pytest.approx((4 / 7 + 1) / 2), "word_error_rate": pytest.approx(0.4)}
+    assert found == {
+        "exact_match": 0.5,
+        "word_f1": pytest.approx((4 / 7 + 1) / 2),
+        "word_error_rate": pytest.approx(0.4),
+    }
 
 
 def run_training(datasets, output, name="llava", processes=1, **options):
@@ -217,10 +230,16 @@ def run_training(datasets, output, name="llava", processes=1, **options):
     kind = "image" if OBJECTIVES[name] == "captioning" else "audio"
     config = yaml.safe_load(yaml.safe_dump(SHORT)) | {"objective": {"name": OBJECTIVES[name]}, "output": str(output)}
     config["model"] = {"architecture": name, "size": None, "overrides": MODELS[name]}
-    config["data"] = {**SHORT["data"], "dataset": str(datasets / kind)} | ({"sequence_length": 32} if kind == "audio" else {})
+    config["data"] = {**SHORT["data"], "dataset": str(datasets / kind)} | (
+        {"sequence_length": 32} if kind == "audio" else {}
+    )
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    words = ["--config", path, *(word for key, value in options.items() for word in (f"--{key.replace('__', '.')}", str(value)))]
+    words = [
+        "--config",
+        path,
+        *(word for key, value in options.items() for word in (f"--{key.replace('__', '.')}", str(value))),
+    ]
     if processes == 1:
         code, _, err = call("train.py", *words)
         assert code == 0, err
@@ -263,8 +282,8 @@ def test_a_run_repeats_itself_exports_and_answers_as_transformers_pipeline(name,
             (output,) = task(images=image, text=task.processor.image_token, max_new_tokens=6, return_full_text=False)
             assert output["generated_text"].strip() == answer["text"]
         elif kind == "audio":
-            samples, rate = soundfile.read(io.BytesIO(data), dtype="float32")
-            output = task({"raw": samples.mean(axis=1), "sampling_rate": rate}, generate_kwargs={"max_new_tokens": 6})
+            samples = build(name, datasets)[1].decode(data)  # resampled: the pipeline needs torchaudio for that
+            output = task({"raw": samples, "sampling_rate": 16000}, generate_kwargs={"max_new_tokens": 6})
             assert output["text"].strip() == answer["text"]
 
 
@@ -318,7 +337,9 @@ def test_a_dataset_and_an_objective_that_do_not_fit_are_refused(datasets, datase
     assert "image_column" in error_line("train.py", *words, "--data.dataset", dataset)
     assert "captioning" in error_line("train.py", *words, "--objective.name", "causal")
     assert "padded" in error_line("train.py", *words, "--data.layout", "packed")
-    assert "llava, idefics3" in error_line("train.py", *words, "--model.architecture", "llama", "--model.overrides", "{}")
+    assert "llava, idefics3" in error_line(
+        "train.py", *words, "--model.architecture", "llama", "--model.overrides", "{}"
+    )
     assert not (tmp_path / "other").exists()
     code, out, err = call("train.py", *words, "--dry_run")
     assert code == 0 and "FLOPs a step" in out, err

@@ -119,6 +119,8 @@ def check_sharding(accelerator: Accelerator, config: TrainConfig) -> None:
         problems.append("fsdp_activation_checkpointing redraws dropout masks; use model.activation_checkpointing")
     if parallelism is not None and parallelism.cp_enabled:
         problems += context_problems(config, parallelism.cp_size)
+    if config.objective.name == "captioning":  # a rank without a picture would not gather what reads pictures
+        problems.append("objective.name captioning is not supported; use DDP")
     check_optimizer(config.optimizer)
     if not OPTIMIZERS[config.optimizer.name].shards:
         sharding = ", ".join(name for name, entry in OPTIMIZERS.items() if entry.shards)

@@ -45,7 +45,9 @@ def check_data(config: TrainConfig, argv: list[str]) -> None:
     name, wanted = config.objective.name, NEEDED_MEDIA.get(config.objective.name)
     if wanted and media != wanted:
         remedy = f"prepare one from sources with {wanted}_column"
-        raise UserError(f"objective.name {name} needs a dataset of texts with {wanted}s, which {dataset} is not; {remedy}")
+        raise UserError(
+            f"objective.name {name} needs a dataset of texts with {wanted}s, which {dataset} is not; {remedy}"
+        )
     if media and not wanted:
         fitting = next(name for name, kind in NEEDED_MEDIA.items() if kind == media)
         raise UserError(f"objective.name {name} reads text alone, and {dataset} has {media}s; choose {fitting}")

@@ -1,7 +1,7 @@
 """What a model writes about held-out pictures or sounds, and how far it agrees with the reference."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from utils.data.loaders import Layout, to_tensors
-from utils.data.packing import IGNORED
+from utils.data.packing import IGNORED, Batch
 from utils.model.build import evaluating, longest_sequence
 
-ROWS_AT_ONCE = 32
+ROWS_AT_ONCE, ROWS_IN_MEMORY = 32, 256  # of a generation; of decoded pictures or sounds
 
 
 @dataclass(frozen=True)
@@ -26,48 +26,64 @@ class Answer:
     text: str
 
 
-@torch.no_grad()
 def write_answers(
-    model: PreTrainedModel, collate: Any, layout: Layout, rows: Iterable[int], tokenizer: Any, *, max_new_tokens: int,
+    model: PreTrainedModel, collate: Any, layout: Layout, tokenizer: Any, *, max_new_tokens: int,
     at_most: int | None = None, generate: Callable[..., torch.Tensor] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """The likeliest text, token by token, for each of `rows` that has something to answer, in their order.
+    """The likeliest text, token by token, for each row that has something to answer, in their order.
 
-    collate: the objective's collator. generate: called in place of the model's own. Rows whose inputs have the same shapes
-    are computed together, so none is padded.
+    collate: the objective's collator. generate: called in place of the model's own.
     """
-    groups, references = defaultdict(list), {}
-    for row in rows:
-        if len(references) == at_most:
-            break
-        prompt, reference = read_prompt(layout.__getitems__([row]), collate)
-        if prompt is None or not (text := tokenizer.decode(reference, skip_special_tokens=True).strip()):
-            continue
-        batch = collate(prompt, [np.random.default_rng(0)])
-        del batch["targets"]
-        references[row] = text
-        groups[tuple((name, values.shape[1:], values.shape[0]) for name, values in batch.items())].append((row, batch))
-    texts = {}
+    answers: list[Answer] = []
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # Whisper's `generate` warns of its own arguments
+    try:
+        for start in range(0, len(layout), ROWS_IN_MEMORY):
+            prompts: dict[int, tuple[Batch, str]] = {}
+            for row in range(start, min(start + ROWS_IN_MEMORY, len(layout))):
+                if len(answers) + len(prompts) == at_most:
+                    break
+                prompt, reference = read_prompt(layout.__getitems__([row]), collate)
+                if prompt is not None and (text := tokenizer.decode(reference, skip_special_tokens=True).strip()):
+                    prompts[row] = (collate(prompt, []), text)
+            inputs = {row: prompt for row, (prompt, _) in prompts.items()}
+            texts = continue_prompts(model, inputs, tokenizer, max_new_tokens, generate or model.generate)  # type: ignore[operator]
+            answers += [Answer(row, reference, texts[row]) for row, (_, reference) in prompts.items()]
+            if len(answers) == at_most:
+                break
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return answers
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: PreTrainedModel, prompts: dict[int, Batch], tokenizer: Any, max_new_tokens: int,
+    generate: Callable[..., torch.Tensor],
+) -> dict[int, str]:  # fmt: skip
+    """Row → what the model writes after its prompt. Prompts of the same shapes are computed together: none is padded."""
+    groups: defaultdict[Any, list[int]] = defaultdict(list)
+    for row, batch in prompts.items():
+        groups[tuple((name, values.shape) for name, values in batch.items())].append(row)
+    texts = {}
     with evaluating(model):
         for group in groups.values():
             for start in range(0, len(group), ROWS_AT_ONCE):
-                part = group[start : start + ROWS_AT_ONCE]
-                batch = {name: np.concatenate([inputs[name] for _, inputs in part]) for name in part[0][1]}
+                rows = group[start : start + ROWS_AT_ONCE]
+                names = prompts[rows[0]].keys() - {"targets"}
+                batch = {name: np.concatenate([prompts[row][name] for row in rows]) for name in names}
                 inputs = {name: values.to(model.device) for name, values in to_tensors(batch).items()}
                 read = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
                 longest = min(max_new_tokens, longest_sequence(model) - read.shape[1])
-                output = (generate or model.generate)(**inputs, do_sample=False, max_new_tokens=longest)  # type: ignore[operator]
-                for (row, _), prompt, ids in zip(part, read, output, strict=True):
+                output = generate(**inputs, do_sample=False, max_new_tokens=longest)
+                for row, prompt, ids in zip(rows, read, output, strict=True):
                     if ids[: len(prompt)].equal(prompt):  # Whisper returns new tokens only
                         ids = ids[len(prompt) :]
                     texts[row] = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    transformers_logging.set_verbosity(verbosity)
-    return [Answer(row, reference, texts[row]) for row, reference in references.items()]
+    return texts
 
 
-def read_prompt(rows: dict[str, np.ndarray], collate: Any) -> tuple[dict[str, np.ndarray] | None, list[int]]:
+def read_prompt(rows: Batch, collate: Any) -> tuple[Batch | None, list[int]]:
     """Of a row by itself, what the model reads before it answers, as a row, and the ids of the answer; None if it has
     nothing to answer."""
     size = int(rows["lengths"][0])
@@ -102,7 +118,9 @@ def score_answers(answers: list[Answer]) -> dict[str, float]:
     pairs = [(answer.reference.split(), answer.text.split()) for answer in answers]
     shared = [(Counter(reference) & Counter(text)).total() for reference, text in pairs]
     words = sum(len(reference) for reference, _ in pairs)
-    f1 = [2 * count / max(1, len(reference) + len(text)) for count, (reference, text) in zip(shared, pairs, strict=True)]
+    f1 = [
+        2 * count / max(1, len(reference) + len(text)) for count, (reference, text) in zip(shared, pairs, strict=True)
+    ]
     return {
         "exact_match": sum(answer.reference == answer.text for answer in answers) / len(answers),
         "word_f1": sum(f1) / len(answers),

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM
 
 from training.data import TrainingData
 from training.parallel.sharding import is_sharded, meeting_group
+from utils.answers import write_answers
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
 from utils.config import TrainConfig
 from utils.data.packing import IGNORED
-from utils.answers import write_answers
 from utils.evaluation import generate_text
 from utils.files import finite, flatten, replace_text, short
 from utils.model.build import evaluating
@@ -276,9 +276,9 @@ def write_sample(
         return None
     objective, tokenizer = accelerator.unwrap_model(prepared), tokenizer_of(processor)
     if "media" in data.manifest:
-        rows, collate = data.validation_rows, objective_module(config.objective.name).build_collator(config.objective, processor)
+        collate = objective_module(config.objective.name).build_collator(config.objective, processor)
         answers = write_answers(
-            objective.model, collate, rows, range(len(rows)), tokenizer, at_most=SAMPLE_ROWS,
+            objective.model, collate, data.validation_rows, tokenizer, at_most=SAMPLE_ROWS,
             max_new_tokens=config.tracking.sample_max_new_tokens, generate=objective.generate,
         )  # fmt: skip
         return "\n".join(f"reference: {answer.reference}\nwritten:   {answer.text}" for answer in answers)

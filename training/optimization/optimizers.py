@@ -120,7 +120,9 @@ def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, An
     from utils.model.build import find_modules
 
     decays = (config.weight_decay, 0.0)
-    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(split_by_decay(model), decays, strict=True)]
+    groups: list[dict[str, Any]] = [
+        {"params": params, "weight_decay": decay} for params, decay in zip(split_by_decay(model), decays, strict=True)
+    ]
     for name, module in find_modules(model, config.learning_rates, "optimizer.learning_rates").items():
         own = {id(parameter) for parameter in module.parameters()}
         for group in groups[:2]:

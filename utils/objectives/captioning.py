@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
-from transformers import AutoModelForImageTextToText, Idefics3Processor, LlavaProcessor
+from transformers import AutoModelForImageTextToText, Idefics3Processor, LlavaProcessor  # type: ignore[attr-defined]
 
 from utils.cli import UserError
 from utils.config import ModelConfig, ObjectiveConfig
@@ -52,7 +52,8 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
 
 
 def build_llava_processor(architecture: Any, tokenizer: Any) -> Any:
-    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil  # these need no torchvision
+    # These need no torchvision.
+    from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil  # type: ignore[attr-defined]
 
     vision = architecture.vision_config
     has_class_token = "clip" in vision.model_type and "siglip" not in vision.model_type
@@ -69,7 +70,7 @@ def build_llava_processor(architecture: Any, tokenizer: Any) -> Any:
 
 def build_idefics3_processor(architecture: Any, tokenizer: Any) -> Any:
     """For a picture as one tile; the processors of published models cut it into several."""
-    from transformers import Idefics3ImageProcessorPil
+    from transformers import Idefics3ImageProcessorPil  # type: ignore[attr-defined]
 
     side, patch = architecture.vision_config.image_size, architecture.vision_config.patch_size
     edge = {"longest_edge": side}
@@ -89,9 +90,9 @@ def build_collator(config: ObjectiveConfig, processor: Any) -> "Captioning":
 class Captioning:
     """Rows with a placeholder token for each picture → the model's inputs and targets.
 
-        row       <s> a <image> on a table   and a picture of 4 patches
-        input     <s> a     <image> <image> <image> <image> on a table
-        target    a   -100  -100    -100    -100    on      a  table </s>
+    row       <s> a <image> on a table   and a picture of 4 patches
+    input     <s> a     <image> <image> <image> <image> on a table
+    target    a   -100  -100    -100    -100    on      a  table </s>
     """
 
     processor: Any
@@ -104,7 +105,9 @@ class Captioning:
         if "media" not in rows:
             raise UserError("objective.name captioning needs pictures; prepare some with a source's image_column")
         used = (rows["input_ids"] == self.placeholder_id).sum(axis=1)
-        pictures = [self.open(data) for files, number in zip(rows["media"], used, strict=True) for data in files[:number]]
+        pictures = [
+            self.open(data) for files, number in zip(rows["media"], used, strict=True) for data in files[:number]
+        ]
         blocks, inputs = self.process(pictures)
         targets = np.where(rows["targets"] == self.placeholder_id, IGNORED, rows["targets"])
         if "loss_mask" in rows:

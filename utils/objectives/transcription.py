@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]
     AutoModelForSpeechSeq2Seq,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2Processor,
