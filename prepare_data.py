@@ -272,14 +272,14 @@ def write_dataset(
         for split, indices in rows.items()
     }
     print(f"{'encode':<12} {encoder.note}")
-    if kind:
-        manifest["media"] = {"kind": kind} | ({"placeholder": placeholder} if placeholder else {})
-        for split, indices in rows.items():
-            write_media(cleaned.select_columns("media"), media_bytes(cleaned), indices, folder / f"{split}_media")
     manifest["splits"] = {
         split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
         for split, indices in rows.items()
     }
+    if kind:
+        manifest["media"] = {"kind": kind} | ({"placeholder": placeholder} if placeholder else {})
+        for split, indices in rows.items():
+            manifest["splits"][split] |= write_media(cleaned.select_columns("media"), indices, folder / f"{split}_media")
     for split in rows:
         if loss_mask := open_split(folder, split).loss_mask:
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
@@ -291,23 +291,26 @@ def write_dataset(
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
     name = Path(config.output).resolve().name
-    details = collect_details(cleaned, lengths, selection, tokens, rows)
+    details = collect_details(cleaned, lengths, selection, tokens, rows, kind)
     (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
     (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def write_media(documents: datasets.Dataset, lengths: np.ndarray, indices: np.ndarray, folder: Path) -> None:
+def write_media(documents: datasets.Dataset, indices: np.ndarray, folder: Path) -> dict[str, int]:
     """Write the column `media` of the documents `indices` (n,) as a folder that `datasets` reads, a few MB at a time.
-    `lengths` (N,) are the bytes of each document's media."""
+    Returns how many files it holds, and their bytes."""
+    files = pa.compute.list_value_length(documents.data.column("media")).to_numpy()[indices]
+    lengths = media_bytes(documents)[indices]
     schema = datasets.Features(MEDIA_FEATURES).arrow_schema
     # `datasets` would hold a thousand documents at a time; it writes the files that describe the table, with one row.
     datasets.Dataset(pa.table({"media": [[]]}, schema), fingerprint=folder.name).save_to_disk(folder)
     tables = documents.with_format("arrow")
     (path,) = folder.glob("data-*.arrow")
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for start, stop in iter_slices(lengths[indices]):
+        for start, stop in iter_slices(lengths):
             writer.write_table(tables[indices[start:stop]].cast(schema))
+    return {"media_files": int(files.sum()), "media_bytes": int(lengths.sum())}
 
 
 CLEANED_FEATURES = datasets.Features(
