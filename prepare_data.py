@@ -175,6 +175,9 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         stages.remove_unused()
     print(table(manifest))
     objective = " --objective.name instruction" if conversations else ""
+    if kind := media_kind(sources):
+        name = "captioning" if kind == "image" else "transcription"
+        objective = f" --objective.name {name} --data.layout padded"
     print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
 
 
@@ -279,7 +282,9 @@ def write_dataset(
     if kind:
         manifest["media"] = {"kind": kind} | ({"placeholder": placeholder} if placeholder else {})
         for split, indices in rows.items():
-            manifest["splits"][split] |= write_media(cleaned.select_columns("media"), indices, folder / f"{split}_media")
+            manifest["splits"][split] |= write_media(
+                cleaned.select_columns("media"), indices, folder / f"{split}_media"
+            )
     for split in rows:
         if loss_mask := open_split(folder, split).loss_mask:
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total

@@ -365,7 +365,9 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
         columns += " and `loss_mask` (uint8), which is 1 for the tokens that the assistant says"
     if media := manifest.get("media"):
         stands = f", where the text has the token `{media['placeholder']}`" if "placeholder" in media else ""
-        columns += f"; `train_media/` and `validation_media/` have the files of kind {media['kind']} of each row{stands}"
+        columns += (
+            f"; `train_media/` and `validation_media/` have the files of kind {media['kind']} of each row{stands}"
+        )
     text = (
         f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row "
         f"per document and {columns}; `tokenizer/` opens with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, "
