@@ -29,7 +29,7 @@ from utils.cli import UserError
 from utils.data.token_dataset import load_manifest, open_split
 
 MARK = "<image>"
-QUIET = ["--tokenizer.vocab_size", "300", "--validation_fraction", "0.3", "--max_broken_share", "1"]
+QUIET = ["--tokenizer.vocab_size", "300", "--validation_fraction", "0.5", "--max_broken_share", "1"]
 
 
 def picture(number: int, mode: str = "RGB", kind: str = "PNG", **options: Any) -> bytes:
@@ -208,26 +208,34 @@ def test_placeholders_stand_where_the_pictures_do(tmp_path):
     schema = pa.schema([("images", kind), ("text", pa.string())])
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
     texts = write_records(tmp_path / "b.jsonl", ({"text": f"{n} plain {MARK} text"} for n in range(8)))
-    for parse in ("false", "true") if (tmp_path / "never").exists() else ("false",):
-        out = tmp_path / parse
-        entry = {"path": str(tmp_path / "a.parquet"), "image_column": "images"}
-        prepare(out, entry, {"path": str(texts)}, tokenizer__parse_special_tokens=parse)
-        manifest = load_manifest(out)
-        assert manifest["media"] == {"kind": "image", "placeholder": MARK}
-        assert manifest["read"]["broken"] == 3 and manifest["tokenizer"]["spelled_out"] == {MARK: 8}
-        found = both(out)
-        for tokens, files in found:
-            assert tokens.count(MARK) == len(files)
-        spelled = {text_of(tokens): files for tokens, files in found}
-        for number, (count, text) in enumerate(forms * 6):
-            text = f"{number}: {text}" if MARK in text else MARK * count + f"{number}: {text}"
-            expected = [picture(100 * number + part) for part in range(count)]
-            assert spelled.pop(f"<|endoftext|>{text}<|endoftext|>") == expected
-        assert len(spelled) == 8 and all("plain <image> text" in text for text in spelled)
-        figures = manifest["splits"]
-        assert figures["train"]["media_files"] + figures["validation"]["media_files"] == 36
-    ids = AutoTokenizer.from_pretrained(out / "tokenizer")
-    assert MARK in ids.all_special_tokens
+    out, entry = tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "images"}
+    prepare(out, entry, {"path": str(texts)})
+    manifest = load_manifest(out)
+    assert manifest["media"] == {"kind": "image", "placeholder": MARK}
+    assert manifest["read"]["broken"] == 3 and manifest["tokenizer"]["spelled_out"] == {MARK: 8}
+    found = both(out)
+    for tokens, files in found:
+        assert tokens.count(MARK) == len(files)
+    spelled = {text_of(tokens): files for tokens, files in found}
+    for number, (count, text) in enumerate(forms * 6):
+        text = f"{number}: {text}" if MARK in text else MARK * count + f"{number}: {text}"
+        expected = [picture(100 * number + part) for part in range(count)]
+        assert spelled.pop(f"<|endoftext|>{text}<|endoftext|>") == expected
+    assert len(spelled) == 8 and all("plain <image> text" in text for text in spelled)
+    assert sum(figures["media_files"] for figures in manifest["splits"].values()) == 36
+    assert MARK in AutoTokenizer.from_pretrained(out / "tokenizer").all_special_tokens
+
+
+def test_a_tokenizer_without_a_token_for_pictures_gets_one(tmp_path):
+    tokenizer = train_tokenizer([["number one two"]], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"image": picture(number), "text": f"number {number}"} for number in range(8)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    prepare(tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "image"},
+            tokenizer__pretrained=tmp_path / "tokenizer")  # fmt: skip
+    for tokens, files in both(tmp_path / "out"):
+        assert tokens[:2] == ["<|endoftext|>", MARK] and len(files) == 1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")) == len(tokenizer) + 1
 
 
 def test_special_tokens_that_are_parsed_must_not_stand_for_pictures(tmp_path):
@@ -262,7 +270,7 @@ def test_tables_of_datasets(tmp_path):
     assert sorted(files for _, files in both(tmp_path / "three")) == sorted([picture(n)] * 2 for n in range(9))
     sounds = datasets.Features(audio=datasets.Audio(), text=datasets.Value("string"))
     values = [{"bytes": sound(number), "path": None} for number in range(9)]
-    datasets.Dataset.from_dict({"audio": values, "text": texts}, sounds).save_to_disk(tmp_path / "sounds")
+    datasets.Dataset.from_dict({"audio": values, "text": texts}).cast(sounds).save_to_disk(tmp_path / "sounds")
     prepare(tmp_path / "four", {"path": str(tmp_path / "sounds"), "audio_column": "audio"})
     manifest = load_manifest(tmp_path / "four")
     assert manifest["media"] == {"kind": "audio"} and manifest["read"]["sources"]["sounds"]["milliseconds"] == 900
@@ -327,8 +335,9 @@ def test_conversations_with_pictures(tmp_path, template):
     special = ["<|im_start|>", "<|im_end|>", "<|pad_picture|>"]
     tokenizer = train_tokenizer([["user assistant What is this? A number."]], vocab_size=300, special_tokens=special,
                                 chat_template=template)  # fmt: skip
-    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": "<|pad_picture|>"}})
     tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token": "<|pad_picture|>"}))
     part: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     forms = [(part, 1), (f"Is {MARK} like {MARK}?", 2), ("What is this?", 1), ("Without <|im_end|> a picture?", 0)]
     rows = []
@@ -341,7 +350,7 @@ def test_conversations_with_pictures(tmp_path, template):
         rows.append({"messages": messages, "images": names})
     path = write_records(tmp_path / "talk.jsonl", rows)
     entry = {"path": str(path), "messages_column": "messages", "image_column": "images"}
-    prepare(tmp_path / "out", entry, tokenizer__pretrained=tmp_path / "tokenizer")
+    prepare(tmp_path / "out", entry, tokenizer__pretrained=tmp_path / "tokenizer", deduplication__near_threshold="null")
     assert load_manifest(tmp_path / "out")["media"]["placeholder"] == "<|pad_picture|>"
     found, seen = both(tmp_path / "out"), 0
     for tokens, files in found:
