@@ -24,7 +24,7 @@ from preparation.sources import media
 from preparation.sources.documents import Broken, document_features, iter_records, read_sources
 from preparation.stages import load_slices
 from preparation.tokenizer.build import train_tokenizer
-from preparation.tokenizer.encoding import ConversationEncoder
+from preparation.tokenizer.encoding import ConversationEncoder, build_encoder
 from utils.cli import UserError
 from utils.data.token_dataset import load_manifest, open_split
 
@@ -238,6 +238,20 @@ def test_a_tokenizer_without_a_token_for_pictures_gets_one(tmp_path):
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")) == len(tokenizer) + 1
 
 
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
+def test_every_tokenizer_writes_one_token_for_a_picture(algorithm):
+    texts = [f"a picture {MARK} of {number}" for number in range(30)]
+    plain = [text.replace(MARK, "") for text in texts]
+    tokenizer = train_tokenizer([plain], algorithm=algorithm, vocab_size=300, special_tokens=[MARK])
+    placeholder = tokenizer.convert_tokens_to_ids(MARK)
+    encoder = build_encoder(tokenizer, plain, placeholder=MARK)
+    batch = pa.table({"text": [*texts, "none", texts[0]], "id": ["a"] * 32, "pictures": [1] * 30 + [2, 0]})
+    found = encoder.encode_table(batch)
+    counts = [ids.count(placeholder) for ids in found["input_ids"].to_pylist()]
+    assert counts == [1] * 30 + [2, 0]
+    assert found["spelled"].to_pylist() == [[]] * 31 + [[MARK]]
+
+
 def test_special_tokens_that_are_parsed_must_not_stand_for_pictures(tmp_path):
     path = write_records(tmp_path / "b.jsonl", ({"text": f"{n} plain {MARK} text"} for n in range(8)))
     rows = [{"image": picture(number), "text": f"number {number}"} for number in range(8)]
@@ -430,7 +444,7 @@ def test_texts_cannot_have_columns_and_archives_no_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "word"), [(3, "int"), ({"path": None}, "nothing"), (["a.png", 3], "int"), ("", "nothing")]
+    ("value", "word"), [(3, "int"), ({"path": None}, "nothing"), (["a.png", 3], "int"), ([""], "nothing")]
 )
 def test_values_that_name_no_file(tmp_path, value, word):
     (tmp_path / "a.png").write_bytes(picture(1))
@@ -472,6 +486,27 @@ def test_a_part_of_the_sources_has_the_columns_of_all(tmp_path):
     assert joined["media"][:] == [[picture(0)], [picture(1)], [picture(2)], []]
     assert media.media_bytes(joined.select([3, 1]).flatten_indices()).tolist() == [0, len(picture(1))]
     assert media.media_bytes(joined).tolist() == [*(len(picture(number)) for number in range(3)), 0]
+
+
+def test_the_sample_pictures_and_sounds_are_what_their_readme_says():
+    readme = (ROOT / "sample_data" / "README.md").read_text(encoding="utf-8")
+    emoji = pyarrow.parquet.read_table(ROOT / "sample_data" / "emoji.parquet").to_pylist()
+    speech = pyarrow.parquet.read_table(ROOT / "sample_data" / "speech.parquet").to_pylist()
+    assert f"{len(emoji):,} pictures" in readme and f"{len(speech):,} spoken commands" in readme
+    assert {media.describe(row["image"], "image")["label"].partition(",")[0] for row in emoji} == {"32 × 32"}
+    seconds = sum(media.seconds_of(row["audio"]) for row in speech)
+    assert f"{seconds / 60:.1f} minutes" in readme
+    assert all("16,000 Hz, mono, OGG" in media.describe(row["audio"], "audio")["label"] for row in speech)
+    assert len({row["text"] for row in speech}) == len(speech)
+    concepts = {row["name"]: row["concept"] for row in emoji}
+    for names in (["man running", "woman running", "person running"], ["family", "family: man, woman, boy"],
+                  ["man: red hair", "person: red hair"], ["flag: Norway", "flag: Bouvet Island"]):  # fmt: skip
+        assert len({concepts[name] for name in names}) == 1
+    assert len({concepts[name] for name in ("cat", "dog", "man", "man running", "flag: Norway", "flag: Spain")}) == 6
+    pictures: dict[bytes, set[str]] = {}
+    for row in emoji:
+        pictures.setdefault(row["image"], set()).add(row["concept"])
+    assert {len(found) for found in pictures.values()} == {1}
 
 
 def test_the_report_shows_them(tmp_path):

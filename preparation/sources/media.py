@@ -53,10 +53,10 @@ class BrokenMedia(ValueError):
 
 
 def find_references(value: Any) -> list[bytes | str]:
-    """What a record's column holds: bytes, the path of a file, {bytes, path}, a list of these, or null for none.
-    `ValueError` for anything else."""
+    """What a record's column holds: bytes, the path of a file, {bytes, path}, a list of these, or null (in CSV nothing)
+    for none. `ValueError` for anything else."""
     found: list[bytes | str] = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
+    for item in value if isinstance(value, list) else [] if value in (None, "") else [value]:
         if isinstance(item, dict):
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, bytes | str) or not item:
