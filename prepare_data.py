@@ -30,7 +30,7 @@ import pyarrow.compute
 import tokenizers
 
 from preparation.cleaning.steps import EMPTY, clean_documents, expand_steps
-from preparation.recipe import BUILT_IN_TOKENS, SourceConfig
+from preparation.recipe import BUILT_IN_TOKENS, MARK, SourceConfig
 from preparation.report.page import TRAINED_HERE, collect_details, data_card, html_report, table
 from preparation.selection.duplicates import SIGNATURE, digest_documents, digest_exact, sketch_documents
 from preparation.selection.splits import Selection, repeat_by_weight, select_documents
@@ -56,7 +56,7 @@ from preparation.sources.files import (
     recipe_key,
     tokenizer_files,
 )
-from preparation.sources.media import MARK, digest_media, media_bytes
+from preparation.sources.media import digest_media, media_bytes
 from preparation.stages import Stages, iter_slices, load_slices, map_slices, slice_files, text_bytes
 from preparation.tokenizer.build import (
     check_chat_template,

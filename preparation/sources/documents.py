@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from preparation.recipe import SourceConfig
+from preparation.recipe import MARK, SourceConfig
 from preparation.sources.conversations import SEPARATOR, find_conversation, without_system
 from preparation.sources.csv_lines import CsvLines, sniff_csv
 from preparation.sources.files import (
@@ -48,7 +48,6 @@ from preparation.sources.files import (
 )
 from preparation.sources.html import Page, decode_page, read_page
 from preparation.sources.media import (
-    MARK,
     BrokenMedia,
     Checked,
     References,

@@ -17,7 +17,6 @@ import pyarrow.compute
 
 # Pillow and soundfile are imported where they are used: text needs neither.
 
-MARK = "<image>"  # in a text: here stands a picture
 # Twice the largest picture of a phone's camera is rare, and decoding takes 4 bytes per pixel: 256 MB at this limit.
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 30.0  # Whisper hears no more of a sound, so it would learn to write what it cannot hear
