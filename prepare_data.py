@@ -30,7 +30,7 @@ import pyarrow.compute
 import tokenizers
 
 from preparation.cleaning.steps import EMPTY, clean_documents, expand_steps
-from preparation.recipe import BUILT_IN_TOKENS, SourceConfig
+from preparation.recipe import BUILT_IN_TOKENS, MARK, SourceConfig
 from preparation.report.page import TRAINED_HERE, collect_details, data_card, html_report, table
 from preparation.selection.duplicates import SIGNATURE, digest_documents, digest_exact, sketch_documents
 from preparation.selection.splits import Selection, repeat_by_weight, select_documents
@@ -56,7 +56,7 @@ from preparation.sources.files import (
     recipe_key,
     tokenizer_files,
 )
-from preparation.sources.media import MARK, digest_media, media_bytes
+from preparation.sources.media import digest_media, media_bytes
 from preparation.stages import Stages, iter_slices, load_slices, map_slices, slice_files, text_bytes
 from preparation.tokenizer.build import (
     check_chat_template,
@@ -175,6 +175,9 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         stages.remove_unused()
     print(table(manifest))
     objective = " --objective.name instruction" if conversations else ""
+    if kind := media_kind(sources):
+        name = "captioning" if kind == "image" else "transcription"
+        objective = f" --objective.name {name} --data.layout padded"
     print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
 
 
@@ -272,14 +275,16 @@ def write_dataset(
         for split, indices in rows.items()
     }
     print(f"{'encode':<12} {encoder.note}")
-    if kind:
-        manifest["media"] = {"kind": kind} | ({"placeholder": placeholder} if placeholder else {})
-        for split, indices in rows.items():
-            write_media(cleaned.select_columns("media"), media_bytes(cleaned), indices, folder / f"{split}_media")
     manifest["splits"] = {
         split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
         for split, indices in rows.items()
     }
+    if kind:
+        manifest["media"] = {"kind": kind} | ({"placeholder": placeholder} if placeholder else {})
+        for split, indices in rows.items():
+            manifest["splits"][split] |= write_media(
+                cleaned.select_columns("media"), indices, folder / f"{split}_media"
+            )
     for split in rows:
         if loss_mask := open_split(folder, split).loss_mask:
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
@@ -291,23 +296,26 @@ def write_dataset(
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
     name = Path(config.output).resolve().name
-    details = collect_details(cleaned, lengths, selection, tokens, rows)
+    details = collect_details(cleaned, lengths, selection, tokens, rows, kind)
     (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
     (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def write_media(documents: datasets.Dataset, lengths: np.ndarray, indices: np.ndarray, folder: Path) -> None:
+def write_media(documents: datasets.Dataset, indices: np.ndarray, folder: Path) -> dict[str, int]:
     """Write the column `media` of the documents `indices` (n,) as a folder that `datasets` reads, a few MB at a time.
-    `lengths` (N,) are the bytes of each document's media."""
+    Returns how many files it holds, and their bytes."""
+    files = pa.compute.list_value_length(documents.data.column("media")).to_numpy()[indices]
+    lengths = media_bytes(documents)[indices]
     schema = datasets.Features(MEDIA_FEATURES).arrow_schema
     # `datasets` would hold a thousand documents at a time; it writes the files that describe the table, with one row.
     datasets.Dataset(pa.table({"media": [[]]}, schema), fingerprint=folder.name).save_to_disk(folder)
     tables = documents.with_format("arrow")
     (path,) = folder.glob("data-*.arrow")
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for start, stop in iter_slices(lengths[indices]):
+        for start, stop in iter_slices(lengths):
             writer.write_table(tables[indices[start:stop]].cast(schema))
+    return {"media_files": int(files.sum()), "media_bytes": int(lengths.sum())}
 
 
 CLEANED_FEATURES = datasets.Features(

@@ -17,6 +17,7 @@ END_OF_TEXT, PADDING = BYTE_LEVEL_TOKENS = "<|endoftext|>", "<|pad|>"
 WORDPIECE_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 BUILT_IN_TOKENS = {"bpe": BYTE_LEVEL_TOKENS, "unigram": BYTE_LEVEL_TOKENS, "wordpiece": (*WORDPIECE_TOKENS.values(),)}
 LEAST_ENTRIES = {"bpe": 256, "unigram": 257, "wordpiece": 4}
+MARK = "<image>"  # in a text: here stands a picture
 TEMPLATE_TOKEN = re.compile(r"<\|[\w-]+\|>")
 
 Kind = Literal["text", "json", "csv", "parquet", "html", "code"]

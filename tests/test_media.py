@@ -1,345 +1,523 @@
-"""Texts with pictures and with sounds: the loss, the batches, a run, its export, and transformers' own pipelines."""
+"""Pictures and sounds in prepare_data.py: what is read, where it stands among the tokens, what is refused."""
 
+import csv
 import io
 import json
-import random
-import shutil
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.parquet
 import pytest
 import soundfile
-import torch
-import yaml
-from conftest import call, error_line, metrics, script, train_losses
+from conftest import ROOT, call, error_line
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, pipeline
+from transformers import AutoTokenizer
 
-from utils.answers import Answer, score_answers, word_errors
+from preparation.recipe import SourceConfig
+from preparation.sources import media
+from preparation.sources.documents import Broken, document_features, iter_records, read_sources
+from preparation.stages import load_slices
+from preparation.tokenizer.build import train_tokenizer
+from preparation.tokenizer.encoding import ConversationEncoder, build_encoder
 from utils.cli import UserError
-from utils.config import ModelConfig, ObjectiveConfig
-from utils.data.order import PADDING_SAMPLE
-from utils.data.packing import IGNORED, PaddedLayout
-from utils.data.token_dataset import open_split
-from utils.model.build import build_model, pad_token_id
-from utils.objectives import Objective, build_processor, objective_module
+from utils.data.token_dataset import load_manifest, open_split
 
-COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = SIZES | {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddings": 64}
-VISION = SIZES | {"image_size": 32, "patch_size": 8}
-WHISPER = {
-    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_source_positions": 50, "max_target_positions": 32,
-}  # fmt: skip
-MODELS = {
-    "llava": {
-        "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}, "text_config": TEXT,
-        "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
-    },
-    "idefics3": {"vision_config": VISION, "text_config": TEXT, "scale_factor": 2},
-    "whisper": WHISPER,
-    "moonshine": {
-        "hidden_size": 32, "intermediate_size": 64, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2,
-        "encoder_num_attention_heads": 2, "decoder_num_attention_heads": 2, "max_position_embeddings": 64,
-    },
-}  # fmt: skip
-OBJECTIVES = {"llava": "captioning", "idefics3": "captioning", "whisper": "transcription", "moonshine": "transcription"}
-SHORT = {
-    "data": {"sequence_length": 64, "layout": "padded"},
-    "batch": {"global_batch_size": 8}, "schedule": {"warmup_steps": 1, "max_steps": 4}, "checkpoint": {"every_steps": 2},
-    "evaluation": {"every_steps": 2},
-    "tracking": {"trackers": [], "log_every_steps": 1, "sample_every_steps": 4, "sample_max_new_tokens": 4},
-}  # fmt: skip
+MARK = "<image>"
+QUIET = ["--tokenizer.vocab_size", "300", "--validation_fraction", "0.5", "--max_broken_share", "1"]
 
 
-def picture(colour: str, size: tuple[int, int] = (24, 16), mark: int = 0) -> bytes:
-    file, image = io.BytesIO(), Image.new("RGB", size, COLOURS[colour])
-    image.putpixel((0, 0), (mark, mark, mark))  # documents with the same picture would be in one split
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def sound(number: int, rate: int = 8000) -> bytes:
-    """Half a second in two channels, at another rate than the models'."""
-    wave = 0.3 * np.sin(np.arange(rate // 2) * 0.1 * (1 + number))
+def picture(number: int, mode: str = "RGB", kind: str = "PNG", **options: Any) -> bytes:
+    """A picture of 8 × 6 pixels like no other `number`."""
+    values = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
     file = io.BytesIO()
-    soundfile.write(file, np.stack([wave, wave], axis=1), rate, format="WAV")
+    Image.fromarray(values).convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
-def pictures_and_texts() -> list[tuple[str, list[bytes]]]:
-    """Rows with a picture in front, with two among the words, and without any."""
-    draw, rows = random.Random(0), []
-    for number in range(80):
-        one, two = draw.choices(list(COLOURS), k=2)
-        if number % 4 == 0:
-            rows.append((f"no picture of {one} and {two} {number}", []))
-        elif number % 4 == 1:
-            rows.append(
-                (
-                    f"first <image> then <image> so {one} and {two} {number}",
-                    [picture(one, mark=number), picture(two, (16, 24))],
-                )
-            )
-        else:
-            rows.append((f"a {one} picture {number}", [picture(one, mark=number)]))
-    return rows
+def sound(number: int, seconds: float = 0.1, rate: int = 16_000, channels: int = 1, kind: str = "WAV") -> bytes:
+    values = np.random.default_rng(number).uniform(-0.5, 0.5, (round(seconds * rate), channels))
+    file = io.BytesIO()
+    soundfile.write(file, values, rate, format=kind)
+    return file.getvalue()
 
 
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    """Folder with `image`, `audio` and `chat`, prepared by prepare_data.py."""
-    folder = tmp_path_factory.mktemp("media")
-    texts, files = zip(*pictures_and_texts(), strict=True)
-    pq.write_table(pa.table({"text": texts, "media": list(files)}), folder / "image.parquet")
-    words = ["low", "middle", "high", "silent"]
-    spoken = [f"{words[number % 4]} sound {number}" for number in range(40)]
-    pq.write_table(
-        pa.table({"text": spoken, "media": [sound(number % 4) for number in range(40)]}), folder / "audio.parquet"
-    )
-    common = ["--validation_fraction", "0.2", "--tokenizer.vocab_size", "320"]
-    common += ["--deduplication.near_threshold", "null"]
-    for kind in ("image", "audio"):
-        source = f"[{{path: {folder / kind}.parquet, {kind}_column: media}}]"
-        code, _, err = call("prepare_data.py", "--sources", source, "--output", folder / kind, *common)
-        assert code == 0, err
-    return folder
+def bomb() -> bytes:
+    """A PNG whose head says 30,000 × 30,000 pixels."""
+    data = bytearray(picture(0))
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
 
 
-def build(name: str, datasets, **options):
-    """(layout of the validation split, collator, model, processor, objective) of a small random model."""
-    folder = datasets / ("image" if OBJECTIVES[name] == "captioning" else "audio")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    config = ModelConfig(architecture=name, size=None, overrides=MODELS[name], **options)
-    processor = build_processor(OBJECTIVES[name], config, tokenizer)
-    task = objective_module(OBJECTIVES[name])
-    torch.manual_seed(0)
-    model = build_model(config, tokenizer, task.AUTO_MODEL).eval()
-    collate = task.build_collator(ObjectiveConfig(OBJECTIVES[name]), processor)
-    layout = PaddedLayout(open_split(folder, "validation"), 64, pad_token_id(tokenizer))
-    return layout, collate, model, processor, Objective(model, ObjectiveConfig(OBJECTIVES[name]))
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
 
 
-def tensors(batch) -> dict[str, torch.Tensor]:
-    return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_the_loss_of_a_batch_is_what_the_model_says_of_each_text_by_itself(name, datasets):
-    """The other side of the comparison calls the processor as its users do, on a text and its pictures."""
-    layout, collate, model, processor, objective = build(name, datasets)
-    texts = dict(pictures_and_texts())
-    rows = [*range(min(8, len(layout))), PADDING_SAMPLE]
-    batch = collate(layout.__getitems__(rows), [])
-    total, targets, kinds = 0.0, 0, set()
-    for row in rows[:-1]:
-        start, stop = layout.tokens.offsets[row : row + 2].tolist()
-        ids = layout.tokens.read(start, stop)
-        if OBJECTIVES[name] == "captioning":
-            text = processor.tokenizer.decode(ids)
-            files = texts[text.replace("<|endoftext|>", "").replace("<image>a ", "a ")]
-            pictures = [Image.open(io.BytesIO(data)) for data in files]
-            inputs = processor(text=text, images=pictures or None, add_special_tokens=False, return_tensors="pt")
-            inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-            labels, is_own = inputs["input_ids"].clone(), torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
-            ours = collate(layout.__getitems__([row]), [])
-            is_own[0, 1:] = torch.from_numpy(ours["targets"][0, :-1] != IGNORED)  # what the processor adds is no target
-            labels[~is_own] = IGNORED
-            kinds.add(len(files))
-        else:
-            samples = collate.decode(layout.tokens.media[row][0])
-            inputs = dict(processor.feature_extractor(samples, sampling_rate=16000, return_tensors="pt"))
-            labels = torch.from_numpy(ids[None, 1:])
-        found = model(**inputs, labels=labels)
-        number = int((labels[:, (OBJECTIVES[name] == "captioning") :] != IGNORED).sum())
-        total, targets = total + float(found.loss) * number, targets + number
-    assert int((batch["targets"] != IGNORED).sum()) == targets
-    assert float(objective(**tensors(batch))) == pytest.approx(total, rel=1e-6)
-    assert kinds == ({0, 1, 2} if OBJECTIVES[name] == "captioning" else set())
-
-
-@pytest.mark.parametrize("name", ["llava", "idefics3"])
-def test_a_target_is_the_next_token_and_never_a_picture(name, datasets):
-    layout, collate, _, _, _ = build(name, datasets)
-    rows = layout.__getitems__(list(range(len(layout))))
-    batch = collate(rows, [])
-    marks = (batch["input_ids"] == collate.placeholder_id).sum(axis=1)
-    pictures = np.array([len(files) for files in rows["media"]])
-    assert (marks == pictures * (16 if name == "llava" else 4)).all() and {0, 1, 2} <= set(pictures.tolist())
-    has_target = batch["targets"][:, :-1] != IGNORED
-    follows = batch["attention_mask"][:, 1:] == 1
-    assert (batch["targets"][:, :-1] == batch["input_ids"][:, 1:])[has_target & follows].all()
-    assert not (batch["targets"] == collate.placeholder_id).any()
-    stored = (rows["targets"] != IGNORED) & (rows["targets"] != collate.placeholder_id)
-    assert has_target.sum() + (batch["targets"][:, -1] != IGNORED).sum() == stored.sum()
-    assert collate(layout.__getitems__([PADDING_SAMPLE]), []).keys() == {"input_ids", "attention_mask", "targets"}
-
-
-def test_what_the_models_read_is_rgb_the_right_side_up_and_one_channel_at_their_rate(datasets):
-    _, collate, _, _, _ = build("llava", datasets)
-    file, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6  # a quarter turn
-    Image.new("CMYK", (40, 20)).save(file, "JPEG", exif=exif)
-    opened = collate.open(file.getvalue())
-    assert opened.mode == "RGB" and opened.size == (20, 40)
-    module = objective_module("captioning")
-    assert module.size_of(file.getvalue()) == (20, 40) and module.size_of(picture("red")) == (24, 16)
-    blank = module.build_collator(ObjectiveConfig("captioning", blank_media=True), collate.processor)
-    assert blank.open(picture("red")).getextrema() == ((128, 128),) * 3
-
-    _, collate, _, processor, _ = build("whisper", datasets)
-    samples = collate.decode(sound(1))
-    assert samples.shape == (8000,) and samples.dtype == np.float32
-    assert np.abs(np.fft.rfft(samples)).argmax() == pytest.approx(0.2 / (2 * np.pi) * 4000, abs=1)
-    silent = objective_module("transcription").build_collator(
-        ObjectiveConfig("transcription", blank_media=True), processor
-    )
-    assert not silent.decode(sound(1)).any() and len(silent.decode(sound(1))) == 8000
-
-
-def test_documents_that_do_not_fit_are_refused_with_their_sizes(datasets):
-    layout, collate, _, _, _ = build("llava", datasets)
-    collate.check(layout.tokens, 64, "validation")
-    with pytest.raises(UserError, match=r"needs \d+ positions, \d+ of text and 32 of its 2 pictures.* 32;"):
-        collate.check(layout.tokens, 32, "validation")
-    layout, collate, _, _, _ = build("whisper", datasets)
-    with pytest.raises(UserError, match=r"tokens, more.*sequence_length 4 "):
-        collate.check(layout.tokens, 4, "validation")
-    collate.processor.feature_extractor.n_samples = 4000
-    with pytest.raises(UserError, match=r"0\.5 seconds"):
-        collate.check(layout.tokens, 64, "validation")
-
-
-def test_scores_of_answers_by_hand():
-    assert word_errors(["the", "cat", "sat"], ["the", "hat", "sat", "down"]) == 2
-    assert word_errors([], ["a"]) == 1 and word_errors(["a"], []) == 1
-    found = score_answers([Answer(0, "the cat sat", "the hat sat down"), Answer(1, "a b", "a b")])
-    assert found == {
-        "exact_match": 0.5,
-        "word_f1": pytest.approx((4 / 7 + 1) / 2),
-        "word_error_rate": pytest.approx(0.4),
-    }
-
-
-def run_training(datasets, output, name="llava", processes=1, **options):
-    """Train for four steps; returns the losses."""
-    kind = "image" if OBJECTIVES[name] == "captioning" else "audio"
-    config = yaml.safe_load(yaml.safe_dump(SHORT)) | {"objective": {"name": OBJECTIVES[name]}, "output": str(output)}
-    config["model"] = {"architecture": name, "size": None, "overrides": MODELS[name]}
-    config["data"] = {**SHORT["data"], "dataset": str(datasets / kind)} | (
-        {"sequence_length": 32} if kind == "audio" else {}
-    )
-    path = output.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    words = [
-        "--config",
-        path,
-        *(word for key, value in options.items() for word in (f"--{key.replace('__', '.')}", str(value))),
-    ]
-    if processes == 1:
-        code, _, err = call("train.py", *words)
-        assert code == 0, err
-    else:
-        script("train.py", *words, processes=processes)
-    return train_losses(metrics(output))
-
-
-@pytest.mark.parametrize("name", ["llava", "whisper"])
-def test_a_run_repeats_itself_exports_and_answers_as_transformers_pipeline(name, datasets, tmp_path):
-    whole = run_training(datasets, tmp_path / "whole", name, data__num_workers=2)
-    assert len(whole) == 4
-    split = run_training(datasets, tmp_path / "split", name, batch__per_device_batch_size=1)
-    assert split == pytest.approx(whole, rel=1e-5)
-    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000004")
-    assert run_training(datasets, tmp_path / "whole", name, checkpoint__resume="auto") == whole  # without workers
-    sample = (tmp_path / "whole" / "samples.md").read_text(encoding="utf-8")
-    assert sample.count("reference: ") == 4 and "## Step 4" in sample
-
-    export, kind = tmp_path / "export", "image" if name == "llava" else "audio"
-    code, out, err = call("export.py", "--checkpoint", tmp_path / "whole", "--output", export)
+def prepare(output: Path, *entries: dict[str, Any], **options: Any) -> str:
+    given = [text for name, value in options.items() for text in (f"--{name.replace('__', '.')}", str(value))]
+    code, out, err = call("prepare_data.py", "--output", output, "--sources", json.dumps(entries), *QUIET, *given)
     assert code == 0, err
-    assert json.loads((export / "export_report.json").read_text())["max_logit_difference"] == 0.0
-    report = tmp_path / "report.json"
-    options = ["--max_new_tokens", "6", "--report", report]
-    code, out, err = call("evaluate.py", "--model", export, "--dataset", datasets / kind, *options)
-    assert code == 0 and "word error rate" in out, err
-    found = json.loads(report.read_text())
-    best = json.loads((tmp_path / "whole" / "summary.json").read_text())["best_loss"]
-    assert found["loss"] == pytest.approx(best, rel=1e-5)
-    assert call("evaluate.py", "--model", tmp_path / "whole", "--blank_media", "true", *options)[0] == 0
-    assert json.loads(report.read_text())["loss"] != pytest.approx(best, rel=1e-6)
-
-    media = open_split(datasets / kind, "validation").media
-    task = pipeline("image-text-to-text" if kind == "image" else "automatic-speech-recognition", model=str(export))
-    for answer in found["answers"]:
-        (data, *others) = media[answer["document"]]
-        if kind == "image" and not others:
-            image = Image.open(io.BytesIO(data))
-            (output,) = task(images=image, text=task.processor.image_token, max_new_tokens=6, return_full_text=False)
-            assert output["generated_text"].strip() == answer["text"]
-        elif kind == "audio":
-            samples = build(name, datasets)[1].decode(data)  # resampled: the pipeline needs torchaudio for that
-            output = task({"raw": samples, "sampling_rate": 16000}, generate_kwargs={"max_new_tokens": 6})
-            assert output["text"].strip() == answer["text"]
+    return out
 
 
-def test_two_processes_train_alike_though_one_may_have_text_alone(datasets, tmp_path):
-    one = run_training(datasets, tmp_path / "one", batch__per_device_batch_size=1, batch__global_batch_size=4)
-    two = run_training(
-        datasets, tmp_path / "two", processes=2, batch__per_device_batch_size=1, batch__global_batch_size=4
+def stored(folder: Path, split: str) -> list[tuple[list[str], list[bytes]]]:
+    """The tokens and the media of each document."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokens, files = open_split(folder, split), datasets.load_from_disk(str(folder / f"{split}_media"))
+    assert len(files) == len(tokens.offsets) - 1
+    spans = zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True)
+    ids = [tokens.read(start, stop).tolist() for start, stop in spans]
+    return [(tokenizer.convert_ids_to_tokens(row), item["media"]) for row, item in zip(ids, files, strict=True)]
+
+
+def both(folder: Path) -> list[tuple[list[str], list[bytes]]]:
+    return stored(folder, "train") + stored(folder, "validation")
+
+
+def text_of(tokens: list[str]) -> str:
+    return "".join(tokens).replace("Ġ", " ")
+
+
+BAD_PICTURES = {
+    "cut.png": (picture(1)[:-30], "damaged picture"),
+    "bomb.png": (bomb(), "30,000 × 30,000 pixels"),
+    "text.png": (b"this is no picture", "format is unknown"),
+    "flipped.png": (bytes(byte ^ 255 if place == 60 else byte for place, byte in enumerate(picture(2))), "damaged"),
+    "drawing.eps": (picture(3, kind="EPS"), "format is unknown"),  # Pillow would run another program for it
+    "missing.png": (None, "no such file"),
+    "../outside.png": (picture(4), "not in the folder"),
+    "link.png": (None, "not in the folder"),
+}
+GOOD_PICTURES = {
+    "cmyk.jpg": picture(11, "CMYK", "JPEG"),
+    "palette.png": picture(12, "P"),
+    "grey.png": picture(13, "L"),
+    "transparent.webp": picture(14, "RGBA", "WEBP"),
+    "moving.gif": picture(15, kind="GIF", save_all=True, append_images=[Image.new("RGB", (8, 6), "red")]),
+}
+BAD_SOUNDS = {
+    "text.wav": (b"this is no sound", "no sound"),
+    "nothing.wav": (sound(1, 0), "zero seconds"),
+    "cut.wav": (sound(2)[:1000], "damaged sound"),
+    "cut.flac": (sound(3, kind="FLAC")[:1000], "no sound that can be read"),
+    "long.flac": (sound(4, 31, 1000, kind="FLAC"), "31.0 seconds"),
+    "missing.wav": (None, "no such file"),
+    "../outside.wav": (sound(5), "not in the folder"),
+}
+GOOD_SOUNDS = {
+    "mono.wav": sound(11),
+    "stereo.flac": sound(12, channels=2, kind="FLAC"),
+    "8.ogg": sound(13, rate=8000, kind="OGG"),
+    "48.mp3": sound(14, rate=48_000, kind="MP3"),
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "bad", "good"),
+    [("image_column", BAD_PICTURES, GOOD_PICTURES), ("audio_column", BAD_SOUNDS, GOOD_SOUNDS)],
+)
+def test_files_that_cannot_be_used_are_named_and_the_others_stay_as_they_are(tmp_path, column, bad, good):
+    folder = tmp_path / "media"
+    names = [*bad, *good]
+    path = write_records(folder / "metadata.jsonl", ({"file_name": name, "text": f"this is {name}"} for name in names))
+    for name, data in (good | {name: data for name, (data, _) in bad.items()}).items():
+        if data is not None:
+            (folder / name).write_bytes(data)
+    if "link.png" in bad:
+        (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    prepare(tmp_path / "out", {"path": str(path), column: "file_name"})
+    manifest = load_manifest(tmp_path / "out")
+    broken = {record["why"]: record for record in manifest["read"]["broken_records"]}
+    assert len(broken) == len(bad) == manifest["read"]["broken"]
+    for number, (name, (data, reason)) in enumerate(bad.items(), start=1):
+        (why,) = (why for why in broken if why.startswith(f"line {number}:"))
+        assert name in why and reason in why and broken[why]["file"] == str(path)
+        if data is not None and "not in the folder" not in reason:
+            assert broken[why]["bytes"] == len(data)
+    assert sorted(files for _, files in both(tmp_path / "out")) == sorted([data] for data in good.values())
+    figures = manifest["read"]["sources"]["metadata"]
+    assert (figures["media"], figures["media_bytes"]) == (len(good), sum(map(len, good.values())))
+    assert figures.get("pixels", 48 * len(good)) == 48 * len(good)
+    assert 390 <= figures.get("milliseconds", 400) <= 500  # MP3 pads
+
+
+def test_a_folder_of_pictures_or_sounds_with_its_metadata(tmp_path):
+    """As `imagefolder` and `audiofolder` are laid out: paths relative to the folder of each metadata file."""
+    for part in ("one", "two"):
+        folder = tmp_path / "pictures" / part
+        (folder / "deep").mkdir(parents=True)
+        with (folder / "metadata.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["file_name", "text"])
+            for number in range(5):
+                (folder / "deep" / f"{number}.png").write_bytes(picture(len(part + str(number)) + 10 * number))
+                rows.writerow([f"deep/{number}.png", f"{part} has the number {number}"])
+    (tmp_path / "pictures" / "unused.png").write_bytes(picture(99))
+    prepare(tmp_path / "out", {"path": str(tmp_path / "pictures"), "image_column": "file_name"})
+    manifest = load_manifest(tmp_path / "out")
+    assert manifest["read"]["skipped"] == {"file of another kind": 1}  # the unused one
+    found = {text_of(tokens): files for tokens, files in both(tmp_path / "out")}
+    assert len(found) == 10
+    for part in ("one", "two"):
+        for number in range(5):
+            expected = [(tmp_path / "pictures" / part / "deep" / f"{number}.png").read_bytes()]
+            assert found[f"<|endoftext|>{MARK}{part} has the number {number}<|endoftext|>"] == expected
+
+
+def test_a_changed_picture_means_a_new_output_and_an_equal_one_none(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    path = write_records(folder / "a.jsonl", ({"image": f"{n}.png", "text": f"number {n}"} for n in range(9)))
+    for number in range(9):
+        (folder / f"{number}.png").write_bytes(picture(number))
+    entry = {"path": str(path), "image_column": "image"}
+    prepare(out, entry)
+    key = load_manifest(out)["key"]
+    assert "nothing to do" in prepare(out, entry)
+    assert "read         reused" in prepare(out, entry, tokenizer__vocab_size=310)
+    prepare(out, entry)
+    assert load_manifest(out)["key"] == key
+    (folder / "3.png").write_bytes(picture(33))
+    assert "reused" not in prepare(out, entry)
+    assert load_manifest(out)["key"] != key
+    assert [picture(33)] in [files for _, files in both(out)]
+    (folder / "3.png").unlink()
+    assert "line 4" in prepare(out, entry)
+    (folder / "3.png").write_bytes(picture(3))
+    prepare(out, entry)
+    assert load_manifest(out)["key"] == key
+
+
+def test_placeholders_stand_where_the_pictures_do(tmp_path):
+    """Several pictures, marks in the text, none, text alone; in a source without pictures the mark is text."""
+    forms = [
+        (2, f"first {MARK} then {MARK} end"), (1, f"only {MARK}"), (1, "no mark"), (2, "no mark, two"), (0, "no picture"),
+    ]  # fmt: skip
+    rows, bad = [], [(1, f"{MARK}{MARK} too many"), (2, f"{MARK} too few"), (0, f"{MARK} of nothing")]
+    for number, (count, text) in enumerate([*forms * 6, *bad]):
+        pictures = [{"bytes": picture(100 * number + part), "path": None} for part in range(count)]
+        rows.append({"images": pictures or None, "text": f"{number}: {text}"})
+    kind = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    schema = pa.schema([("images", kind), ("text", pa.string())])
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
+    texts = write_records(tmp_path / "b.jsonl", ({"text": f"{n} plain {MARK} text"} for n in range(8)))
+    out, entry = tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "images"}
+    prepare(out, entry, {"path": str(texts)})
+    manifest = load_manifest(out)
+    assert manifest["media"] == {"kind": "image", "placeholder": MARK}
+    assert manifest["read"]["broken"] == 3 and manifest["tokenizer"]["spelled_out"] == {MARK: 8}
+    found = both(out)
+    for tokens, files in found:
+        assert tokens.count(MARK) == len(files)
+    spelled = {text_of(tokens): files for tokens, files in found}
+    for number, (count, text) in enumerate(forms * 6):
+        text = f"{number}: {text}" if MARK in text else MARK * count + f"{number}: {text}"
+        expected = [picture(100 * number + part) for part in range(count)]
+        assert spelled.pop(f"<|endoftext|>{text}<|endoftext|>") == expected
+    assert len(spelled) == 8 and all("plain <image> text" in text for text in spelled)
+    assert sum(figures["media_files"] for figures in manifest["splits"].values()) == 36
+    assert MARK in AutoTokenizer.from_pretrained(out / "tokenizer").all_special_tokens
+
+
+def test_a_tokenizer_without_a_token_for_pictures_gets_one(tmp_path):
+    tokenizer = train_tokenizer([["number one two"]], vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [{"image": picture(number), "text": f"number {number}"} for number in range(8)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    prepare(tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "image"},
+            tokenizer__pretrained=tmp_path / "tokenizer")  # fmt: skip
+    for tokens, files in both(tmp_path / "out"):
+        assert tokens[:2] == ["<|endoftext|>", MARK] and len(files) == 1
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")) == len(tokenizer) + 1
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
+def test_every_tokenizer_writes_one_token_for_a_picture(algorithm):
+    texts = [f"a picture {MARK} of {number}" for number in range(30)]
+    plain = [text.replace(MARK, "") for text in texts]
+    tokenizer = train_tokenizer([plain], algorithm=algorithm, vocab_size=300, special_tokens=[MARK])
+    placeholder = tokenizer.convert_tokens_to_ids(MARK)
+    encoder = build_encoder(tokenizer, plain, placeholder=MARK)
+    batch = pa.table({"text": [*texts, "none", texts[0]], "id": ["a"] * 32, "pictures": [1] * 30 + [2, 0]})
+    found = encoder.encode_table(batch)
+    counts = [ids.count(placeholder) for ids in found["input_ids"].to_pylist()]
+    assert counts == [1] * 30 + [2, 0]
+    assert found["spelled"].to_pylist() == [[]] * 31 + [[MARK]]
+
+
+def test_special_tokens_that_are_parsed_must_not_stand_for_pictures(tmp_path):
+    path = write_records(tmp_path / "b.jsonl", ({"text": f"{n} plain {MARK} text"} for n in range(8)))
+    rows = [{"image": picture(number), "text": f"number {number}"} for number in range(8)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    entries = json.dumps([{"path": str(tmp_path / "a.parquet"), "image_column": "image"}, {"path": str(path)}])
+    line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", entries, *QUIET,
+                      "--tokenizer.parse_special_tokens", "true")  # fmt: skip
+    assert "0 pictures" in line and "b.jsonl" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_of_datasets(tmp_path):
+    """Folders that `datasets` saved, and its own features for pictures and sounds: their bytes come undecoded."""
+    pictures = [{"bytes": picture(number), "path": f"{number}.png"} for number in range(9)]
+    texts = [f"number {number}" for number in range(9)]
+    features = datasets.Features(image=datasets.Image(), other=datasets.Image(), text=datasets.Value("string"))
+    other = [{"bytes": b"no picture", "path": None}] * 9
+    table = datasets.Dataset.from_dict({"image": pictures, "other": other, "text": texts}, features)
+    table.save_to_disk(tmp_path / "saved")
+    prepare(tmp_path / "one", {"path": str(tmp_path / "saved"), "image_column": "image"})
+    table.to_parquet(tmp_path / "hub" / "train.parquet")
+    prepare(tmp_path / "two", {"hub": str(tmp_path / "hub"), "image_column": "image"})
+    for out in ("one", "two"):
+        expected = {f"<|endoftext|>{MARK}number {number}<|endoftext|>": [picture(number)] for number in range(9)}
+        assert {text_of(tokens): files for tokens, files in both(tmp_path / out)} == expected
+    lists = datasets.Features(image=datasets.List(datasets.Image()), text=datasets.Value("string"))
+    table = datasets.Dataset.from_dict({"image": [[item, item] for item in pictures], "text": texts}, lists)
+    table.save_to_disk(tmp_path / "lists")
+    prepare(tmp_path / "three", {"path": str(tmp_path / "lists"), "image_column": "image"})
+    assert sorted(files for _, files in both(tmp_path / "three")) == sorted([picture(n)] * 2 for n in range(9))
+    sounds = datasets.Features(audio=datasets.Audio(), text=datasets.Value("string"))
+    values = [{"bytes": sound(number), "path": None} for number in range(9)]
+    datasets.Dataset.from_dict({"audio": values, "text": texts}).cast(sounds).save_to_disk(tmp_path / "sounds")
+    prepare(tmp_path / "four", {"path": str(tmp_path / "sounds"), "audio_column": "audio"})
+    manifest = load_manifest(tmp_path / "four")
+    assert manifest["media"] == {"kind": "audio"} and manifest["read"]["sources"]["sounds"]["milliseconds"] == 900
+    assert sorted(files for _, files in both(tmp_path / "four")) == sorted([sound(number)] for number in range(9))
+
+
+def test_duplicates_are_equal_in_text_and_picture_and_a_picture_has_one_split(tmp_path):
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()  # noqa: SIM905
+    same = " ".join(words)
+    rows = [{"image": picture(number % 40), "text": f"{same} {number // 40}"} for number in range(120)]
+    rows += [{"image": picture(0), "text": f"{same} 0"}, {"image": picture(200), "text": f"{same} 0"}]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    prepare(tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "image"})
+    # Their texts are near duplicates, and hold each other's 13-grams.
+    assert load_manifest(tmp_path / "out")["dropped"] == {"exact duplicate": 1}
+    splits = {split: [files[0] for _, files in stored(tmp_path / "out", split)] for split in ("train", "validation")}
+    assert not set(splits["train"]) & set(splits["validation"])
+    assert len(splits["train"]) + len(splits["validation"]) == 121
+
+
+def test_a_group_is_in_one_split(tmp_path):
+    records = [{"text": f"document {number} about {number % 20}", "topic": number % 20} for number in range(200)]
+    records += [{"text": f"document {number} about nothing", "topic": None} for number in range(100)]
+    path = write_records(tmp_path / "a.jsonl", records)
+    with_group = {"path": str(path), "group_column": "topic"}
+    prepare(tmp_path / "out", with_group, deduplication__near_threshold="null")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    topics: dict[str, set[str]] = {}
+    for split in ("train", "validation"):
+        tokens = open_split(tmp_path / "out", split)
+        for start, stop in zip(tokens.offsets[:-1].tolist(), tokens.offsets[1:].tolist(), strict=True):
+            text = tokenizer.decode(tokens.read(start, stop), skip_special_tokens=True)
+            topics.setdefault(text.rpartition(" ")[2], set()).add(split)
+    assert topics.pop("nothing") == {"train", "validation"}
+    assert len(topics) == 20 and {len(splits) for splits in topics.values()} == {1}
+    assert {split for splits in topics.values() for split in splits} == {"train", "validation"}
+
+
+def test_cleaning_that_removes_a_mark_drops_the_document(tmp_path):
+    rows = [{"image": picture(number), "text": f"{MARK} Number {number}." if number % 2 else f"Number {number}."}
+            for number in range(20)]  # fmt: skip
+    rows += [{"image": picture(50), "text": MARK}]  # nothing to learn
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    entry = {"path": str(tmp_path / "a.parquet"), "image_column": "image"}
+    prepare(tmp_path / "out", entry, cleaning__steps="[basic]")
+    assert load_manifest(tmp_path / "out")["dropped"] == {"cleaning removed the mark of a picture": 11}
+    prepare(tmp_path / "out", entry)
+    assert load_manifest(tmp_path / "out")["dropped"] == {"empty after cleaning": 1}
+
+
+PARTS = (
+    "{% for item in messages %}<|im_start|>{{ item.role }}\n{% for part in item.content %}"
+    "{% if part.type == 'image' %}<|pad_picture|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)  # fmt: skip
+MARKED = (ROOT / "configs" / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("template", [PARTS, MARKED], ids=["parts", "text"])
+def test_conversations_with_pictures(tmp_path, template):
+    """Parts of a content and marks in it; the ids are those that the template gives, one placeholder per picture."""
+    special = ["<|im_start|>", "<|im_end|>", "<|pad_picture|>"]
+    tokenizer = train_tokenizer([["user assistant What is this? A number."]], vocab_size=300, special_tokens=special,
+                                chat_template=template)  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_token": "<|pad_picture|>"}))
+    part: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    forms = [(part, 1), (f"Is {MARK} like {MARK}?", 2), ("What is this?", 1), ("Without <|im_end|> a picture?", 0)]
+    rows = []
+    for number in range(24):
+        content, count = forms[number % 4]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"Number {number}."}]
+        names = [f"{number}-{place}.png" for place in range(count)]
+        for name in names:
+            (tmp_path / name).write_bytes(picture(zlib.crc32(name.encode())))
+        rows.append({"messages": messages, "images": names})
+    path = write_records(tmp_path / "talk.jsonl", rows)
+    entry = {"path": str(path), "messages_column": "messages", "image_column": "images"}
+    prepare(tmp_path / "out", entry, tokenizer__pretrained=tmp_path / "tokenizer", deduplication__near_threshold="null")
+    assert load_manifest(tmp_path / "out")["media"]["placeholder"] == "<|pad_picture|>"
+    found, seen = both(tmp_path / "out"), 0
+    for tokens, files in found:
+        text = text_of(tokens)
+        number = int(text.partition("Number")[2].strip(" .").partition(".")[0])
+        assert tokens.count("<|pad_picture|>") == len(files) == forms[number % 4][1]
+        token = "<|pad_picture|>"
+        said = ["{0}What is this?", "Is {0} like {0}?", "{0}What is this?", "Without <|im_end|> a picture?"][number % 4]
+        assert f"<|im_start|>userĊ{said.format(token)}<|im_end|>" in text
+        seen += 1
+    assert seen == 24
+    masks = [open_split(tmp_path / "out", split).loss_mask for split in ("train", "validation")]
+    per_turn = len(tokenizer("Number 10.", add_special_tokens=False)["input_ids"])
+    assert all(mask is not None for mask in masks)
+    assert abs(sum(mask.total for mask in masks) - 24 * (per_turn + 1)) <= 24
+
+
+def test_a_part_that_is_no_picture_is_refused(tmp_path):
+    part = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "A."}], "images": []}
+    path = write_records(tmp_path / "a.jsonl", [row])
+    source = SourceConfig(path=str(path), name="a", messages_column="messages", image_column="images")
+    (record,) = iter_records(source, [path])
+    assert isinstance(record, Broken) and "'video'" in record.why
+
+
+def test_a_template_that_writes_no_placeholder_is_refused(tmp_path):
+    tokenizer = train_tokenizer(
+        [["a"]], vocab_size=300, special_tokens=[MARK], chat_template="{{ messages[1].content }}"
     )
-    assert two == pytest.approx(one, rel=1e-5)
+    encoder = ConversationEncoder(tokenizer, placeholder=MARK)
+    batch = pa.table({"text": [f"\x1euser\n{MARK}\x1eassistant\nYes."], "id": ["a:1"], "pictures": [1]})
+    with pytest.raises(UserError, match="a:1"):
+        encoder.encode_table(batch)
 
 
-def test_frozen_modules_stay_and_modules_may_have_their_own_learning_rate(datasets, tmp_path):
-    run_training(
-        datasets, tmp_path / "run", model__frozen="[vision_tower]",
-        optimizer__learning_rates="{multi_modal_projector: 1e-9}", optimizer__weight_decay="0",
-    )  # fmt: skip
-    before = build("llava", datasets)[2]
-    torch.manual_seed(0)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    first, last = (load_file(checkpoints / f"step-0000000{step}" / "model.safetensors") for step in (2, 4))
-    moved = {name: float((last[name] - value).abs().max()) for name, value in first.items()}
-    towers = {name for name in moved if "vision_tower" in name}
-    assert towers and not any(moved[name] for name in towers)
-    projector = [size for name, size in moved.items() if "projector" in name]
-    others = [size for name, size in moved.items() if ".layers." in name and name not in towers]
-    assert 0 < max(projector) < 1e-7 and min(others) > 1e-5
-    assert len([name for name, _ in before.named_modules() if name.endswith("vision_tower")]) == 1
-    for option in ("--model.frozen", "--optimizer.learning_rates"):
-        value = "[vision_towr]" if option == "--model.frozen" else "{vision_towr: 1e-3}"
-        line = error_line("train.py", "--config", tmp_path / "run.yaml", "--output", tmp_path / "other", option, value)
-        assert "vision_tower" in line
+@pytest.mark.parametrize(
+    ("sources", "option", "word"),
+    [
+        ([{"path": "a.jsonl", "image_column": "i"}, {"path": "b.jsonl", "audio_column": "a"}], [], "not both"),
+        ([{"path": "a.jsonl", "image_column": "i", "audio_column": "a"}], [], "either image_column or audio_column"),
+        ([{"path": "a.jsonl", "audio_column": "i"}, {"path": "b.jsonl"}], [], "b has no audio_column"),
+        ([{"path": "a.jsonl", "image_column": "i"}], ["--stream", "true"], "cannot be streamed"),
+        ([{"path": "a.jsonl", "group_column": "i"}], ["--stream", "true"], "group_column"),
+        ([{"path": "a.jsonl", "audio_column": "i"}], ["--messages_column", "m"], "not with a conversation"),
+        ([{"path": "-", "image_column": "i", "kind": "json"}], [], "standard input"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_before_reading(tmp_path, sources, option, word):
+    line = error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", json.dumps(sources), *option)
+    assert word in line and not list(tmp_path.iterdir())
 
 
-def test_parts_of_a_new_model_are_those_of_their_folders(datasets, tmp_path):
-    _, _, model, processor, _ = build("llava", datasets)
-    torch.manual_seed(7)
-    tower = type(model.model.vision_tower)(model.config.vision_config)
-    tower.save_pretrained(tmp_path / "tower")
-    config = ModelConfig(
-        architecture="llava", size=None, parts={"vision_tower": str(tmp_path / "tower")},
-        overrides={name: value for name, value in MODELS["llava"].items() if name != "vision_config"},
-    )  # fmt: skip
-    built = build_model(config, processor.tokenizer, AutoModelForImageTextToText)
-    for name, weight in tower.named_parameters():
-        assert built.model.vision_tower.get_parameter(name).equal(weight), name
+@pytest.mark.parametrize(("column", "library", "command"), [
+    ("image_column", "PIL", "pip install pillow"), ("audio_column", "soundfile", "pip install -e '.[audio]'"),
+])  # fmt: skip
+def test_a_missing_library_is_named_with_its_command(tmp_path, monkeypatch, column, library, command):
+    monkeypatch.setattr("preparation.recipe.find_spec", lambda name: None if name == library else object())
+    sources = json.dumps([{"path": "a.jsonl", column: "x"}])
+    assert command in error_line("prepare_data.py", "--output", tmp_path / "out", "--sources", sources)
 
 
-def test_a_dataset_and_an_objective_that_do_not_fit_are_refused(datasets, dataset, tmp_path):
-    run_training(datasets, tmp_path / "run", schedule__max_steps=1)
-    words = ["--config", tmp_path / "run.yaml", "--output", tmp_path / "other"]
-    assert "image_column" in error_line("train.py", *words, "--data.dataset", dataset)
-    assert "captioning" in error_line("train.py", *words, "--objective.name", "causal")
-    assert "padded" in error_line("train.py", *words, "--data.layout", "packed")
-    assert "llava, idefics3" in error_line(
-        "train.py", *words, "--model.architecture", "llama", "--model.overrides", "{}"
-    )
-    assert not (tmp_path / "other").exists()
-    code, out, err = call("train.py", *words, "--dry_run")
-    assert code == 0 and "FLOPs a step" in out, err
+def test_texts_cannot_have_columns_and_archives_no_paths(tmp_path):
+    import tarfile
+
+    (tmp_path / "a.txt").write_text("text")
+    source = SourceConfig(path=str(tmp_path / "a.txt"), name="a", text_column="text", image_column="image")
+    (record,) = iter_records(source, [tmp_path / "a.txt"])
+    assert isinstance(record, Broken) and "'image'" in record.why and "text" in record.why
+    path = write_records(tmp_path / "b.jsonl", [{"text": "x", "image": "a.png"}])
+    (tmp_path / "a.png").write_bytes(picture(1))
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        archive.add(path, "b.jsonl")
+    source.path = str(tmp_path / "b.tar")
+    (record,) = iter_records(source, [tmp_path / "b.tar"])
+    assert isinstance(record, Broken) and "archive" in record.why
+
+
+@pytest.mark.parametrize(
+    ("value", "word"), [(3, "int"), ({"path": None}, "nothing"), (["a.png", 3], "int"), ([""], "nothing")]
+)
+def test_values_that_name_no_file(tmp_path, value, word):
+    (tmp_path / "a.png").write_bytes(picture(1))
+    path = write_records(tmp_path / "a.jsonl", [{"text": "x", "image": value}])
+    source = SourceConfig(path=str(path), name="a", text_column="text", image_column="image")
+    (record,) = iter_records(source, [path])
+    assert isinstance(record, Broken) and word in record.why
+
+
+def test_the_order_is_that_of_the_records_and_few_are_held(tmp_path, monkeypatch):
+    """However long each takes; at most a few more are read than are checked."""
+    monkeypatch.setattr(media, "pixels_of", lambda data: len(data))
+    pulled = []
+
+    def pairs():
+        for number in range(50):
+            pulled.append(number)
+            yield number, [bytes(50 - number)]
+
+    for place, (number, loaded) in enumerate(media.load_all(pairs(), "image", None)):
+        assert number == place and loaded.amount == 50 - number
+        assert len(pulled) <= place + media.THREADS + 2
+
+
+def test_a_part_of_the_sources_has_the_columns_of_all(tmp_path):
+    """As a cluster reads them, each into a table of its own."""
+    rows = [{"image": picture(number), "text": f"number {number}"} for number in range(3)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = write_records(tmp_path / "b.jsonl", [{"text": "text", "topic": "x"}])
+    sources = [SourceConfig(path=str(tmp_path / "a.parquet"), name="a", text_column="text", image_column="image"),
+               SourceConfig(path=str(path), name="b", text_column="text", group_column="topic")]  # fmt: skip
+    for source in sources:
+        folder = tmp_path / str(source.name)
+        folder.mkdir()
+        read_sources([source], folder, units=[Path(str(source.path))], features=document_features(sources))
+    tables = [load_slices(tmp_path / name / "documents.arrow") for name in ("a", "b")]
+    joined = datasets.concatenate_datasets(tables)
+    assert joined.column_names == ["text", "source", "id", "group", "media"]
+    assert joined["media"][:] == [[picture(0)], [picture(1)], [picture(2)], []]
+    assert media.media_bytes(joined.select([3, 1]).flatten_indices()).tolist() == [0, len(picture(1))]
+    assert media.media_bytes(joined).tolist() == [*(len(picture(number)) for number in range(3)), 0]
+
+
+def test_the_sample_pictures_and_sounds_are_what_their_readme_says():
+    readme = (ROOT / "sample_data" / "README.md").read_text(encoding="utf-8")
+    emoji = pyarrow.parquet.read_table(ROOT / "sample_data" / "emoji.parquet").to_pylist()
+    speech = pyarrow.parquet.read_table(ROOT / "sample_data" / "speech.parquet").to_pylist()
+    assert f"{len(emoji):,} pictures" in readme and f"{len(speech):,} spoken commands" in readme
+    assert {media.describe(row["image"], "image")["label"].partition(",")[0] for row in emoji} == {"32 × 32"}
+    seconds = sum(media.seconds_of(row["audio"]) for row in speech)
+    assert f"{seconds / 60:.1f} minutes" in readme
+    assert all("16,000 Hz, mono, OGG" in media.describe(row["audio"], "audio")["label"] for row in speech)
+    assert len({row["text"] for row in speech}) == len(speech)
+    concepts = {row["name"]: row["concept"] for row in emoji}
+    for names in (["man running", "woman running", "person running"], ["family", "family: man, woman, boy"],
+                  ["man: red hair", "person: red hair"], ["flag: Norway", "flag: Bouvet Island"]):  # fmt: skip
+        assert len({concepts[name] for name in names}) == 1
+    assert len({concepts[name] for name in ("cat", "dog", "man", "man running", "flag: Norway", "flag: Spain")}) == 6
+    pictures: dict[bytes, set[str]] = {}
+    for row in emoji:
+        pictures.setdefault(row["image"], set()).add(row["concept"])
+    assert {len(found) for found in pictures.values()} == {1}
+
+
+def test_the_report_shows_them(tmp_path):
+    rows = [{"image": picture(number), "text": f"number {number}"} for number in range(20)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    prepare(tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "image"})
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert 'src="data:image/png;base64,' in page and "8 × 6, PNG" in page and "img-src data:" in page
+    size = sum(len(picture(number)) for number in range(20))
+    assert f"pictures of a: 20, {size:,} bytes" in page and f"pictures of a: 20, {size:,} bytes" in card
+    assert "train_media/" in card
+    label = media.describe(sound(1, 0.5, 8000, 2), "audio")
+    assert label["label"].startswith("0.5 s, 8,000 Hz, stereo, WAV") and not label["thumbnail"]

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from preparation.sources.media import MARK
+from preparation.recipe import MARK
 
 ROLES = ("system", "user", "assistant", "tool")
 SEPARATOR = "\x1e"

@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from preparation.recipe import SourceConfig
+from preparation.recipe import MARK, SourceConfig
 from preparation.sources.conversations import SEPARATOR, find_conversation, without_system
 from preparation.sources.csv_lines import CsvLines, sniff_csv
 from preparation.sources.files import (
@@ -39,6 +39,7 @@ from preparation.sources.files import (
     MISSING,
     Found,
     find,
+    is_saved_dataset,
     is_tar,
     kind_of,
     known_suffixes,
@@ -47,7 +48,6 @@ from preparation.sources.files import (
 )
 from preparation.sources.html import Page, decode_page, read_page
 from preparation.sources.media import (
-    MARK,
     BrokenMedia,
     Checked,
     References,
@@ -328,9 +328,10 @@ def _load_media(
 def find_media(source: SourceConfig, found: Found) -> Found:
     """`found` with the files of pictures or sounds that the records of JSON, CSV and parquet files name."""
     paths: set[str] = set()
-    for unit in found.units if source.media_column and source.hub is None else []:
+    by_path = source.media_column and source.hub is None and not is_saved_dataset(Path(str(source.path)))
+    for unit in found.units if by_path else []:
         folder = _media_folder(source, unit)
-        if unit is not None and folder is not None and not unit.is_dir():
+        if unit is not None and folder is not None:
             for reference in _iter_references(source, unit):
                 with contextlib.suppress(ValueError):
                     paths.add(str(resolve(reference, folder)))

@@ -17,14 +17,13 @@ import pyarrow.compute
 
 # Pillow and soundfile are imported where they are used: text needs neither.
 
-MARK = "<image>"  # in a text: here stands a picture
 # Twice the largest picture of a phone's camera is rare, and decoding takes 4 bytes per pixel: 256 MB at this limit.
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 30.0  # Whisper hears no more of a sound, so it would learn to write what it cannot hear
 MAX_BYTES = 256 << 20  # of a file
 THREADS = min(4, os.cpu_count() or 1)  # that decode at a time; each may hold a picture of MAX_PIXELS
 # Those that Pillow decodes by itself. It would run another program for EPS.
-PICTURE_FORMATS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 THUMBNAIL = 96  # pixels
 Record = TypeVar("Record")
 
@@ -53,10 +52,10 @@ class BrokenMedia(ValueError):
 
 
 def find_references(value: Any) -> list[bytes | str]:
-    """What a record's column holds: bytes, the path of a file, {bytes, path}, a list of these, or null for none.
-    `ValueError` for anything else."""
+    """What a record's column holds: bytes, the path of a file, {bytes, path}, a list of these, or null (in CSV nothing)
+    for none. `ValueError` for anything else."""
     found: list[bytes | str] = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
+    for item in value if isinstance(value, list) else [] if value in (None, "") else [value]:
         if isinstance(item, dict):
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, bytes | str) or not item:
@@ -168,8 +167,8 @@ def seconds_of(data: bytes) -> float:
             rate, frames, said = sound.samplerate, 0, sound.frames
             if said > MAX_SECONDS * rate:
                 raise ValueError(f"a sound of {said / rate:,.1f} seconds; at most {MAX_SECONDS:g} are read")
-            size = max(1, (1 << 20) // sound.channels)
-            while len(block := sound.read(size, dtype="float32")):
+            block_size = max(1, (1 << 20) // sound.channels)
+            while len(block := sound.read(block_size, dtype="float32")):
                 frames += len(block)
                 if not np.isfinite(block).all():
                     raise ValueError("a sound with samples that are not finite")
@@ -179,20 +178,19 @@ def seconds_of(data: bytes) -> float:
         raise
     except Exception as error:  # RuntimeError, LibsndfileError
         raise ValueError(f"no sound that can be read ({_reason(error)})") from None
-    if not frames:
-        raise ValueError("a sound of zero seconds")
     if frames < said:
         raise ValueError(f"a damaged sound ({frames:,} of {said:,} samples can be decoded)")
+    # soundfile takes the end of a WAV file for its length. A stream's header, which has no length, says at least 2^31.
+    if data[:4] == b"RIFF" and len(data) < (size := int.from_bytes(data[4:8], "little") + 8) < 2**30:
+        raise ValueError(f"a damaged sound ({len(data):,} of {size:,} bytes are there)")
+    if not frames:
+        raise ValueError("a sound of zero seconds")
     return frames / rate
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return (
-        "its format is unknown"
-        if "cannot identify" in text
-        else text.replace("<_io.BytesIO object", "<").partition(" <")[0][:100] or type(error).__name__
-    )
+    text = " ".join(getattr(error, "error_string", str(error)).split())  # soundfile's message has an address in it
+    return "its format is unknown" if "cannot identify" in text else text[:100] or type(error).__name__
 
 
 def digest_media(files: list[bytes]) -> bytes:

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from preparation.recipe import MARK
 from preparation.sources.conversations import REASONING_KEY, SEPARATOR, split_messages, split_tools
-from preparation.sources.media import MARK
 from preparation.tokenizer.build import token_dtype
 from utils.cli import UserError
 from utils.pretrained import hide_special_tokens
