@@ -12,12 +12,12 @@ import pytest
 import soundfile
 import torch
 import yaml
-from conftest import call, error_line, metrics, script, train_losses
+from conftest import ROOT, call, error_line, metrics, script, train_losses
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, pipeline
 
-from utils.answers import Answer, score_answers, word_errors
+from utils.answers import Answer, read_prompt, score_answers, word_errors
 from utils.cli import UserError
 from utils.config import ModelConfig, ObjectiveConfig
 from utils.data.order import PADDING_SAMPLE
@@ -343,3 +343,31 @@ def test_a_dataset_and_an_objective_that_do_not_fit_are_refused(datasets, datase
     assert not (tmp_path / "other").exists()
     code, out, err = call("train.py", *words, "--dry_run")
     assert code == 0 and "FLOPs a step" in out, err
+
+
+def test_in_a_conversation_the_assistants_turns_are_learnt_and_the_first_is_asked_for(datasets, tmp_path):
+    rows = []
+    for number in range(20):
+        parts = [{"type": "text", "text": "which colour"}, {"type": "image"}, {"type": "text", "text": str(number)}]
+        turns = [("user", parts), ("assistant", f"red {number}"), ("user", "sure?"), ("assistant", f"yes {number}")]
+        rows.append(
+            {"messages": [{"role": role, "content": content} for role, content in turns], "image": f"{number}.png"}
+        )
+        (tmp_path / f"{number}.png").write_bytes(picture("red", mark=number))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, _, err = call(
+        "prepare_data.py", "--sources", f"[{{path: {tmp_path}/chats.jsonl, image_column: image}}]", "--output",
+        tmp_path / "image", "--messages_column", "messages", "--validation_fraction", "0.3", "--tokenizer.vocab_size", "320",
+        "--tokenizer.chat_template", ROOT / "configs" / "chat_template_plain.jinja",
+    )  # fmt: skip
+    assert code == 0, err
+    layout, collate, _, processor, _ = build("llava", tmp_path)
+    rows = layout.__getitems__([0])
+    batch = collate(rows, [])
+    learnt = processor.tokenizer.decode(batch["targets"][0][batch["targets"][0] != IGNORED])
+    assert "red" in learnt and "yes" in learnt and "colour" not in learnt and "sure" not in learnt
+    prompt, answer = read_prompt(rows, collate)
+    asked = processor.tokenizer.decode(prompt["input_ids"][0])
+    assert "colour" in asked and "red" not in asked and "sure" not in asked
+    assert processor.tokenizer.decode(answer).strip().startswith("red") and len(prompt["media"][0]) == 1
+    assert (collate(prompt, [])["input_ids"] == collate.placeholder_id).sum() == 16
