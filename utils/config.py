@@ -7,7 +7,7 @@ optimizer step everywhere.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 SIZE_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 # architecture → name → values of SIZE_NAMES. `tiny` trains in minutes on a CPU. The others are those of published
@@ -37,6 +37,13 @@ DECODER = ("causal", "fill_in_the_middle", "instruction")
 OBJECTIVES = {
     "llama": DECODER, "gpt2": DECODER, "bert": (*DECODER, "masked"), "modernbert": ("masked",), "t5": ("span_corruption",)
 }  # fmt: skip
+
+# Fields of a configuration that `model.overrides` cannot set, because something else decides them.
+DECIDED = {
+    "vocab_size": "the dataset's tokenizer decides it, and model.vocabulary_multiple rounds it up",
+    "is_decoder": "objective.name decides it",
+    "dtype": "weights are fp32, and the launch decides the precision of their products (--mixed_precision)",
+}
 
 
 @dataclass
@@ -184,6 +191,7 @@ class ModelConfig:
             found.append("model.activation_offload needs model.activation_checkpointing; set that to true too")
         if self.pretrained is not None:
             return found
+        found += [f"model.overrides: leave out {name}; {DECIDED[name]}" for name in self.overrides if name in DECIDED]
         if self.lora.rank:
             found.append("model.lora.rank trains adapters beside pretrained weights; give model.pretrained")
         if self.size is not None and self.size not in SIZES.get(self.architecture, {}):
@@ -368,7 +376,7 @@ class TrainConfig:
 
     output: str = "runs/demo"
     """Run folder."""
-    seed: Annotated[int, ">= 0 and < 4294967296"] = 1234
+    seed: Seed = 1234
     """Seed of the initial weights, the data order, dropout and the samples: 32 bits."""
     max_minutes: PositiveFloat | None = None
     """Save and stop so that this launch takes at most this long, from the start of its processes. null: no limit."""
