@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.options import read_options
 from utils.cli import PositiveFloat, UserError, at_exit, parse_config, run_script
+from utils.files import find_obstacle
 
 
 @dataclass
@@ -36,9 +37,12 @@ class RangeTestConfig:
 
     def problems(self) -> list[str]:
         read_options(None, ["--config", self.recipe], runs=False)  # exits if the recipe has a mistake
+        found = []
         if self.min_learning_rate >= self.max_learning_rate:
-            return ["min_learning_rate must be less than max_learning_rate"]
-        return []
+            found.append("min_learning_rate must be less than max_learning_rate")
+        if obstacle := find_obstacle(self.plot):
+            found.append(f"plot {self.plot} {obstacle}")
+        return found
 
 
 config = parse_config(RangeTestConfig, __doc__) if __name__ == "__main__" else None
