@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import script
+from conftest import call, script
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -495,3 +495,10 @@ def test_whether_bf16_is_fast_is_what_the_processor_says(monkeypatch) -> None:
     for generation, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, generation=generation: generation)
         assert fast_bf16(torch.device("cuda")) == fast
+
+
+def test_a_model_that_cannot_compute_gets_no_estimate_instead_of_a_traceback(small_dataset, tmp_path) -> None:
+    options = ["--data.dataset", small_dataset, "--model.architecture", "t5", "--objective.name", "span_corruption",
+               "--model.overrides", "{relative_attention_num_buckets: 0}", "--output", tmp_path / "run"]  # fmt: skip
+    code, out, err = call("train.py", *options, "--dry_run")
+    assert code == 0 and "no estimate for this model: " in out, err

@@ -247,6 +247,7 @@ def test_mistakes_are_named(dataset, tmp_path):
         ("llama", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be 1 or more"),
         ("llama", {"head_dim": -2}, "head_dim is -2; it must be 1 or more"),
         ("gpt2", {"n_embd": 0}, "n_embd is 0; it must be 1 or more"),
+        ("llama", {"attention_dropout": -0.5}, "attention_dropout is -0.5; it must be >= 0 and < 1"),
         ("t5", {"num_heads": 0}, "num_heads is 0; it must be 1 or more"),
         ("llama", {"rope_parameters": {"rope_typ": "linear", "factor": 2.0}}, "'rope_typ'"),
         ("llama", {"rope_parameters": {"rope_type": "linaer", "rope_theta": 1e4}}, "linaer"),

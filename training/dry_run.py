@@ -111,7 +111,7 @@ def dry_run_report(
             device=device.type,
         )  # fmt: skip
         flops = count_step_flops(objective, example, config, plan)
-    except (RuntimeError, ValueError) as error:  # an operation of this model needs values, which fake tensors lack
+    except Exception as error:  # an operation needs values, which fake tensors lack, or the sizes make no model
         return [*lines, f"memory and time: no estimate for this model: {short(error)}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
     step = sum(memory.values())

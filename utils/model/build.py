@@ -172,7 +172,7 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
 
 
 def check_overrides(values: dict[str, Any], cls: Any, where: str = "model.overrides") -> None:
-    """`UserError` for a name that the configuration class does not have, or a size below 1."""
+    """`UserError` for a name that the configuration class does not have, a size below 1, a dropout that is no share."""
     fields = {item.name for item in dataclasses.fields(cls)}
     sizes = {*SIZE_NAMES, *FURTHER_SIZES, *(name for names in OTHER_NAMES.values() for name in names)}
     sizes |= {cls.attribute_map.get(name, name) for name in sizes}
@@ -181,6 +181,8 @@ def check_overrides(values: dict[str, Any], cls: Any, where: str = "model.overri
             raise UserError(f"{where}: {cls.__name__} has no {name}{nearest(name, fields)}")
         if name in sizes and isinstance(value, int) and value < 1:
             raise UserError(f"{where}: {name} is {value}; it must be 1 or more")
+        if is_dropout(name) and isinstance(value, int | float) and not 0 <= value < 1:
+            raise UserError(f"{where}: {name} is {value}; it must be >= 0 and < 1")
 
 
 def check_nested_overrides(values: dict[str, Any], architecture: Any, where: str = "model.overrides") -> None:
@@ -228,11 +230,15 @@ def find_unknown_value(overrides: dict[str, Any], error: Exception) -> str | Non
     return None
 
 
+def is_dropout(name: str) -> bool:
+    """Whether a field of a configuration is a probability of dropout in training."""
+    return ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
+
+
 def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> None:
     """Set every dropout probability of a configuration, except those named in `but`."""
     for name, value in vars(architecture).items():
-        is_dropout = ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
-        if is_dropout and name not in but and not isinstance(value, bool):
+        if is_dropout(name) and name not in but and not isinstance(value, bool):
             setattr(architecture, name, dropout)
 
 
