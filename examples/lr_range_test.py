@@ -57,6 +57,7 @@ from matplotlib.figure import Figure
 from train import orderly_end, start_accelerator
 from training.data import TrainingData
 from training.model import build_training_objective
+from training.monitoring.hints import record_range_test
 from training.optimization.optimizers import build_optimizer
 from utils.checkpoints import TrainState
 from utils.model.build import build_model
@@ -119,11 +120,11 @@ def main(config: RangeTestConfig) -> None:
         if not losses[-1] < config.stop_ratio * min(losses):
             break
     if accelerator.is_main_process:
-        report(config, rates, losses)
+        record_range_test(recipe, data.key, report(config, rates, losses))
 
 
-def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> None:
-    """Print where the loss was lowest, and plot it over the learning rate."""
+def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> float:
+    """Print and return where the loss was lowest, and plot it over the learning rate."""
     finite = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if math.isfinite(loss)]
     if not finite:
         raise UserError(f"the loss is not finite at {rates[0]:.1e} already; lower --min_learning_rate")
@@ -137,6 +138,7 @@ def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> 
     Path(config.plot).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.plot, dpi=120)
     print(f"wrote {config.plot}")
+    return lowest
 
 
 if __name__ == "__main__":
