@@ -96,7 +96,8 @@ def main(config: TrainConfig) -> None:
     save = partial(run.save, model, optimizer, scheduler, average)
     sample = partial(write_sample, accelerator, objective, tokenizer, data.example, config)
     if config.evaluation.at_start and state.optimizer_step == 0:
-        run.tracker.log(look(run.show_evaluation).metrics(data.scored_bytes), 0)
+        run.beat("evaluating")
+        run.log_evaluation(look(run.show_evaluation).metrics(data.scored_bytes))
     while True:
         step = state.optimizer_step
 
@@ -113,7 +114,7 @@ def main(config: TrainConfig) -> None:
                     found = look(run.poll)
                     averaged = None if average is None else average.evaluate(look, run.poll)
                     evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
-                    run.tracker.log(found.metrics(data.scored_bytes, averaged), step)
+                    run.log_evaluation(found.metrics(data.scored_bytes, averaged))
                 if state.sample_due:
                     run.beat("sampling")
                     run.tracker.sample(sample, step)

@@ -29,7 +29,7 @@ HARDWARE: dict[str, dict[str, float]] = {
     "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
 }
 # The names that CUDA gives these cards. The H100 as a PCIe card is slower, and is measured.
-CARD_NAMES = {"L4": r"\bL4\b", "RTX 4090": r"RTX 4090\b", "A100 80GB": r"\bA100\b", "H100 SXM": r"\bH100 80GB HBM"}
+CARD_NAMES = {"L4": r"\bL4\b", "RTX 4090": r"RTX 4090$", "A100 80GB": r"\bA100\b", "H100 SXM": r"\bH100 80GB HBM"}
 MATMUL_SECONDS = 0.5
 
 

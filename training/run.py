@@ -114,7 +114,8 @@ class Run:
     def looking(self, save: Callable[..., None]) -> Iterator[None]:
         """Around an evaluation and a sample (all ranks). A stop request ends only these. An error ends the run; the step is
         saved first, if it is not saved yet and the remaining ranks can do it."""
-        self.beat("evaluating")
+        if self.state.evaluation_due:
+            self.beat("evaluating")
         try:
             yield
         except StopAsked:  # the resumed run evaluates instead
@@ -137,6 +138,10 @@ class Run:
         """`show_evaluation`; raises `StopAsked` on all ranks (which all call) if one is to stop."""
         self.show_evaluation(done, total)
         self.stops.poll()
+
+    def log_evaluation(self, metrics: dict[str, float]) -> None:
+        """Log what an evaluation, which has just ended, found, and how long it took."""
+        self.tracker.log(metrics | {"perf/eval_seconds": self._clock.so_far()}, self.state.optimizer_step)
 
     def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
         """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
@@ -267,7 +272,10 @@ class Run:
                 best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
             if state.best_average_loss is not None:
                 best += f", of the average {state.best_average_loss:.4f} at step {state.best_average_step}"
-            self.tracker.say(f"finished ({reason}); {best}; see {self.config.output}")
+            self.tracker.say(f"finished ({reason}); {best}; see {self.folder}")
+            output = f"exports/{self.folder.name}"
+            self.tracker.say(f"next: python evaluate.py --model {self.folder}")
+            self.tracker.say(f"next: python export.py --checkpoint {self.folder} --output {output}")
         else:
             remedy = "to continue, repeat the command with --checkpoint.resume auto"
             self.tracker.say(f"stopped ({reason}) at step {state.optimizer_step}, which is saved; {remedy}")

@@ -51,7 +51,7 @@ class Console:
         kinds = [name.partition("/")[0] for name in metrics]
         kind = next((kind for kind in kinds if kind != "perf"), "save")
         parts = [_format(name, value, kind) for name, value in metrics.items() if name not in HIDDEN]
-        if seconds_left is not None:
+        if seconds_left is not None and seconds_left >= 0.5:
             parts.append(f"{duration(seconds_left)} left")
         line = f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} {share} | {kind:<5} | {' | '.join(parts)}"
         if self.mode == "json":
@@ -90,13 +90,20 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()  # type: ignore[assignment]
         self.times: Counter[str] = Counter()
-        self._doing, self._since = "starting", time.perf_counter()
+        self._doing = "starting"
+        self._began = self._since = time.perf_counter()
 
     def turn(self, doing: str) -> None:
         now = time.perf_counter()
         self.seconds[self._doing] += now - self._since  # type: ignore[assignment]
-        self.times[doing] += doing != self._doing
+        if doing != self._doing:
+            self.times[doing] += 1
+            self._began = now
         self._doing, self._since = doing, now
+
+    def so_far(self) -> float:
+        """Seconds since the present activity began."""
+        return time.perf_counter() - self._began
 
     def mean(self, doing: str) -> float | None:
         """Seconds of `doing`, each time; None before the first time has ended."""

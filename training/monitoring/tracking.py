@@ -35,7 +35,6 @@ from utils.objectives import Objective, objective_module
 
 SAMPLE_END = "\n\n---\n\n"  # between the samples of several prompts
 WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it
-PACKAGES = {"comet_ml": "comet-ml"}  # the names that differ from the tracker's
 MLFLOW_FILE = "mlflow_id.txt"  # the id of the MLflow run
 
 
@@ -190,10 +189,11 @@ class RunTracker(contextlib.AbstractContextManager):
             self.accelerator.trackers = []  # `init_trackers` starts everything in this list, each time
             try:
                 self.accelerator.log_with = filter_trackers([name], self.accelerator.logging_dir)
-                if not self.accelerator.log_with:
-                    raise ImportError(f"its library is not installed: pip install {PACKAGES.get(name, name)}")
                 options = {name: self._options(name, step)}
-                self.accelerator.init_trackers(config.tracking.project, config=values, init_kwargs=options)
+                again = options[name].get("run_id") is not None  # MLflow never changes the options of a run
+                self.accelerator.init_trackers(
+                    config.tracking.project, config=None if again else values, init_kwargs=options
+                )
                 started += self.accelerator.trackers
                 if name == "mlflow":
                     (self.run / MLFLOW_FILE).write_text(f"{self.accelerator.trackers[0].tracker.info.run_id}\n")
