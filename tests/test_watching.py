@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import SMALL, call, flags, metrics, train, train_losses
 
+from preparation.report.page import table
 from training import hardware
 from training.data import sample_rows
 from training.launch import launcher_options
@@ -287,3 +288,26 @@ def test_idle_gpus_and_accelerates_default_file_are_mentioned(tmp_path, monkeypa
             hints, "launcher_options", lambda chosen=chosen: SimpleNamespace(config_file=chosen, cpu=False)
         )
         assert any(str(default) in line for line in hints.hints_on_launch(accelerator)) is comes
+
+
+def test_a_tokenizer_made_for_other_text_is_mentioned(dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    (figures,) = manifest["tokenizer"]["sources"].values()
+    assert figures["bytes_per_token"] > 1 and "made for other text" not in table(manifest)
+    figures["bytes_per_token"] = 1.4
+    manifest["tokenizer"]["vocab_size"] = 32_000
+    assert "made for other text" not in table(manifest)  # trained here, on few entries
+    manifest["tokenizer"]["from"] = "models/x"
+    assert "a token for every 1.4 bytes" in table(manifest)
+    manifest["tokenizer"]["vocab_size"] = 300
+    assert "made for other text" not in table(manifest)
+
+
+def test_a_masked_model_shows_the_words_that_it_fills_in(dataset, tmp_path):
+    train(
+        tmp_path / "run", data__dataset=dataset, objective__name="masked", model__architecture="bert",
+        tracking__sample_every_steps=10,
+    )  # fmt: skip
+    text = (tmp_path / "run" / "samples.md").read_text()
+    masked, filled = text.partition("\n---")[0], text.partition("filled:")[2]
+    assert "<|mask|>" in masked and filled.strip() and "<|mask|>" not in filled

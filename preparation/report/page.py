@@ -21,6 +21,8 @@ EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # per reason; per document
 CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; per cluster; per member
 COMPARED_CHARACTERS, COMPARED_WORDS = 4000, 500  # of near duplicates; the time of difflib is quadratic
 REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # listed at most; the language filter alone has 180 reasons
+FEW_BYTES = 2.0  # per token: English text takes 3 to 5, Chinese and Russian in a tokenizer made for them 3 to 6
+BYTE_LEVEL = 1000  # entries of a tokenizer whose tokens are bytes or letters by design, at most
 SPELLED = 20  # the same of special tokens
 NAME, LINE = 60, 200  # characters shown of a source's name and of other text from files, to keep the page small
 # HTML forbids control characters, so symbols for them (␀, ␛) replace them.
@@ -283,6 +285,12 @@ def table(manifest: dict[str, Any]) -> str:
     note = f" ({options['vocab_size']:,} requested, but the text has no more pairs to merge)" if short else ""
     lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
     for name, figures in tokenizer["sources"].items():
+        ratio, foreign = figures["bytes_per_token"], tokenizer["from"] != TRAINED_HERE
+        if foreign and ratio < FEW_BYTES and tokenizer["vocab_size"] > BYTE_LEVEL:
+            lines.append(
+                f"hint: the tokenizer takes a token for every {ratio:.1f} bytes of {name}, so it was made for other text; "
+                "leave tokenizer.pretrained out to train one on this text"
+            )
         if lost := figures.get("lost_share"):
             share = f"{lost:.2%}" if lost >= 0.0001 else "< 0.01%"
             lines.append(f"warning: the tokenizer cannot write {share} of {name}: {figures['lost_characters']}")

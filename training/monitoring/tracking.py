@@ -302,14 +302,19 @@ def write_sample(
 
 @torch.no_grad()
 def write_predictions(objective: Objective, tokenizer: Any, batch: dict[str, torch.Tensor]) -> str:
-    """The input of the first row, its targets, and the likeliest token for each of them."""
+    """The input of the first row, its targets, and the likeliest token for each of them; for an encoder, the text filled
+    with these."""
     inputs = {name: values.to(next(objective.parameters()).device) for name, values in batch.items()}
     targets = inputs.pop("targets")[0]
     with evaluating(objective):
         predicted = objective.predict(**inputs)[0][targets != IGNORED].tolist()
     wanted = targets[targets != IGNORED].tolist()
+    ids, filled = batch["input_ids"][0].clone(), ""
+    if objective.is_encoder:
+        ids[(targets != IGNORED).cpu()] = torch.tensor(predicted)
+        filled = f"\nfilled:    {tokenizer.decode(ids)}"
     right = sum(guess == target for guess, target in zip(predicted, wanted, strict=True))
     return (
         f"{tokenizer.decode(batch['input_ids'][0])}\n--- {right} of {len(wanted)} targets right\n"
-        f"targets:   {tokenizer.decode(wanted)}\npredicted: {tokenizer.decode(predicted)}"
+        f"targets:   {tokenizer.decode(wanted)}\npredicted: {tokenizer.decode(predicted)}{filled}"
     )
