@@ -120,7 +120,7 @@ def main(config: RangeTestConfig) -> None:
         if not losses[-1] < config.stop_ratio * min(losses):
             break
     if accelerator.is_main_process:
-        record_range_test(recipe, data.key, report(config, rates, losses))
+        record_range_test(recipe, data.key, report(config, rates, losses), Path(config.plot).with_suffix(".json"))
 
 
 def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> float:

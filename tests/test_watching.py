@@ -120,8 +120,8 @@ def test_time_left_counts_evaluations_and_saves(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.Run, "save", slow("save", naps["save"]))
     monkeypatch.setattr(run_module.Run, "vote", slow("vote", naps["step"]))
 
-    def seconds_left(self, step_seconds):
-        found = original["_seconds_left"](self, step_seconds)
+    def seconds_left(self):
+        found = original["_seconds_left"](self)
         stamps[self.state.optimizer_step] = (time.perf_counter(), found)
         return found
 

@@ -54,9 +54,9 @@ class Run:
             check_tokenizer(self.checkpoint, tokenizer)
             self.state = load_state(self.checkpoint)
         self.first_step = self.saved_step = self.state.optimizer_step
-        # Tokens, seconds of training and steps at the last line of the log, and after the first step of this launch.
-        self._logged = (self.state.tokens_seen, self.state.train_seconds, self.first_step)
-        self._warm: tuple[int, float, int] | None = None
+        # Tokens, seconds of training and steps: when this launch began, after its first step, at the last line of the log.
+        self._launched = (self.state.tokens_seen, self.state.train_seconds, self.first_step)
+        self._warm = self._logged = self._launched
         self._clock = Clock()
         self._hinted = False  # about a loss that does not move
 
@@ -177,11 +177,11 @@ class Run:
         state = self.state
         state.interval_nats += loss * targets
         state.interval_targets += targets
-        self._warm = self._warm or (state.tokens_seen, state.train_seconds, state.optimizer_step)
+        now = (state.tokens_seen, state.train_seconds, state.optimizer_step)
+        self._warm = now if self._warm == self._launched else self._warm
         self.tracker.advance()
         if not shown:
             return
-        now = (state.tokens_seen, state.train_seconds, state.optimizer_step)
         tokens, seconds, step = self._logged if self._warm == now else max(self._logged, self._warm)
         step_seconds = (state.train_seconds - seconds) / (state.optimizer_step - step)
         figures = {
@@ -195,7 +195,7 @@ class Run:
             figures["perf/mfu"] = self._step_flops / step_seconds / self._peak
         if self.data.num_rows is not None:
             figures["train/epoch"] = state.samples_seen / self.data.num_rows
-        self.tracker.log(figures, state.optimizer_step, self._seconds_left(step_seconds))
+        self.tracker.log(figures, state.optimizer_step, self._seconds_left())
         hint = hint_on_loss(self.config, state.optimizer_step, figures["train/loss"], len(self.tokenizer))
         if hint is not None and not self._hinted:
             self._hinted = True
@@ -210,9 +210,12 @@ class Run:
         share = self.data.rows_scored / self.data.plan.global_batch_size
         return estimate_time(self._step_flops / 3 * share, self._peak)
 
-    def _seconds_left(self, step_seconds: float) -> float:
-        """Until the last step, with its evaluations, samples and saves as long as those of this launch so far."""
+    def _seconds_left(self) -> float:
+        """Until the last step. Steps, evaluations, samples and saves take as long as those of this launch so far; the
+        first step counts only as long as it is the only one."""
         state, clock, config = self.state, self._clock, self.config
+        _, seconds, step = self._warm if self._warm[2] < state.optimizer_step else self._launched
+        step_seconds = (state.train_seconds - seconds) / (state.optimizer_step - step)
         steps = self.data.max_steps - state.optimizer_step
         first = max(state.last_evaluated_step + 1, state.optimizer_step)
         evaluations = times_due(config.evaluation.every_steps, first, self.data.max_steps)

@@ -91,7 +91,7 @@ def hint_on_loss(config: TrainConfig, step: int, loss: float, vocabulary: int) -
     )
 
 
-def record_range_test(config: TrainConfig, key: str, lowest: float, path: Path = RANGE_TEST) -> None:
+def record_range_test(config: TrainConfig, key: str, lowest: float, path: Path) -> None:
     """Keep the learning rate of the lowest loss for `hints_on_data`, with what it depends on."""
     path.write_text(json.dumps({"lowest": lowest, "of": _identity(config, key)}, indent=2) + "\n", encoding="utf-8")
 
