@@ -30,8 +30,8 @@ def dataset(small_dataset):
 
 
 def test_a_banner_aligns_the_texts_behind_their_labels():
-    lines = banner(["model: a: b", "data: rows", "hint: type this", "changed since the last launch: x"])
-    assert lines == ["model       a: b", "data        rows", "hint: type this", "changed since the last launch: x"]
+    lines = banner(["model: a: b", "data: rows", "changed since the last launch: x"])
+    assert lines == ["model       a: b", "data        rows", "changed since the last launch: x"]
 
 
 @pytest.mark.parametrize("every", [0, 1, 3, 10, 11])
@@ -74,8 +74,8 @@ def test_the_console_shows_lines_records_or_nothing(dataset, tmp_path):
     assert re.search(r"5/10 +50% \| eval .* bits per byte \| \d+\.\d s$", evaluation)
     assert sum("| save  |" in line for line in lines) == 2
     assert [line for line in lines if line.startswith("next")] == [
-        f"next        python evaluate.py --model {tmp_path / 'lines'}",
-        f"next        python export.py --checkpoint {tmp_path / 'lines'} --output exports/lines",
+        f"next: python evaluate.py --model {tmp_path / 'lines'}",
+        f"next: python export.py --checkpoint {tmp_path / 'lines'} --output exports/lines",
     ]
     assert lines[-1].startswith("next") and shown["lines"] in _without_times(tmp_path / "lines" / "training.log")
 

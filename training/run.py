@@ -13,7 +13,7 @@ from training.dry_run import estimate_time
 from training.hardware import peak_flops_per_second, peak_memory_bytes
 from training.launch import describe_launch
 from training.model import check_tokenizer
-from training.monitoring.console import Clock, times_due
+from training.monitoring.console import Clock, banner, times_due
 from training.monitoring.guards import NO_TARGET, check_limits, write_bad_batch
 from training.monitoring.hints import hint_on_loss, hints_on_data, hints_on_launch
 from training.monitoring.stopping import StopAsked, StopRequests
@@ -96,7 +96,8 @@ class Run:
                 peak_flops_per_second(accelerator.device, accelerator.mixed_precision) * data.plan.num_processes
             )
         launch = describe_launch(accelerator, data.plan)
-        self.tracker.say(*launch, *lines, *data.describe(self._evaluation_seconds()), f"output: {self.folder}")
+        lines = [*launch, *lines, *data.describe(self._evaluation_seconds()), f"output: {self.folder}"]
+        self.tracker.say(*banner(lines))
         self.tracker.say(*self.notes)
         if accelerator.is_main_process:
             self.tracker.say(*hints_on_launch(accelerator), *hints_on_data(config, data))

@@ -115,7 +115,7 @@ def banner(lines: Iterable[str]) -> list[str]:
     found = []
     for line in lines:
         label, colon, text = line.partition(": ")
-        aligned = colon and len(label) < LABEL and " " not in label and label not in ("hint", "note", "warning")
+        aligned = colon and len(label) < LABEL and " " not in label
         found.append(f"{label:<{LABEL}} {text}" if aligned else line)
     return found
 

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from transformers import AutoModelForCausalLM
 
-from training.monitoring.console import Console, banner
+from training.monitoring.console import Console
 from training.parallel.sharding import is_sharded, meeting_group
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
@@ -64,9 +64,9 @@ class RunTracker(contextlib.AbstractContextManager):
         self._start_trackers(config, step)
 
     def say(self, *lines: str) -> None:
-        """Lines for the reader; those of the form `label: text` are aligned."""
+        """Lines for the reader."""
         if self.is_main:
-            for line in banner(lines):
+            for line in lines:
                 self.console.say(line)
                 self.logger.info(line)
 
