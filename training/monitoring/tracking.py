@@ -1,4 +1,4 @@
-"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, loss.png, summary.json.
+"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, and what its end adds.
 
 Only the main process writes; on the other ranks every method returns at once.
 """
@@ -25,6 +25,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from training.parallel.sharding import is_sharded, meeting_group
+from training.report.plot import draw_losses
+from training.report.report import RunReport
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
 from utils.config import TrainConfig
@@ -57,6 +59,7 @@ class RunTracker(contextlib.AbstractContextManager):
         _cut_samples(self.run / "samples.md", state.last_evaluated_step)
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
+        self.report = RunReport(self.run, self.warn)
         self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
         # On a full disk training.log misses a line and TensorBoard's thread ends; no traceback should hide the rest.
         logging.raiseExceptions = False
@@ -101,6 +104,8 @@ class RunTracker(contextlib.AbstractContextManager):
             except Exception as error:  # whatever a tracker raises, the run matters more
                 self.accelerator.trackers.remove(tracker)
                 self._warn_off(tracker.name, error)
+        if kind == "eval":
+            self.report.write()
 
     def _write(self, record: dict[str, float]) -> None:
         """Append a line to metrics.jsonl. On a full disk the line waits for the next call, and no half of it stays."""
@@ -139,7 +144,7 @@ class RunTracker(contextlib.AbstractContextManager):
                 self.warn(f"samples.md cannot be written: {error.strerror}")
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and loss.png, and close the trackers."""
+        """Write summary.json, loss.png and report.html, and close the trackers."""
         if not self.is_main:
             return
         self._write_summary(summary)
@@ -147,6 +152,7 @@ class RunTracker(contextlib.AbstractContextManager):
             draw_losses(self.run / "metrics.jsonl").savefig(self.run / "loss.png", dpi=120)
         except Exception as error:  # a picture is not worth the run's exit code
             self.warn(f"loss.png cannot be written: {short(error)}")
+        self.report.write()
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
@@ -166,6 +172,7 @@ class RunTracker(contextlib.AbstractContextManager):
             summary = {"finished": False, "reason": "rank_gone" if peer_gone else "error", "error": message}
             with contextlib.suppress(OSError):  # one error is enough
                 self._write_summary(summary | {"optimizer_step": self.state.optimizer_step})
+            self.report.write()
         threading.excepthook, logging.raiseExceptions = self.thread_hook, True
         self.progress.close()
         self.metrics_file.close()
@@ -239,25 +246,6 @@ def _cut_metrics(path: Path, step: int, looked: int) -> tuple[int, int]:
             last = max(last, record["step"])
     replace_text(path, "".join(kept))
     return last, again
-
-
-def draw_losses(metrics: Path) -> Any:
-    """A figure of matplotlib: training and evaluation loss over the steps."""
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
-            step, loss = points[-1]
-            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
 
 
 def write_sample(
