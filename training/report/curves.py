@@ -112,7 +112,7 @@ def read_curves(path: Path, steps: Collection[int] = ()) -> Curves:
     curves = Curves()
     for line in iter_lines(path):
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
             step = record.pop("step")
             if type(step) is not int or not 0 <= step < 1 << 53:
                 raise ValueError(step)
@@ -183,17 +183,16 @@ def draw(curve: Curve) -> Drawn:
 def chart(curves: list[Curve], unit: str, *, from_zero: bool = False, skip: float = 0.0) -> dict[str, Any] | None:
     """What the template draws: lines, behind them the range of each bucket, and ticks; None if there is no point.
 
-    `unit`: the name of the x axis. `from_zero`: whether the y axis begins at 0. `skip`: the share of the x axis from 0 to
-    the last point that is left out.
+    `unit`: the name of the x axis, which begins at 0, or, with `skip`, after that share of it. `from_zero`: whether the y
+    axis begins at 0 too.
     """
     drawn = [draw(curve) for curve in curves if curve.series.count]
     xs = [x for each in drawn for x, _ in each.points]
     if not xs:
         return None
-    left, right = max(xs) * skip if skip else min(xs), max(xs)
-    if left == right:
-        left, right = left - 0.5, right + 0.5
-    drawn = [each for each in (each.after(left) for each in drawn) if each.points]
+    right = max(xs) or 1.0
+    left = right * skip
+    drawn = [each for each in (each.after(left) for each in drawn) if each.points and each.ranges]
     low, high, peaks = limits(drawn, from_zero)
     log = not from_zero and 0 < low < high / 100
     place, scale = _scale(left, right), _log_scale(low, high) if log else _scale(low, high)
@@ -201,18 +200,20 @@ def chart(curves: list[Curve], unit: str, *, from_zero: bool = False, skip: floa
         "lines": [_paths(each, place, scale) for each in drawn],
         "x": [(f"{place(x) / SIDE:.2%}", label) for x, label in ticks(left, right)],
         "y": [(f"{1 - scale(y) / SIDE:.2%}", label) for y, label in (log_ticks if log else ticks)(low, high)],
-        "unit": unit, "log": log, "peaks": [(f"{value:,.4g}", int(step)) for step, value in peaks],
+        "unit": unit, "log": log, "peaks": [(spell_value(value), int(step)) for step, value in peaks],
     }  # fmt: skip
 
 
 def limits(drawn: list[Drawn], from_zero: bool) -> tuple[float, float, list[Point]]:
     """The ends of the y axis, and the highest point of each curve that rises above it: a spike may be so high that all
     else would be a flat line. The first point stays, because a loss begins high."""
-    usual_low, usual_high = np.quantile([y for each in drawn for _, y in each.points], [0.02, 0.98]).tolist()
+    lows = [bucket.low[1] for each in drawn for _, bucket in each.ranges]
+    highs = [bucket.high[1] for each in drawn for _, bucket in each.ranges]
+    usual_low, usual_high = float(np.quantile(lows, 0.02)), float(np.quantile(highs, 0.98))
     margin = max(usual_high - usual_low, abs(usual_high) / 10)
     ceiling = max([usual_high + margin, *(each.points[0][1] for each in drawn)])
-    highest = [max((bucket.high for _, bucket in each.ranges), key=_value, default=each.points[0]) for each in drawn]
-    lowest = [min((bucket.low for _, bucket in each.ranges), key=_value, default=each.points[0]) for each in drawn]
+    highest = [max((bucket.high for _, bucket in each.ranges), key=_value) for each in drawn]
+    lowest = [min((bucket.low for _, bucket in each.ranges), key=_value) for each in drawn]
     low, high = min(value for _, value in lowest), max(value for _, value in highest)
     low, high = min(low, 0.0) if from_zero else low, min(high, ceiling)
     if low == high:
@@ -240,7 +241,7 @@ def _paths(drawn: Drawn, place: Callable[[float], float], scale: Callable[[float
 
     points = path(drawn.points)
     found = {"name": curve.name, "colour": curve.colour, "line": "M" + " ".join(points), "band": "", "dots": ""}
-    if curve.series.size > 1 and drawn.ranges:
+    if curve.series.size > 1:
         above = path([(x, bucket.high[1]) for x, bucket in drawn.ranges])
         below = path([(x, bucket.low[1]) for x, bucket in reversed(drawn.ranges)])
         found["band"] = "M" + " ".join(above + below) + "Z"
@@ -249,7 +250,12 @@ def _paths(drawn: Drawn, place: Callable[[float], float], scale: Callable[[float
     return found
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[tuple[float, str]]:
+def spell_value(value: float) -> str:
+    """Four digits, or a whole number."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e12 else f"{value:.4g}"
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
     """Some round numbers from low to high, at most about `most`, and their labels."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
