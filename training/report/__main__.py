@@ -34,7 +34,9 @@ def main(arguments: list[str]) -> None:
     paths = list({path.resolve(): path for path in options.runs}.values())
     for path in paths:
         if not (path / "config.yaml").is_file():
-            raise UserError(f"{path} is no run folder" + (" (it has no config.yaml)" if path.exists() else ": it does not exist"))
+            raise UserError(
+                f"{path} is no run folder" + (" (it has no config.yaml)" if path.exists() else ": it does not exist")
+            )
     output = options.output or (paths[0] / PAGE if len(paths) == 1 else Path("comparison.html"))
     if output.exists() and not (output.is_file() and OWN in output.read_bytes()[:1000]):
         raise UserError(f"{output} exists and is no page of a run; choose another file with --output")

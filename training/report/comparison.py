@@ -31,7 +31,13 @@ def html_comparison(runs: list[RunFolder]) -> str:
     known = [figures_of(run) for run in runs]
     shown = [name for name in FIGURES if any(name in figures for figures in known)]
     rows = [
-        (colour(number), names[number], state_of(run), f"{run.step:,}", *(figures.get(name, ("",))[0] for name in shown))
+        (
+            colour(number),
+            names[number],
+            state_of(run),
+            f"{run.step:,}",
+            *(figures.get(name, ("",))[0] for name in shown),
+        )
         for number, (run, figures) in enumerate(zip(runs, known, strict=True))
     ]
     datasets = {(run.dataset_key, run.options["data.dataset"]) for run in runs}
@@ -43,10 +49,10 @@ def html_comparison(runs: list[RunFolder]) -> str:
 
 
 def labels(paths: list[Path]) -> list[str]:
-    """The names of the run folders, or their paths where two have the same name."""
+    """The names of the run folders, or the end of their paths where two have the same name."""
     names = [path.resolve().name for path in paths]
     counts = Counter(names)
-    return [cut(name if counts[name] == 1 else str(path), NAME) for name, path in zip(names, paths, strict=True)]
+    return [name if counts[name] == 1 else str(path)[-NAME:] for name, path in zip(names, paths, strict=True)]
 
 
 def differing_options(runs: list[RunFolder]) -> list[list[Any]]:

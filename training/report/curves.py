@@ -21,7 +21,7 @@ Point = tuple[float, float]  # step, value
 class Bucket(NamedTuple):
     """Successive points of a curve, as one."""
 
-    count: int
+    size: int  # their number
     steps: float  # their sum
     total: float  # of the values
     low: Point
@@ -30,7 +30,7 @@ class Bucket(NamedTuple):
     def join(self, other: "Bucket") -> "Bucket":
         low, high = (self.low, other.low), (self.high, other.high)
         return Bucket(
-            self.count + other.count, self.steps + other.steps, self.total + other.total,
+            self.size + other.size, self.steps + other.steps, self.total + other.total,
             min(low, key=_value), max(high, key=_value),
         )  # fmt: skip
 
@@ -44,25 +44,41 @@ class Series:
     each two become one. First and last point, and the extremes of each bucket, stay exact."""
 
     def __init__(self) -> None:
-        self.first = self.last = (0.0, 0.0)
-        self.count = self.missing = 0  # finite values; others
+        self.missing = 0  # values that are not finite
         self.size = 1  # points per bucket
         self._buckets: list[Bucket] = []
         self._open: list[Point] = []  # the points of the bucket to come
+        self._ends: list[Point] = []  # the first point, and the last one in a bucket
 
     def add(self, step: float, value: float) -> None:
-        self.last = point = (step, value)
-        if not self.count:
-            self.first = point
-        self.count += 1
-        self._open.append(point)
+        self._open.append((step, value))
         if len(self._open) >= self.size:
-            self._buckets.append(_bucket(self._open))
-            self._open = []
-            if len(self._buckets) >= BUCKETS:
-                pairs = zip(self._buckets[::2], self._buckets[1::2], strict=True)
-                self._buckets = [one.join(other) for one, other in pairs]
-                self.size *= 2
+            self._close()
+
+    def _close(self) -> None:
+        self._ends = [self.first, self.last]
+        self._buckets.append(_bucket(self._open))
+        self._open = []
+        if len(self._buckets) >= BUCKETS:
+            pairs = zip(self._buckets[::2], self._buckets[1::2], strict=True)
+            self._buckets = [one.join(other) for one, other in pairs]
+            self.size *= 2
+
+    def __bool__(self) -> bool:
+        """Whether there is a point."""
+        return bool(self._buckets or self._open)
+
+    @property
+    def count(self) -> int:
+        return len(self._buckets) * self.size + len(self._open)
+
+    @property
+    def first(self) -> Point:
+        return (self._ends or self._open)[0]
+
+    @property
+    def last(self) -> Point:
+        return (self._open or self._ends)[-1]
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -79,13 +95,15 @@ class Series:
 
     def line(self) -> list[Point]:
         """The points themselves, or, if they are too many, the means of the buckets between the first and the last."""
-        means = [(bucket.steps / bucket.count, bucket.total / bucket.count) for bucket in self.buckets]
+        means = [(bucket.steps / bucket.size, bucket.total / bucket.size) for bucket in self.buckets]
         return means if self.size == 1 else [self.first, *means, self.last]
 
 
 def _bucket(points: list[Point]) -> Bucket:
     steps, values = zip(*points, strict=True)
-    return Bucket(len(points), sum(steps), sum(values), min(points, key=_value), max(points, key=_value))
+    low, high = min(values), max(values)
+    ends = ((steps[values.index(value)], value) for value in (low, high))
+    return Bucket(len(points), sum(steps), sum(values), *ends)
 
 
 @dataclass
@@ -99,22 +117,23 @@ class Curves:
 
     def get(self, *names: str) -> dict[str, Series]:
         """Those of `names` that have a finite value."""
-        return {name: self.series[name] for name in names if name in self.series and self.series[name].count}
+        return {name: self.series[name] for name in names if self.series.get(name)}
 
     def hours(self, steps: Sequence[float]) -> list[float]:
         """Hours of training until each of `steps`, interpolated between log lines."""
-        points = [(0.0, 0.0), *self.series["perf/train_seconds"].line()]
-        return (np.interp(steps, *zip(*points, strict=True)) / 3600).tolist()  # type: ignore[no-any-return]
+        known, seconds = zip((0.0, 0.0), *self.series["perf/train_seconds"].line(), strict=True)
+        return (np.interp(steps, known, seconds) / 3600).tolist()  # type: ignore[no-any-return]
 
 
 def read_curves(path: Path, steps: Collection[int] = ()) -> Curves:
     """The curves of a metrics.jsonl, line by line. Lines that are no record are counted and left out."""
-    curves = Curves()
+    curves, isfinite = Curves(), math.isfinite
+    decode = json.JSONDecoder().raw_decode  # two thirds of the time of `json.loads`
     for line in iter_lines(path):
         try:
-            record = json.loads(line.decode())
+            record, end = decode(text := line.decode())
             step = record.pop("step")
-            if type(step) is not int or not 0 <= step < 1 << 53:
+            if text[end:].strip() or type(step) is not int or not 0 <= step < 1 << 53:
                 raise ValueError(step)
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             curves.damaged += 1
@@ -125,7 +144,7 @@ def read_curves(path: Path, steps: Collection[int] = ()) -> Curves:
                     curves.crowded = True
                     continue
                 series = curves.series[name] = Series()
-            if type(value) is float and math.isfinite(value):
+            if type(value) is float and isfinite(value):
                 series.add(step, value)
             elif type(value) is int and abs(value) < 1 << 1000:
                 series.add(step, float(value))
@@ -175,7 +194,7 @@ class Drawn(NamedTuple):
 def draw(curve: Curve) -> Drawn:
     line, buckets = curve.series.line(), curve.series.buckets
     xs = curve.x([step for step, _ in line])
-    middles = curve.x([bucket.steps / bucket.count for bucket in buckets])
+    middles = curve.x([bucket.steps / bucket.size for bucket in buckets])
     points = [(x, value) for x, (_, value) in zip(xs, line, strict=True)]
     return Drawn(curve, points, list(zip(middles, buckets, strict=True)))
 
@@ -186,13 +205,12 @@ def chart(curves: list[Curve], unit: str, *, from_zero: bool = False, skip: floa
     `unit`: the name of the x axis, which begins at 0, or, with `skip`, after that share of it. `from_zero`: whether the y
     axis begins at 0 too.
     """
-    drawn = [draw(curve) for curve in curves if curve.series.count]
-    xs = [x for each in drawn for x, _ in each.points]
-    if not xs:
-        return None
-    right = max(xs) or 1.0
+    drawn = [draw(curve) for curve in curves if curve.series]
+    right = max((x for each in drawn for x, _ in each.points), default=0.0) or 1.0
     left = right * skip
     drawn = [each for each in (each.after(left) for each in drawn) if each.points and each.ranges]
+    if not drawn:
+        return None
     low, high, peaks = limits(drawn, from_zero)
     log = not from_zero and 0 < low < high / 100
     place, scale = _scale(left, right), _log_scale(low, high) if log else _scale(low, high)
@@ -261,7 +279,9 @@ def ticks(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [(number * step, tick_label(number * step, step, max(abs(low), abs(high)))) for number in range(first, last + 1)]
+    return [
+        (number * step, tick_label(number * step, step, max(abs(low), abs(high)))) for number in range(first, last + 1)
+    ]
 
 
 def log_ticks(low: float, high: float) -> list[tuple[float, str]]:
@@ -275,7 +295,9 @@ def tick_label(value: float, step: float, largest: float) -> str:
     """`value` with as many digits as the `step` between two ticks needs, in a unit that suits the `largest`."""
     units = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
     unit, letter = next(((unit, letter) for least, unit, letter in units if largest >= least), (1.0, ""))
-    if step < 1e-4 or largest >= 1e16:
-        return f"{value:.3g}"
+    if largest < 0.01 or largest >= 1e16:
+        power = math.floor(math.log10(largest))
+        digits = max(0, power - math.floor(math.log10(step) + 1e-9))
+        return f"{value / 10**power:.{digits}f}e{power}" if value else "0"
     digits = max(0, -math.floor(math.log10(step / unit) + 1e-9))
     return f"{value / unit:,.{digits}f}{letter if value else ''}"

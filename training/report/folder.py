@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ class RunFolder:
     @property
     def step(self) -> int:
         """The newest step that some file names."""
-        lasts = [series.last[0] for series in self.curves.series.values() if series.count]
+        lasts = [series.last[0] for series in self.curves.series.values() if series]
         summarized = self.summary.get("optimizer_step")
         return max([0, *map(int, lasts), summarized if isinstance(summarized, int) else 0])
 
@@ -61,36 +61,38 @@ class RunFolder:
 def read_run(path: Path) -> RunFolder:
     folder = path / "checkpoints"
     checkpoints = list_checkpoints(folder) if folder.is_dir() else []
-    summary = _or(lambda: read_json(path / "summary.json"), {})
-    launches = [item for item in _or(lambda: read_json(path / "environment.json", list), []) if isinstance(item, dict)]
-    saved = flatten(_or(lambda: read_yaml(path / "config.yaml"), {}))
+    nothing: dict[str, Any] = {}
+    summary = _or(lambda: read_json(path / "summary.json"), nothing)
+    launches: list[Any] = _or(lambda: read_json(path / "environment.json", list), [])
+    options = default_options() | _or(lambda: flatten(read_yaml(path / "config.yaml")), nothing)
     events, max_steps = read_events(path / "training.log")
+    if max_steps is None and type(options["schedule.max_steps"]) is int:
+        max_steps = options["schedule.max_steps"]
     state = _or(lambda: load_state(checkpoints[-1]), None) if checkpoints else None
-    where = (summary.get("tokens_seen"), summary.get("optimizer_step"))
-    if not all(isinstance(number, int) and number > 0 for number in where):
-        where = (state.tokens_seen, state.optimizer_step) if state is not None else (0, 0)
-    tokens, step = where
+    tokens, step = summary.get("tokens_seen"), summary.get("optimizer_step")
+    if state is not None and not (type(tokens) is int and type(step) is int):
+        tokens, step = state.tokens_seen, state.optimizer_step
     return RunFolder(
         path=path,
-        options=default_options() | saved,
+        options=options,
         summary=summary,
-        launches=launches,
+        launches=[item for item in launches if isinstance(item, dict)],
         curves=read_curves(path / "metrics.jsonl", {step_of(checkpoint) for checkpoint in checkpoints}),
         checkpoints=checkpoints,
         pointers=_or(lambda: read_pointers(folder), {}) if checkpoints else {},
         events=events,
         samples=read_samples(path / "samples.md"),
-        max_steps=max_steps or saved.get("schedule.max_steps"),
-        tokens_per_step=tokens / step if tokens and step else None,
-        dataset_key=state and state.dataset_key,
+        max_steps=max_steps,
+        tokens_per_step=tokens / step if type(tokens) is int and type(step) is int and step > 0 else None,
+        dataset_key=None if state is None else state.dataset_key,
     )
 
 
-def _or(read: Any, default: Value) -> Value:
+def _or(read: Callable[[], Value], default: Value) -> Value:
     """What `read` returns, or `default` if the file is missing or damaged."""
     try:
-        return read()  # type: ignore[no-any-return]
-    except (UserError, OSError):
+        return read()
+    except (UserError, OSError, TypeError):  # TypeError: a key that is no text
         return default
 
 

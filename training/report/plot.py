@@ -20,9 +20,16 @@ def draw_losses(metrics: Path) -> Any:
         step, low = series.low
         label = f"{name}: last {series.last[1]:.3f}, lowest {low:.3f} at step {int(step):,}"
         mark = "" if name == "train/loss" or series.count > 60 else "o"
-        above.plot(*zip(*series.line(), strict=True), label=label, color=COLOURS[name], marker=mark, markersize=4, linewidth=1.2)
+        above.plot(
+            *zip(*series.line(), strict=True),
+            label=label,
+            color=COLOURS[name],
+            marker=mark,
+            markersize=4,
+            linewidth=1.2,
+        )
         if series.size > 1:
-            spans = [(bucket.steps / bucket.count, bucket.low[1], bucket.high[1]) for bucket in series.buckets]
+            spans = [(bucket.steps / bucket.size, bucket.low[1], bucket.high[1]) for bucket in series.buckets]
             above.fill_between(*zip(*spans, strict=True), color=COLOURS[name], alpha=0.2, linewidth=0)
     for series in curves.get("train/learning_rate").values():
         below.plot(*zip(*series.line(), strict=True), color="0.35", linewidth=1.2)

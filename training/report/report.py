@@ -24,7 +24,7 @@ from training.report.folder import (
     read_run,
     spell,
 )
-from utils.checkpoints import step_of
+from utils.checkpoints import POINTERS, step_of
 from utils.files import UserError, flatten, read_json, readable, replace_text, short
 from utils.report import LINE, NAME, cut, page_templates
 
@@ -119,7 +119,9 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
 def figures_of(run: RunFolder) -> dict[str, tuple[str, str]]:
     """Name → (value, note) of what is known of a run's results."""
     found = {}
-    known = run.curves.get("eval/loss", "eval/bits_per_byte", "train/loss", "perf/train_seconds", "perf/tokens_per_second")
+    known = run.curves.get(
+        "eval/loss", "eval/bits_per_byte", "train/loss", "perf/train_seconds", "perf/tokens_per_second"
+    )
     for metric, name, digits in (("eval/loss", "best evaluation loss", 4), ("eval/bits_per_byte", "bits per byte", 3)):
         if metric in known:
             step, low = known[metric].low
@@ -160,7 +162,7 @@ def spell_count(number: float) -> str:
 def checkpoint_row(run: RunFolder, path: Path, losses: list[str]) -> list[str]:
     step = step_of(path)
     found = [run.curves.at.get(step, {}).get(name) for name in losses]
-    marks = ", ".join(mark.replace("_", " ") for mark, name in run.pointers.items() if name == path.name)
+    marks = ", ".join(mark.replace("_", " ") for mark in POINTERS if run.pointers.get(mark) == path.name)
     spelled = [f"{loss:.4f}" if isinstance(loss, float) else "" for loss in found]
     return [f"{step:,}", marks, *spelled, readable(folder_bytes(path))]
 
