@@ -351,7 +351,7 @@ Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", 
 
 @dataclass
 class TrackingConfig:
-    """What a person sees. metrics.jsonl, training.log, loss.png and summary.json are always written."""
+    """What a person sees. metrics.jsonl, training.log, report.html, loss.png and summary.json are always written."""
 
     log_every_steps: PositiveInt = 20
     """Optimizer steps between log lines. train/loss and the speed are means over the steps since the last line, the

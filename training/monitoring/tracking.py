@@ -1,4 +1,4 @@
-"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, loss.png, summary.json.
+"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, and what its end adds.
 
 Only the main process writes; on the other ranks every method returns at once.
 """
@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from training.monitoring.console import Console
 from training.parallel.sharding import is_sharded, meeting_group
+from training.report.plot import draw_losses
+from training.report.report import RunReport
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
 from utils.config import TrainConfig
@@ -58,6 +60,7 @@ class RunTracker(contextlib.AbstractContextManager):
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
         self.console = Console(config.console, max_steps, step)
+        self.report = RunReport(self.run, self.warn)
         # On a full disk training.log misses a line and TensorBoard's thread ends; no traceback should hide the rest.
         logging.raiseExceptions = False
         self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
@@ -88,6 +91,8 @@ class RunTracker(contextlib.AbstractContextManager):
                 continue
             if kind != "eval" or step != self.sent_evaluation:
                 self._send(tracker, metrics, step)
+        if kind == "eval":
+            self.report.write()
 
     def _send(self, tracker: Any, values: dict[str, Any], step: int) -> None:
         try:
@@ -144,7 +149,7 @@ class RunTracker(contextlib.AbstractContextManager):
                     self._send(tracker, {"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and loss.png, and close the trackers."""
+        """Write summary.json, loss.png and report.html, and close the trackers."""
         if not self.is_main:
             return
         self._write_summary(summary)
@@ -152,6 +157,7 @@ class RunTracker(contextlib.AbstractContextManager):
             draw_losses(self.run / "metrics.jsonl").savefig(self.run / "loss.png", dpi=120)
         except Exception as error:  # a picture is not worth the run's exit code
             self.warn(f"loss.png cannot be written: {short(error)}")
+        self.report.write()
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
@@ -171,6 +177,7 @@ class RunTracker(contextlib.AbstractContextManager):
             summary = {"finished": False, "reason": "rank_gone" if peer_gone else "error", "error": message}
             with contextlib.suppress(OSError):  # one error is enough
                 self._write_summary(summary | {"optimizer_step": self.state.optimizer_step})
+            self.report.write()
         threading.excepthook, logging.raiseExceptions = self.thread_hook, True
         self.console.close()
         self.metrics_file.close()
@@ -260,25 +267,6 @@ def _cut_metrics(path: Path, step: int, looked: int) -> tuple[int, int]:
             last = max(last, record["step"])
     replace_text(path, "".join(kept))
     return last, again
-
-
-def draw_losses(metrics: Path) -> Any:
-    """A figure of matplotlib: training and evaluation loss over the steps."""
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
-            step, loss = points[-1]
-            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
 
 
 def write_sample(
