@@ -319,7 +319,7 @@ MUTANTS = [
            "test_every_split_of_the_global_batch_gives_the_reference_losses"),
     # ---- Figures and hints
     Mutant("an A100 is taken for a tenth of itself",
-           "dry_run.py:", "312e12", "31.2e12",
+           "hardware.py:", "312e12", "31.2e12",
            "test_the_peaks_of_the_cards_are_what_their_processors_can_do"),
     Mutant("the dry run evaluates without weights",
            "dry_run_report", 'evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]', "pass",

@@ -162,7 +162,7 @@ def test_a_run_is_running_until_its_summary_says_how_it_ended(tmp_path):
     assert "running" in page and "20 of 800" in page and "about 6 min 30 s left" in page
     (run / "summary.json").write_text(json.dumps({"finished": False, "reason": "error", "error": "loss is NaN"}))
     page = Page(report.html_report(read_run(run))).text
-    assert "stopped (error)" in page and "loss is NaN" in page and "running" not in page
+    assert "stopped (error)" in page and "loss is NaN" in page and "s left" not in page
 
 
 def test_events_are_the_newest_warnings_and_resumes(tmp_path):
