@@ -13,6 +13,10 @@ from utils.data.token_dataset import load_manifest
 from utils.pretrained import check_name, check_peft
 
 STOP_FILE = "stop"  # in the run folder: its user asks the run to save and end
+# What makes a conversation of messages, if no tokenizer that has a template is given.
+TEMPLATE = (
+    "--tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
+)
 FP8_LIBRARIES = ("torchao", "transformer_engine", "msamp")  # accelerate's, in its order
 
 
@@ -39,10 +43,15 @@ def check_data(config: TrainConfig, argv: list[str]) -> None:
     dataset = config.data.dataset
     if not Path(dataset).exists() and (commands := commands_for(dataset, argv)):
         raise UserError(f"dataset {dataset} does not exist; make it with: {commands}")
-    splits = load_manifest(dataset)["splits"]
-    if config.objective.name == "instruction" and "assistant_tokens" not in splits["validation"]:
-        remedy = "prepare some with --messages_column messages"
-        raise UserError(f"objective.name instruction needs conversations, but {dataset} has none; {remedy}")
+    is_chat, sources = config.objective.name == "instruction", "'[my_texts/]'"
+    if is_chat:
+        sources = f"'[my_chats.jsonl]' --messages_column messages {TEMPLATE}"
+    if config.model.pretrained is not None:
+        sources = f"{sources.removesuffix(TEMPLATE).rstrip()} --tokenizer.pretrained {config.model.pretrained}"
+    splits = load_manifest(dataset, sources)["splits"]
+    if is_chat and "assistant_tokens" not in splits["validation"]:
+        why = f"objective.name instruction needs conversations, but {dataset} has none"
+        raise UserError(f"{why}; prepare some with: python prepare_data.py --sources {sources} --output data/chats")
 
 
 def check_libraries(config: TrainConfig, trackers: bool) -> None:
