@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PRODUCT = ("tests", "benchmarks", "examples")
+NOT_PRODUCT = ("tests", "benchmarks", "examples", "sample_data")
 SECONDS = 300  # for a test that a fault has made endless
 
 
