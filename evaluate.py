@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from utils.checkpoints import find_checkpoint, resolve_checkpoint
-from utils.cli import NonNegativeFloat, NonNegativeInt, PositiveInt, UserError, parse_config, parse_sections, run_script
+from utils.cli import NonNegativeFloat, PositiveInt, Seed, UserError, parse_config, parse_sections, run_script
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+from utils.files import find_obstacle
 from utils.pretrained import check_adapters, hide_special_tokens, read_processor, tokenizer_of
 
 NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file or --prompt"
@@ -43,7 +44,7 @@ class EvaluateConfig:
     """Longest continuation, in tokens."""
     temperature: NonNegativeFloat = 0.8
     """Sampling temperature. 0 takes the likeliest token."""
-    seed: NonNegativeInt = 1234
+    seed: Seed = 1234
     """Seed of the sampled text."""
     blank_media: bool = False
     """Replace all pictures by grey ones and all sounds by silence. A control: what the model says without them."""
@@ -62,12 +63,15 @@ class EvaluateConfig:
             found.append(NOTHING_TO_SCORE.format(self.model))
         if self.report is not None and not Path(self.report).resolve().parent.is_dir():
             found.append(f"--report {self.report}: there is no folder to write it to")
+        elif self.report is not None and (obstacle := find_obstacle(self.report)):
+            found.append(f"--report {self.report} {obstacle}")
         if self.dataset is not None and self.text_file is not None:
             found.append("give dataset or text_file, not both")
         elif self.dataset is not None:
             load_manifest(self.dataset)
         elif self.text_file is not None and not Path(self.text_file).is_file():
-            found.append(f"{self.text_file}: no such file")
+            why = "is no file" if Path(self.text_file).exists() else "does not exist"
+            found.append(f"--text_file {self.text_file} {why}")
         return found
 
 

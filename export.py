@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
-from utils.cli import UserError, parse_config, parse_sections, run_script
+from utils.cli import NonNegativeFloat, UserError, parse_config, parse_sections, run_script
 from utils.pretrained import check_adapters
 
 
@@ -24,7 +24,7 @@ class ExportConfig:
     """Run folder (its best checkpoint is exported, or that of the best average) or checkpoint folder."""
     output: str = "exports/demo"
     """Folder to write. It must not exist."""
-    max_logit_difference: float = 1e-5
+    max_logit_difference: NonNegativeFloat = 1e-5
     """Largest difference allowed between the logits of the checkpoint and those of the reloaded export."""
     weights: Literal["trained", "average"] = "trained"
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
@@ -35,6 +35,8 @@ class ExportConfig:
         return ("best_average", "best", "last") if self.weights == "average" else ("best", "last")
 
     def problems(self) -> list[str]:
+        if not self.output:
+            return ["output is empty; name a folder"]
         check_adapters(find_checkpoint(self.checkpoint, *self.pointers))
         return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
 

@@ -13,6 +13,7 @@ from utils.cli import UserError, parse_config, run_script
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -38,9 +39,11 @@ from preparation.sources.conversations import SEPARATOR, without_system
 from preparation.sources.documents import (
     DOCUMENT_FEATURES,
     MEDIA_FEATURES,
+    Document,
     check_broken,
     find_media,
     iter_file_texts,
+    iter_records,
     read_sources,
     standard_input_in_file,
 )
@@ -53,6 +56,7 @@ from preparation.sources.files import (
     hash_paths,
     identify,
     reading_options,
+    reading_units,
     recipe_key,
     tokenizer_files,
 )
@@ -79,6 +83,7 @@ class Engine(NamedTuple):
 
 
 THIS_MACHINE = Engine()
+FIRST_RECORDS = 100  # of each source, which are compared with the chat template before all are read
 NO_MARK = "cleaning removed the mark of a picture"
 MAX_LOST_SHARE = 0.05  # of the characters of a source, which the tokenizer cannot write; emoji in English are fewer
 
@@ -98,7 +103,7 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         if claimed is None:
             return
         files, found, key = claimed
-        check_tokenizer(config)  # now, not after hours of reading
+        encoder = check_tokenizer(config, sources, found)  # now, not after hours of reading
 
         # ---- Read: sources of any format → one table on disk with the columns text, source and id, and with media.
         limit = config.stream_head_documents if config.stream else None
@@ -109,6 +114,8 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         counts = json.loads((folder / "read.json").read_text(encoding="utf-8"))
         check_broken(counts, config.max_broken_share)
         documents = load_slices(folder / "documents.arrow")
+        if encoder is not None:
+            encoder.check_parts(documents.data)
 
         # ---- Clean: documents → the same with changed text, and with a reason for each that is dropped.
         texts = documents.select_columns(list(DOCUMENT_FEATURES))  # without what belongs to them
@@ -451,18 +458,26 @@ def find_placeholder(tokenizer: Any) -> str:
     return getattr(tokenizer, "image_token", None) or MARK
 
 
-def check_tokenizer(config: PrepareConfig) -> None:
-    """`UserError` if the tokenizer that you supply cannot be used, or your chat template has a mistake."""
+def check_tokenizer(
+    config: PrepareConfig, sources: list[SourceConfig], found: dict[str, Found]
+) -> ConversationEncoder | None:
+    """`UserError` if the tokenizer that you supply cannot be used, or your chat template has a mistake or does not write
+    all of a source's first conversations. Returns the encoder of conversations, if the sources hold some."""
     tokenizer = None
     if config.tokenizer.pretrained is not None:
         tokenizer = supplied_tokenizer(config)
     elif config.tokenizer.chat_template:
         tokenizer = trained_tokenizer(config, [["a word"]])
-    sources = resolve_sources(config)
-    if tokenizer is not None and holds_conversations(sources):
-        ConversationEncoder(
-            tokenizer, placeholder=find_placeholder(tokenizer) if media_kind(sources) == "image" else None
-        )
+    if tokenizer is None or not holds_conversations(sources):
+        return None
+    encoder = ConversationEncoder(
+        tokenizer, placeholder=find_placeholder(tokenizer) if media_kind(sources) == "image" else None
+    )
+    for source in sources:
+        first = itertools.islice(iter_records(source, reading_units(source, found[str(source.name)])), FIRST_RECORDS)
+        documents = [record for record in first if isinstance(record, Document)]
+        encoder.check_parts(pa.table({name: [getattr(item, name) for item in documents] for name in ("text", "id")}))
+    return encoder
 
 
 def check_loss(described: dict[str, dict[str, Any]], tokenizer: str) -> None:

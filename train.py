@@ -79,7 +79,7 @@ def main(config: TrainConfig) -> None:
     else:
         model = build_model(config.model, tokenizer, task.AUTO_MODEL)
     objective = build_training_objective(model, config, accelerator, data)
-    lines = describe_objective(objective, config, data, new=not run.checkpoint) if accelerator.is_main_process else []
+    about = describe_objective(objective, config, data, new=not run.checkpoint) if accelerator.is_main_process else None
     optimizer = build_optimizer(model, config.optimizer, fused=accelerator.scaler is None)
     scheduler = build_scheduler(optimizer, config.schedule, max_steps)
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
@@ -87,7 +87,7 @@ def main(config: TrainConfig) -> None:
     )
     enable_sharded_generate(accelerator.unwrap_model(objective))
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
-    run.begin(model, optimizer, scheduler, average, lines)
+    run.begin(model, optimizer, scheduler, average, about)
 
     # ---- The loop. Each iteration evaluates and saves if it is time, then makes one optimizer step on one global batch.
     # Everything that decides a step is a function of (seed, samples seen, rank): a resumed run repeats it.
@@ -97,7 +97,8 @@ def main(config: TrainConfig) -> None:
     save = partial(run.save, model, optimizer, scheduler, average)
     sample = partial(write_sample, accelerator, objective, processor, data, config)
     if config.evaluation.at_start and state.optimizer_step == 0:
-        run.tracker.log(look(lambda: run.beat("evaluating")).metrics(data.validation_bytes), 0)
+        run.beat("evaluating")
+        run.log_evaluation(look(run.show_evaluation).metrics(data.scored_bytes))
     while True:
         step = state.optimizer_step
 
@@ -114,7 +115,7 @@ def main(config: TrainConfig) -> None:
                     found = look(run.poll)
                     averaged = None if average is None else average.evaluate(look, run.poll)
                     evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
-                    run.tracker.log(found.metrics(data.validation_bytes, averaged), step)
+                    run.log_evaluation(found.metrics(data.scored_bytes, averaged))
                 if state.sample_due:
                     run.beat("sampling")
                     run.tracker.sample(sample, step)
@@ -169,7 +170,7 @@ def main(config: TrainConfig) -> None:
         run.log_step(loss, targets, float(learning_rate), grad_norm, shown=shown)
 
     # ---- The end: the last checkpoint, summary, plot, and how to continue.
-    run.finish(reason, evaluation, look, model)
+    run.finish(reason, evaluation, partial(evaluate, accelerator, objective), model)
 
 
 def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:

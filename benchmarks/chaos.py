@@ -286,5 +286,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--folder", type=Path, help="new folder to keep runs and logs in (default: deleted at the end)")
     arguments = parser.parse_args()
+    if arguments.folder and arguments.folder.exists() and not arguments.folder.is_dir():
+        parser.error(f"--folder {arguments.folder} is a file")
     with tempfile.TemporaryDirectory() as temporary:
         sys.exit(main(arguments, (arguments.folder or Path(temporary)).resolve()))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is no
 from training.options import read_options
 from utils.cli import parse_config
 from utils.config import TrainConfig
+from utils.files import find_obstacle
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo"
@@ -54,10 +56,30 @@ def read_arguments(parser: argparse.ArgumentParser, base: dict[str, Any]) -> tup
 
 def count(text: str) -> int:
     """The type of an option: a whole number from 1 on, also written 1e8."""
-    value = float(text)
-    if value < 1 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more")
-    return int(value)
+    try:
+        value = float(text)
+        if value >= 1 and value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):  # no number; infinity
+        pass
+    raise argparse.ArgumentTypeError(f"{text} must be a whole number, 1 or more")
+
+
+def amount(text: str) -> float:
+    """The type of an option: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
+    return value
+
+
+def file_to_write(name: str) -> Path:
+    if obstacle := find_obstacle(name):
+        raise argparse.ArgumentTypeError(f"{name} {obstacle}")
+    return Path(name)
 
 
 def dataset_folder(name: str) -> Path:

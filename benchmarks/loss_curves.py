@@ -24,6 +24,7 @@ from benchmarks.common import (
     TRAIN,
     build_parser,
     count,
+    file_to_write,
     flags,
     read_arguments,
     read_metrics,
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument(
         "--fp32", action="store_true", help="fp32 only, because a CPU without bf16 instructions emulates them slowly"
     )
-    parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "loss_curves.png")
+    parser.add_argument("--plot", type=file_to_write, default=ROOT / "runs" / "loss_curves.png")
     arguments, further = read_arguments(parser, STEPS_ONLY)
     kinds = [kind for kind in KINDS if "fp32" in kind or not arguments.fp32]
     with tempfile.TemporaryDirectory() as folder:

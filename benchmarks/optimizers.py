@@ -24,6 +24,7 @@ from benchmarks.common import (
     TRAIN,
     build_parser,
     count,
+    file_to_write,
     flags,
     read_arguments,
     read_metrics,
@@ -96,5 +97,5 @@ if __name__ == "__main__":
     parser.add_argument("--recipe", default=ROOT / "configs" / "small" / "llama_tiny.yaml")
     parser.add_argument("--steps", type=count, default=180, help="a multiple of 6")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "optimizers.png")
+    parser.add_argument("--plot", type=file_to_write, default=ROOT / "runs" / "optimizers.png")
     main(*read_arguments(parser, {"data.dataset": DEMO}))

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from benchmarks import common
-from benchmarks.common import ONE_PROCESS, ROOT, build_parser, count
+from benchmarks.common import ONE_PROCESS, ROOT, amount, build_parser, count
 
 BLOCK = 1024
 BATCH = 64
@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=count, default=32_768)
     parser.add_argument("--rounds", type=count, default=3)
     # With little text, the fixed cost of a run would hide the cost per token.
-    parser.add_argument("--megabytes", type=float, default=20, help="repeat smaller texts up to this size")
-    parser.add_argument("--loader_seconds", type=float, default=5, help="seconds to read from each loader")
+    parser.add_argument("--megabytes", type=amount, default=20, help="repeat smaller texts up to this size")
+    parser.add_argument("--loader_seconds", type=amount, default=5, help="seconds to read from each loader")
     parser.add_argument("--quick", action="store_true", help="one round and a small vocabulary")
     parser.add_argument("--side", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

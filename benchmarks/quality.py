@@ -25,11 +25,22 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `utils` is not installed
 from benchmarks import common
-from benchmarks.common import ONE_PROCESS, ROOT, add_dataset, build_parser, count, flags, read_metrics, save_plot
+from benchmarks.common import (
+    ONE_PROCESS,
+    ROOT,
+    add_dataset,
+    amount,
+    build_parser,
+    count,
+    file_to_write,
+    flags,
+    read_metrics,
+    save_plot,
+)
 
 LENGTH = 256
 # Learning rate and steps of the schedule; README.md lists what else was tried.
-TUNED = {"plainloop": (1e-2, 150), "trainer": (1e-3, 600), "nanogpt": (1e-3, 600)}
+TUNED = {"plainloop": (1e-2, 170), "trainer": (1e-3, 600), "nanogpt": (1e-3, 600)}
 PLAINLOOP: dict[str, Any] = {
     "data.sequence_length": LENGTH, "batch.global_batch_size": 8, "optimizer.name": "muon", "schedule.warmup_steps": 10,
     "evaluation.every_steps": 10, "checkpoint.every_steps": 100_000, "tracking.log_every_steps": 10,
@@ -216,11 +227,11 @@ def plot(curves: dict[str, Curve], bits: float, path: Path) -> None:
 def main() -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
-    parser.add_argument("--learning_rates", type=float, nargs="+", help="try each of these (default: the best known)")
+    parser.add_argument("--learning_rates", type=amount, nargs="+", help="try each of these (default: the best known)")
     parser.add_argument("--steps", type=count, help="steps of each contestant (default: the best known)")
-    parser.add_argument("--bits", type=float, default=2.4)
+    parser.add_argument("--bits", type=amount, default=2.4)
     add_dataset(parser)
-    parser.add_argument("--plot", type=Path, default=ROOT / "runs" / "quality.png")
+    parser.add_argument("--plot", type=file_to_write, default=ROOT / "runs" / "quality.png")
     parser.add_argument("--child", choices=CONTESTANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

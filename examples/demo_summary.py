@@ -23,7 +23,7 @@ What came out
   export                    largest logit difference {exported["max_logit_difference"]:.1e}
 Where to look
   data/demo/report.html     which documents were kept or dropped, and why
-  runs/demo/loss.png        the curve; runs/demo/samples.md, what the model wrote during training
+  runs/demo/report.html     curves, what the model wrote during training, and the commands to go on
   exports/demo              opens with transformers' AutoModelForCausalLM.from_pretrained
 What it writes after {options["prompt"]!r} (seed {options["seed"]}, temperature {options["temperature"]})
 {textwrap.indent(scored["text"].strip(), "  ")}

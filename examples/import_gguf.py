@@ -22,7 +22,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="folder to write")
     options = parser.parse_args()
     if not options.source.is_file():
-        parser.error(f"{options.source}: no such file")
+        parser.error(f"{options.source} {'is no file' if options.source.exists() else 'does not exist'}")
     with options.source.open("rb") as file:
         if file.read(4) != b"GGUF":
             parser.error(f"{options.source} is not a GGUF file")

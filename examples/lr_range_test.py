@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.options import read_options
 from utils.cli import PositiveFloat, UserError, at_exit, parse_config, run_script
+from utils.files import find_obstacle
 
 
 @dataclass
@@ -36,9 +37,12 @@ class RangeTestConfig:
 
     def problems(self) -> list[str]:
         read_options(None, ["--config", self.recipe], runs=False)  # exits if the recipe has a mistake
+        found = []
         if self.min_learning_rate >= self.max_learning_rate:
-            return ["min_learning_rate must be less than max_learning_rate"]
-        return []
+            found.append("min_learning_rate must be less than max_learning_rate")
+        if obstacle := find_obstacle(self.plot):
+            found.append(f"plot {self.plot} {obstacle}")
+        return found
 
 
 config = parse_config(RangeTestConfig, __doc__) if __name__ == "__main__" else None
@@ -53,6 +57,7 @@ from matplotlib.figure import Figure
 from train import orderly_end, start_accelerator
 from training.data import TrainingData
 from training.model import build_training_objective
+from training.monitoring.hints import record_range_test
 from training.optimization.optimizers import build_optimizer
 from utils.checkpoints import TrainState
 from utils.model.build import build_model
@@ -115,11 +120,11 @@ def main(config: RangeTestConfig) -> None:
         if not losses[-1] < config.stop_ratio * min(losses):
             break
     if accelerator.is_main_process:
-        report(config, rates, losses)
+        record_range_test(recipe, data.key, report(config, rates, losses), Path(config.plot).with_suffix(".json"))
 
 
-def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> None:
-    """Print where the loss was lowest, and plot it over the learning rate."""
+def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> float:
+    """Print and return where the loss was lowest, and plot it over the learning rate."""
     finite = [(loss, rate) for loss, rate in zip(losses, rates, strict=True) if math.isfinite(loss)]
     if not finite:
         raise UserError(f"the loss is not finite at {rates[0]:.1e} already; lower --min_learning_rate")
@@ -133,6 +138,7 @@ def report(config: RangeTestConfig, rates: list[float], losses: list[float]) -> 
     Path(config.plot).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(config.plot, dpi=120)
     print(f"wrote {config.plot}")
+    return lowest
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@ entries give the same file.
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.files import find_obstacle
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample_data" / "dictionaries.jsonl"
 BOOKS = {"devil": "The Devil's Dictionary", "jargon": "the Jargon File"}
@@ -92,10 +96,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", nargs="?", type=Path, default=Path("data/instructions.jsonl"), help="file to write")
     path = parser.parse_args().output
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"{path} cannot be written: {error.strerror}")
+    if obstacle := find_obstacle(path):
+        parser.error(f"{path} {obstacle}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     conversations = list(make_conversations(read_entries(SAMPLE)))
     lines = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

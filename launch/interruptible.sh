@@ -6,7 +6,11 @@
 set -euo pipefail
 set -m # a background job is a process group of its own
 
-run=${1:?"RUN, the run folder"}
+if (($# < 2)); then
+  echo "usage: launch/interruptible.sh RUN COMMAND..., as in: launch/interruptible.sh runs/mine python train.py" >&2
+  exit 2
+fi
+run=$1
 shift
 
 "$@" --output "$run" &

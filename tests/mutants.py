@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PRODUCT = ("tests", "benchmarks", "examples")
+NOT_PRODUCT = ("tests", "benchmarks", "examples", "sample_data")
 SECONDS = 300  # for a test that a fault has made endless
 
 
@@ -342,7 +342,7 @@ MUTANTS = [
            "test_every_split_of_the_global_batch_gives_the_reference_losses"),
     # ---- Figures and hints
     Mutant("an A100 is taken for a tenth of itself",
-           "dry_run.py:", "312e12", "31.2e12",
+           "hardware.py:", "312e12", "31.2e12",
            "test_the_peaks_of_the_cards_are_what_their_processors_can_do"),
     Mutant("the dry run evaluates without weights",
            "dry_run_report", 'evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]', "pass",
@@ -351,8 +351,8 @@ MUTANTS = [
            "_flush_to_disk", "os.fsync(descriptor)", "None",
            "test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_has_it_before_another_goes"),
     Mutant("loss.png lacks the evaluations",
-           "draw_losses", '(("train/loss", "-"), ("eval/loss", "o-"))', '(("train/loss", "-"),)',
-           "test_the_plot_shows_both_curves"),
+           "draw_losses", "curves.get(*COLOURS)", 'curves.get("train/loss")',
+           "test_the_plot_shows_the_losses_and_the_learning_rate"),
     Mutant("the speed is ten times too high",
            "Run.log_step", "(state.tokens_seen - tokens) / (state.train_seconds - seconds)",
            "10 * (state.tokens_seen - tokens) / (state.train_seconds - seconds)",

@@ -112,7 +112,7 @@ def test_neighbouring_samples_are_spread():
 
 
 def test_evaluation_covers_every_sample_once():
-    batches = list(EvaluationBatchSampler(10, 4))
+    batches = list(EvaluationBatchSampler(range(10), 4))
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1]]
 
 

@@ -82,6 +82,11 @@ def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
         (["--config", "configs"], "configs: not a file"),
         (["--model.num_attention_heads", "5"], "does not divide model.hidden_size"),
         (["--model.num_attention_heads", "0"], "model.num_attention_heads is 0; it must be >= 1"),
+        (["--model.overrides", "{vocab_size: 9}"], "model.overrides: leave out vocab_size; the dataset's tokenizer"),
+        (
+            ["--model.lora", "null"],
+            "model.lora cannot be null: it is a section; give its options, such as --model.lora.alpha",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, expected, capsys):

@@ -432,6 +432,39 @@ def test_tools_and_reasoning_reach_a_template_that_writes_them_and_are_refused_b
             encoder.render(conversation, "a.jsonl:1")
 
 
+def test_special_tokens_in_reasoning_and_tools_are_text(tokenizer):
+    """As those in contents are: each conversation has the special tokens of the same one with stars in their place."""
+    encoder = ConversationEncoder(with_template(tokenizer, MARKED))
+    special = set(tokenizer.convert_tokens_to_ids(SPECIAL))
+
+    def encoded(token):
+        tools = [{"type": "function", "function": {"name": "look_up", "description": f"x {token} y"}}]
+        messages = [*REASONED[:3], REASONED[3] | {"reasoning_content": f"I {token} think."}]
+        table = encoder.encode_table(pa.table({"text": [join_messages(messages, tools)], "id": ["a"]}))
+        (row,) = table.to_pylist()
+        return row["input_ids"], row["loss_mask"], row["spelled"]
+
+    ids, mask, spelled = encoded("<|im_end|>")
+    others, *_ = encoded("***")
+    assert [token for token in ids if token in special] == [token for token in others if token in special]
+    assert spelled == ["<|im_end|>", "<|im_end|>"] and "x <|im_end|> y" in tokenizer.decode(ids)
+    assert said(tokenizer, ids, mask) == "<think>\nI <|im_end|> think.\n</think>\nGood.<|im_end|>"
+
+
+@pytest.mark.parametrize(("at", "stages"), [(1, set()), (150, {"read"})])
+def test_parts_that_a_template_does_not_write_are_refused_as_soon_as_they_are_read(at, stages, tmp_path, conversations):
+    """Among the first records before a stage begins, and in any case before the next one."""
+    records = [{"messages": messages} for messages in conversations[:200]]
+    records[at]["tools"] = TOOL
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    template = ["--tokenizer.chat_template", "configs/chat_template_plain.jinja", "--messages_column", "messages"]
+    line = error_line(
+        "prepare_data.py", "--sources", f"[{tmp_path / 'a.jsonl'}]", "--output", tmp_path / "out", *template
+    )
+    assert f"a.jsonl:{at + 1}: this conversation has tools, which the chat template does not write" in line
+    assert {path.name.split("-")[0] for path in tmp_path.glob(".out.stages/*-*")} == stages
+
+
 def test_the_forms_of_sharegpt_and_alpaca_are_recognised():
     turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
     expected = join_messages(talk("system: S", "user: Why?", "assistant: Because."))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import script
+from conftest import call, script
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -24,23 +24,20 @@ from transformers import (
     T5Config,
 )
 
-from training import dry_run
+from training import hardware
 from training.dry_run import (
-    HARDWARE,
     UTILISATION,
     count_flops,
-    describe_work,
+    count_step_flops,
     dry_run_report,
     duration,
     estimate_evaluation_activations,
     estimate_memory,
     estimate_time,
     fake_batch,
-    measure_flops_per_second,
-    precision_of,
     resized,
 )
-from training.hardware import fast_bf16
+from training.hardware import HARDWARE, fast_bf16, measure_flops_per_second, precision_of
 from training.launch import plan_batches
 from training.model import count_parameters_by_part, describe_model
 from training.optimization.optimizers import build_optimizer
@@ -353,7 +350,7 @@ def test_the_measured_speed_is_that_of_matrix_products(monkeypatch) -> None:
     """torch's own count of the FLOPs, but those of the product before the clock starts, over the seconds on the clock."""
     read: list[float] = []
     clock = SimpleNamespace(perf_counter=lambda: read.append(time.perf_counter()) or read[-1])
-    monkeypatch.setattr(dry_run, "time", clock)
+    monkeypatch.setattr(hardware, "time", clock)
     with FlopCounterMode(display=False) as counter:
         speed = measure_flops_per_second(torch.device("cpu"), "no")
     products = len(read) - 1  # with the first: the clock is read once more than that
@@ -376,7 +373,7 @@ def test_a_dry_run_says_what_there_is_to_know() -> None:
     assert "time on 2 device(s)" in text and "(micro-batch 4, precision bf16)" in text
     flops = 4 * count_flops(objective, resized(PACKED, 4))  # 2 processes × 2 micro-batches
     assert f"work: {flops:.3g} FLOPs a step, {flops * 100:.3g} in all" in text
-    assert f"work: {flops:.3g} FLOPs a step" == describe_work(objective, PACKED, config, plan)
+    assert flops == count_step_flops(objective, PACKED, config, plan)
     assert all(name in text for name in HARDWARE) and "this machine" not in text
     config.data.layout = "padded"
     assert resized({"input_ids": (1, 5), "targets": (1, 5)}, 4, 32) == {"input_ids": (4, 32), "targets": (4, 32)}
@@ -495,3 +492,10 @@ def test_whether_bf16_is_fast_is_what_the_processor_says(monkeypatch) -> None:
     for generation, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, generation=generation: generation)
         assert fast_bf16(torch.device("cuda")) == fast
+
+
+def test_a_model_that_cannot_compute_gets_no_estimate_instead_of_a_traceback(small_dataset, tmp_path) -> None:
+    options = ["--data.dataset", small_dataset, "--model.architecture", "t5", "--objective.name", "span_corruption",
+               "--model.overrides", "{relative_attention_num_buckets: 0}", "--output", tmp_path / "run"]  # fmt: skip
+    code, out, err = call("train.py", *options, "--dry_run")
+    assert code == 0 and "no estimate for this model: " in out, err

@@ -45,7 +45,7 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag not in ("html", "meta"):
+        if tag not in ("html", "meta", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -154,6 +154,13 @@ def two_pods(settings: dict[str, object], log: Path) -> Iterator[list[subprocess
             pod.wait(timeout=60)
 
 
+@pytest.mark.parametrize("arguments", [[], ["run"]])
+def test_a_launch_without_a_run_or_a_command_is_told_how(arguments):
+    done = run(ROOT / "launch" / "interruptible.sh", *arguments, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("usage: launch/interruptible.sh RUN COMMAND")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_waits_for_the_save(processes, small_dataset, tmp_path):
     """As a terminal does it: SIGINT to the whole process group. The script, and with it the terminal's user, gets exit code 0

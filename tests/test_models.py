@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from conftest import call, error_line, metrics
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -238,6 +239,35 @@ def test_mistakes_are_named(dataset, tmp_path):
     assert "3 key-value heads do not divide 8 attention heads" in line
     line = error_line("train.py", *common, "--model.architecture", "qwen3")
     assert "give model.size null and the sizes one by one" in line
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "words"),
+    [
+        ("llama", {"num_key_value_heads": 0}, "num_key_value_heads is 0; it must be 1 or more"),
+        ("llama", {"head_dim": -2}, "head_dim is -2; it must be 1 or more"),
+        ("gpt2", {"n_embd": 0}, "n_embd is 0; it must be 1 or more"),
+        ("llama", {"attention_dropout": -0.5}, "attention_dropout is -0.5; it must be >= 0 and < 1"),
+        ("t5", {"num_heads": 0}, "num_heads is 0; it must be 1 or more"),
+        ("llama", {"rope_parameters": {"rope_typ": "linear", "factor": 2.0}}, "'rope_typ'"),
+        ("llama", {"rope_parameters": {"rope_type": "linaer", "rope_theta": 1e4}}, "linaer"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}}, "got 0.5"),
+        ("llama", {"hidden_act": "sulu"}, "hidden_act cannot be 'sulu' (did you mean silu?)"),
+        ("gpt2", {"activation_function": "gelu_newer"}, "activation_function cannot be 'gelu_newer' (did you mean"),
+        ("t5", {"feed_forward_proj": "gated-gelo"}, "feed_forward_proj cannot be 'gated-gelo'"),
+    ],
+)
+def test_mistakes_in_overrides_are_named(architecture, overrides, words, tokenizer, capfd):
+    with pytest.raises(UserError, match=re.escape(words)):
+        build(tokenizer, architecture, overrides=overrides)
+    assert capfd.readouterr().err == ""  # transformers' own warnings
+
+
+def test_mistakes_in_nested_configurations_are_named(tokenizer):
+    HEADS["llava"] = transformers.AutoModelForImageTextToText
+    for inner, words in {"hidden_siz": "text_config: LlamaConfig has no hidden_siz", "hidden_size": "is 0"}.items():
+        with torch.device("meta"), pytest.raises(UserError, match=words):  # if it is not refused, it has no 7 billion
+            build(tokenizer, "llava", size=None, overrides={"text_config": {inner: 0}})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])

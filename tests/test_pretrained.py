@@ -3,12 +3,14 @@
 import hashlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import ROOT, SMALL, call, error_line, flags, script
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +21,11 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from utils.checkpoints import find_checkpoint
+from utils.config import ModelConfig
+from utils.model.build import build_model, load_model
+from utils.pretrained import check_name, read_tokenizer
 
 CHAT = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 # What train.py sets or measures itself: fp32 weights, `model.dropout`, the version that wrote the file.
@@ -195,6 +202,31 @@ def test_a_run_or_adapters_in_place_of_a_model_name_the_command_that_works(
         assert (Path(output) / "model.safetensors").is_file()
     assert error_line("prepare_data.py", "--tokenizer.pretrained", "runs/adapters").count("export.py") == 1
     assert not Path("runs/next").exists()
+
+
+def test_the_best_of_a_copied_run_is_the_one_that_its_file_names(small_dataset, finished_run, tmp_path):
+    """`cp -rL` makes a folder of the link `best`, which stays as it was when the copy is trained further."""
+    copy = shutil.copytree(finished_run, tmp_path / "copy")
+    best = copy / "checkpoints" / "best"
+    change(best / "config.json", {"hidden_size": 1})
+    expected = load_file(find_checkpoint(finished_run) / "model.safetensors")
+    for _ in range(2):
+        tokenizer = read_tokenizer(best)
+        model = build_model(ModelConfig(pretrained=str(best)), tokenizer)
+        assert load_model(best).state_dict()["model.norm.weight"].equal(expected["model.norm.weight"])
+        assert model.state_dict()["model.norm.weight"].equal(expected["model.norm.weight"])
+        check_name("model.pretrained", str(best), ("config.json",))
+        shutil.rmtree(best, ignore_errors=True)  # a disk without links has nothing of that name
+    shutil.rmtree(find_checkpoint(copy))
+    assert "is gone" in error_line("train.py", *options_for(best, small_dataset, tmp_path / "run"))
+
+
+def test_a_damaged_file_of_generation_settings_is_named(pretrained, tmp_path):
+    folder, data = pretrained("base")
+    (folder / "generation_config.json").write_text('{"temperature": 0.5')
+    for arguments in (["train.py", *options_for(folder, data, tmp_path / "run")],
+                      ["evaluate.py", "--model", folder, "--dataset", data]):  # fmt: skip
+        assert "generation_config.json: cannot be read as JSON" in error_line(*arguments)
 
 
 @pytest.mark.parametrize(

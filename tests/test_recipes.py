@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_make_recipe_runs_what_the_file_says_and_can_be_repeated(name, commands,
         assert changes == 1
         recipe.write_text(text)
     tools.mkdir()
-    for tool, first in (("python", ""), ("accelerate", "shift; ")):  # `accelerate launch` as one process
+    for tool, first in (("python", ""), ("accelerate", "shift 2; ")):  # `accelerate launch --quiet` as one process
         forked = f'exec "{sys.executable}" -I -S "{ROOT}/tests/forked_python.py" "$@"'
         (tools / tool).write_text(f"#!/bin/sh\n{first}{forked}\n")
         (tools / tool).chmod(0o755)
@@ -134,6 +135,22 @@ def test_make_recipe_runs_what_the_file_says_and_can_be_repeated(name, commands,
     assert scores[0] == scores[1] and len(scores[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("", "usage: make recipe RECIPE="),
+        ("none.yaml", "the recipe none.yaml does not exist; usage: make recipe RECIPE="),
+        ("configs", "the recipe configs is no file"),
+        ("configs/small/llama_tiny.yaml --nope", "unknown option --nope"),
+        ("configs/small/llama_tiny.yaml --schedule.max_steps 0", "schedule.max_steps is 0"),
+    ],
+)
+def test_make_recipe_refuses_before_its_first_command(arguments, words):
+    done = script("-m", "training.recipe", *arguments.split(), cwd=ROOT, check=False)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert words in done.stderr
+
+
 def test_a_recipe_whose_dataset_is_missing_is_told_its_own_commands(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for name, path in {"code_fim": RECIPES["code_fim"], "full lora": ROOT / "configs" / "lora.yaml"}.items():
@@ -142,4 +159,22 @@ def test_a_recipe_whose_dataset_is_missing_is_told_its_own_commands(monkeypatch,
         assert line.endswith(f"make it with: {command}"), name
     line = error_line("train.py", "--config", RECIPES["code_fim"], "--data.dataset", "data/other")
     assert line.endswith("python prepare_data.py --sources '[my_texts/]' --output data/other")
-    assert "usage: make recipe RECIPE=" in script("-m", "training.recipe", "none.yaml", cwd=ROOT, check=False).stderr
+    for name in ("sft", "lora"):  # and so is a copy under another name
+        copy = Path(shutil.copy(RECIPES[name], tmp_path / "mine.yaml"))
+        *_, command = re.findall(r"^# (python .*)", copy.read_text(), re.M)
+        assert error_line("train.py", "--config", copy).endswith(f" && {command}")
+
+
+def test_what_makes_a_missing_dataset_of_conversations_is_a_command_that_works(tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    lines = (json.dumps({"messages": [turns[0] | {"content": f"Why {number}?"}, turns[1]]}) for number in range(40))
+    Path("my_chats.jsonl").write_text("\n".join(lines))
+    wanted = ["--objective.name", "instruction", "--data.dataset", "data/chats"]
+    line = error_line("train.py", *wanted)
+    code, _, err = call(*shlex.split(line.partition("python ")[2]), "--validation_fraction", "0.3")
+    assert code == 0, err
+    assert "--tokenizer.pretrained org/name --output data/others" in error_line(
+        "train.py", *wanted[:-1], "data/others", "--model.pretrained", "org/name"
+    )

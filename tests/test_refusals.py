@@ -48,9 +48,19 @@ def refusal(without, arguments: str, *libraries: str, **extra: str) -> str:
         ("evaluate.py --model runs/none --prompt x", "does not exist"),
         ("evaluate.py --model {data} --prompt x", "is no run and no checkpoint"),
         ("evaluate.py --model {run} --report none/report.json", "there is no folder to write it to"),
+        ("evaluate.py --model {run} --report {data}", "{data} is a folder; name a file"),
+        ("evaluate.py --model {run} --text_file {data}", "--text_file {data} is no file"),
+        (
+            "evaluate.py --model {run} --prompt x --seed 100000000000000000000",
+            "seed is 100000000000000000000; it must be",
+        ),
+        ("export.py --checkpoint {run} --output {new} --max_logit_difference -1", "max_logit_difference is -1.0"),
+        ("export.py --checkpoint {run} --output=", "output is empty"),
+        ("train.py --data.dataset none --objective.name instruction", "'[my_chats.jsonl]' --messages_column messages"),
         ("prepare_data.py --tokenizer.pretrained {data}", "its tokenizer is in {data}/tokenizer"),
         ("prepare_data.py --tokenizer.chat_template none.jinja", "none.jinja cannot be read"),
         ("examples/lr_range_test.py --recipe configs/small/sft.yaml", "python prepare_data.py --sources"),
+        ("examples/lr_range_test.py --recipe {run}/config.yaml --plot {data}", "plot {data} is a folder"),
         ("examples/find_micro_batch.py --recipe none.yaml", "none.yaml: no such file"),
         ("examples/baselines.py --run {data}", "is not a run folder"),
     ],
@@ -127,14 +137,22 @@ def test_a_benchmark_names_an_unknown_option_before_it_starts(name):
         ("benchmarks/loss_curves.py --data.dataset none", "dataset none does not exist"),
         ("benchmarks/reliability.py --steps 50 --data.dataset {data}", "must be more than 54"),
         ("benchmarks/chaos.py --dataset none", "is not a dataset"),
+        ("benchmarks/chaos.py --kills x", "x must be a whole number, 1 or more"),
+        ("benchmarks/chaos.py --kills inf", "inf must be a whole number, 1 or more"),
+        ("benchmarks/chaos.py --folder README.md", "README.md is a file"),
+        ("benchmarks/prepare_data.py --megabytes 0", "0 must be a number above 0"),
+        ("benchmarks/quality.py --bits nan", "nan must be a number above 0"),
+        ("benchmarks/loss_curves.py --plot {data}", "is a folder; name a file"),
         ("examples/import_gguf.py README.md models/none", "README.md is not a GGUF file"),
-        ("examples/make_instructions.py README.md/none.jsonl", "cannot be written"),
+        ("examples/import_gguf.py docs models/none", "docs is no file"),
+        ("examples/make_instructions.py README.md/none.jsonl", "README.md is a file"),
+        ("examples/make_instructions.py {data}", "{data} is a folder; name a file"),
         ("examples/demo_summary.py", "make demo"),
     ],
 )
 def test_wrong_values_of_benchmarks_and_examples_are_one_line(command, words, small_dataset):
     done = script(*command.format(data=small_dataset).split(), check=False)
-    assert done.returncode in (1, 2) and words in done.stderr.splitlines()[-1], done.stderr
+    assert done.returncode in (1, 2) and words.format(data=small_dataset) in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -24,10 +24,16 @@ def test_another_run_is_refused_and_untouched(finished_run, dataset):
 
 
 def test_resuming_a_finished_run_does_nothing(finished_run, dataset):
-    before = weights(finished_run), metrics(finished_run), (finished_run / "summary.json").read_text()
+    """Its last evaluation is made once more, because the last checkpoint was written before it."""
+
+    def found() -> tuple:
+        records = [record | {"perf/eval_seconds": 0} for record in metrics(finished_run)]
+        return weights(finished_run), records, (finished_run / "summary.json").read_text()
+
+    before = found()
     settings = SMALL | {"output": finished_run, "data.dataset": dataset, "checkpoint.resume": "auto"}
     assert "nothing to do" in script("train.py", *flags(settings)).stdout
-    assert before == (weights(finished_run), metrics(finished_run), (finished_run / "summary.json").read_text())
+    assert before == found()
 
 
 def test_a_run_that_goes_further_follows_its_new_schedule_at_once(dataset, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -250,6 +251,8 @@ SEPARATED = {  # text, pattern, documents, whether their lines that only separat
     "only": ("\ufeff%\n%\na\n%", "^%$", ["a\n"], False),
     "token": ("one\n<|endoftext|>\ntwo", r"^<\|endoftext\|>$", ["one\n", "two"], False),
     "blank": ("one\n\ntwo\n", r"^\s*$", ["one\n", "two\n"], False),
+    "cr": ("one\r%\rtwo\r%\r", "^%$", ["one\r", "two\r"], False),
+    "all": ("one\r%\ra\n%\r\nb\r\n\r%\rc", "^%$", ["one\r", "a\n", "b\r\n\r", "c"], False),
 }  # fmt: skip
 
 
@@ -260,9 +263,9 @@ def test_a_line_that_only_separates_goes_unless_asked_for(name, tmp_path):
     found = records(tmp_path / "a.txt", new_document=pattern, keep_separator=keep)
     documents = [item for item in found if isinstance(item, Document)]
     assert [item.text for item in documents] == expected
-    assert [text.split("\n")[int(item.id.rpartition(":")[2]) - 1].strip("\r\ufeff") for item in documents] == [
-        item.text.splitlines()[0] for item in documents
-    ]
+    assert [
+        re.split("\r\n|\r|\n", text)[int(item.id.rpartition(":")[2]) - 1].strip("\r\ufeff") for item in documents
+    ] == [item.text.splitlines()[0] for item in documents]
     left = sum(item.bytes for item in found if isinstance(item, Skipped))  # what goes is counted
     assert left + sum(len(item.text.encode()) for item in documents) + 3 * text.count("\ufeff") in (
         len(text.encode()), len(text.encode()) + 3 * (name == "only")
@@ -484,6 +487,47 @@ def test_broken_records_are_named_and_the_rest_is_read(name, tmp_path):
         assert read == TEXTS[: len(read)]
     else:
         assert len(read) == documents
+
+
+def test_a_line_end_of_two_bytes_is_one_although_it_lies_on_the_border_of_two_pieces(tmp_path):
+    """A blank line would be found between the two."""
+    text = "a" * (TEXT_PART_BYTES - 1) + "\r\nb\r\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert "".join(texts(tmp_path / "a.txt", new_document="^$")) == text
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.parquet.gz"])
+def test_what_a_damaged_parquet_file_loses_is_counted_by_its_rows(name, tmp_path):
+    """Four groups of as many rows as are read at once, the third of which is damaged: half of the file is lost."""
+    table = pa.table({"text": TEXTS[:32] * 32})
+    pyarrow.parquet.write_table(table, tmp_path / "whole", row_group_size=256, compression="gzip", use_dictionary=False)
+    column = pyarrow.parquet.ParquetFile(tmp_path / "whole").metadata.row_group(2).column(0)
+    data = bytearray((tmp_path / "whole").read_bytes())
+    data[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = bytes(
+        column.total_compressed_size
+    )
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    read_sources([SourceConfig(path=str(tmp_path / name), name="a", text_column="text")], tmp_path)
+    counts = json.loads((tmp_path / "read.json").read_text())
+    assert counts["sources"]["a"]["documents"] == 512 and counts["lost_files"] == counts["files"] == 1
+    assert counts["broken_bytes"] == len(data) // 2 and counts["file_bytes"] == len(data)
+    for content in (data[:-100], b"no parquet"):
+        (tmp_path / "b.parquet").write_bytes(content)
+        (broken,) = records(tmp_path / "b.parquet")
+        assert broken.is_file and broken.bytes == len(content)
+
+
+def test_files_that_are_lost_whole_are_lost_with_their_bytes(tmp_path):
+    (tmp_path / "a.xyz").write_bytes(b"four")
+    pyarrow.parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(b"a text")
+    for name, options in {"a.xyz": {"include": "*.xyz"}, "b.parquet": {}, "c.txt": {"messages_column": "m"}}.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        size = (tmp_path / name).rename(folder / name).stat().st_size
+        source = SourceConfig(path=str(folder), name="a", **({"text_column": "text"} | options))
+        (broken,) = iter_records(source, reading_units(source))
+        assert isinstance(broken, Broken) and broken.is_file and broken.bytes == size
 
 
 def test_half_characters_that_json_can_spell_do_not_pass(tmp_path):

@@ -14,14 +14,11 @@ import pytest
 import torch
 import transformers
 from conftest import LAUNCH_TWO, ROOT, SMALL, error_line, flags, metrics, run, script, train, train_losses
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
 from processes import changed_copy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train as train_module
-from training.monitoring.tracking import draw_losses
 from utils.data.order import sample_ids
 from utils.data.packing import IGNORED, PackedLayout
 from utils.data.token_dataset import open_split
@@ -167,7 +164,7 @@ def test_reference_curve(dataset, tmp_path):
 def test_the_run_folder_holds_everything(finished_run, dataset):
     names = {path.name for path in finished_run.iterdir()}
     assert {"config.yaml", "environment.json", "metrics.jsonl", "training.log", "samples.md", "loss.png", "summary.json",
-            "checkpoints"} <= names  # fmt: skip
+            "report.html", "checkpoints"} <= names  # fmt: skip
     summary = json.loads((finished_run / "summary.json").read_text())
     records = metrics(finished_run)
     assert summary["finished"] is True and summary["optimizer_step"] == 10
@@ -306,27 +303,6 @@ def test_ids_that_the_model_lacks_and_rows_longer_than_its_positions_are_refused
     assert "longer than model.max_position_embeddings (64)" in refuse(dataset, data__sequence_length=65)
 
 
-def test_the_plot_shows_both_curves(finished_run):
-    """The points are those of metrics.jsonl, and the picture has the colours of both lines."""
-    records = metrics(finished_run)
-    (axes,) = draw_losses(finished_run / "metrics.jsonl").axes
-    drawn = {line.get_label(): list(map(tuple, line.get_xydata())) for line in axes.get_lines()}
-    assert drawn == {
-        name: [(record["step"], record[name]) for record in records if name in record]
-        for name in ("train/loss", "eval/loss")
-    }
-    assert [len(points) for points in drawn.values()] == [10, 2]
-    colours = [to_rgb(line.get_color()) for line in axes.get_lines()]
-    apart = [max(abs(one - other) for one, other in zip(*pair, strict=True)) for pair in
-             itertools.combinations([*colours, to_rgb(axes.get_facecolor())], 2)]  # fmt: skip
-    assert min(apart) > 0.3  # from each other and from the background
-    pixels = (imread(finished_run / "loss.png")[..., :3] * 255).round().astype(int)
-    for line in axes.get_lines():
-        colour = [round(255 * part) for part in to_rgb(line.get_color())]
-        thick = (abs(pixels - colour) <= 1).all(axis=-1).sum(axis=0)  # pixels of this colour in each column
-        assert (thick > 0).sum() > pixels.shape[1] / 4, line.get_label()  # much more than its mark in the legend
-
-
 def test_the_speed_is_tokens_over_the_seconds_that_they_took(dataset, tmp_path, monkeypatch):
     """Tokens counted in the rows of the known order. Each step is made to sleep, so no clock can have said less, and what
     the whole call took bounds it from above, so no clock can have said more."""
@@ -370,7 +346,7 @@ def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(datase
     """Against the model of that step's checkpoint, by transformers' own `generate`."""
     prompt = "HACKER, n."
     train(
-        tmp_path / "run", data__dataset=dataset, tracking__sample_prompt=prompt, tracking__sample_every_steps=5,
+        tmp_path / "run", data__dataset=dataset, tracking__sample_prompts=[prompt], tracking__sample_every_steps=5,
         tracking__sample_max_new_tokens=40, checkpoint__every_steps=5, optimizer__learning_rate=0.03,
     )  # fmt: skip
     texts = re.findall(r"## Step (\d+)\n\n```\n(.*?)\n```\n", (tmp_path / "run" / "samples.md").read_text(), re.S)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from training.launch import BatchPlan
+from training.monitoring.console import duration
 from training.optimization.schedule import resolve_max_steps
 from training.parallel.context_parallel import collate_columns
 from training.stream_loader import StreamLoader, check_stream_options
@@ -35,6 +36,8 @@ class TrainingData:
         example: the first validation row that has a target, and a row that only fills up a batch (with media, the first
             alone); collated.
         validation_bytes: length of the validation text, if all its tokens are targets; else None.
+        scored_bytes: the same, but None if only a part of the text is scored while training.
+        sampled_rows: the validation rows that are scored while training; None if all are.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class TrainingData:
             find_example(loaders.CollatedRows(self.train_rows, collate, config.seed), "training")
         splits = self.manifest["splits"]
         self.validation_bytes = splits["validation"]["bytes"] if config.objective.name == "causal" else None
+        self.sampled_rows = sample_rows(self.validation_rows, config.evaluation.max_tokens)
+        self.scored_bytes = self.validation_bytes if self.sampled_rows is None else None
 
     def _lay_out(self, split: str, tokenizer: Any) -> loaders.Layout:
         tokens = open_split(self.folder, split)
@@ -97,22 +102,54 @@ class TrainingData:
         )  # fmt: skip
         return self._stream
 
-    def validation_loader(self) -> DataLoader:
+    def validation_loader(self, *, whole: bool = False) -> DataLoader:
+        """The rows that are scored while training; with `whole` all rows."""
         batch_size = self.config.evaluation.per_device_batch_size * self.plan.data_parallel_size
-        return loaders.build_evaluation_loader(self.validation_rows, self._collate, batch_size)
+        rows = None if whole else self.sampled_rows
+        return loaders.build_evaluation_loader(self.validation_rows, self._collate, batch_size, rows)
+
+    @property
+    def rows_scored(self) -> int:
+        """The number of rows that an evaluation scores while training."""
+        return len(self.validation_rows) if self.sampled_rows is None else len(self.sampled_rows)
 
     def stream_state(self) -> dict[str, Any] | None:
         """Where each lane of a stream stands (all ranks call); None for stored data, whose order is computed."""
         return None if self._stream is None else self._stream.state()
 
-    def describe(self) -> str:
-        """A line on the rows of the run and how often it reads them."""
-        length = self.config.data.sequence_length
+    def describe(self, evaluation_seconds: float | None) -> list[str]:
+        """Lines on the rows of the run, how often it reads them, and its evaluations, of which each may take so long."""
+        length, rows = self.config.data.sequence_length, "a stream of {} lanes, rows of {}"
         if self.train_rows is None:
-            return f"data: a stream of {self.config.data.stream_lanes} lanes, rows of {length}; {self.max_steps} steps"
-        epochs = self.max_steps * self.plan.global_batch_size / len(self.train_rows)
-        rows = f"{len(self.train_rows):,} rows of {length}, {self.train_rows.utilisation:.2%} used"
-        return f"data: {rows}; {self.max_steps} steps, {epochs:.2f} epochs"
+            text = rows.format(self.config.data.stream_lanes, length)
+        else:
+            text = f"{len(self.train_rows):,} rows of {length}, {self.train_rows.utilisation:.2%} used"
+        epochs = f", {self.num_epochs:.2f} epochs" if self.num_rows is not None else ""
+        every, total = self.config.evaluation.every_steps, len(self.validation_rows)
+        scored = f"{total:,} rows" if self.sampled_rows is None else f"{self.rows_scored:,} of {total:,} rows"
+        seconds = f", about {duration(evaluation_seconds)} each" if evaluation_seconds is not None else ""
+        end = "" if self.sampled_rows is None else "; all rows at the end"
+        return [
+            f"data: {text}; {self.max_steps} steps{epochs}",
+            f"validation: {scored} every {every} steps{seconds}{end}",
+        ]
+
+    @property
+    def validation_tokens(self) -> int:
+        return self.validation_rows.tokens.num_tokens
+
+    @property
+    def num_epochs(self) -> float:
+        """How often the run reads each training row; not for a stream."""
+        return self.max_steps * self.plan.global_batch_size / self.num_rows  # type: ignore[operator]
+
+
+def sample_rows(rows: loaders.Layout, max_tokens: int | None) -> list[int] | None:
+    """Rows with about `max_tokens` tokens, spread evenly over all; None if these hold no more."""
+    if max_tokens is None or max_tokens >= rows.tokens.num_tokens:
+        return None
+    count = max(1, round(len(rows) * max_tokens / rows.tokens.num_tokens))
+    return np.linspace(0, len(rows) - 1, count).round().astype(int).tolist()
 
 
 def find_example(rows: loaders.CollatedRows, split: str) -> dict[str, torch.Tensor]:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import logging
 import os
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers.activations import GELUTanh
 
 from training.data import TrainingData
-from training.hardware import resolve_matmul_precision
+from training.hardware import HARDWARE, measure_flops_per_second, precision_of, resolve_matmul_precision
 from training.launch import BatchPlan, describe_launch
 from training.model import check_length, describe_initialization, describe_model
+from training.monitoring.console import duration
+from training.monitoring.hints import hints_on_data, hints_on_launch
 from training.optimization.optimizers import OPTIMIZERS, build_optimizer
 from training.optimization.schedule import warn_of_warmup
 from training.parallel.sharding import ranks_per_copy
@@ -41,22 +42,9 @@ from utils.objectives import Objective, build_objective, objective_module
 # A batch: name → a tensor, or only its shape (int64; of pictures and sounds, with more than two dimensions, fp32).
 BatchShapes = Mapping[str, torch.Tensor | Sequence[int]]
 LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries with their threads and scratch, measured by benchmarks/memory.py
-# Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
-# sparse matrices. bf16 also stands for fp16, with sums in fp32; tf32 for fp32 that may round its factors.
-# L4, RTX 4090: images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf,
-#   appendices A and C. A100: www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
-#   nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf. H100: resources.nvidia.com/en-us-tensor-core/
-#   nvidia-tensor-core-gpu-datasheet.
-HARDWARE: dict[str, dict[str, float]] = {
-    "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12, "memory": 24},
-    "RTX 4090": {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12, "memory": 24},
-    "A100 80GB": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80},
-    "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
-}
 # Share of the peak that training reaches. Llama 3 reached 38 to 43 % (Grattafiori et al., 2024, arXiv 2407.21783),
 # PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
 UTILISATION = 0.4
-MATMUL_SECONDS = 0.5
 UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 # torch logs a traceback for an operation that fake tensors lack. Our own line says what that means.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -83,7 +71,12 @@ def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingD
     check_length(model, config.data.sequence_length)
     objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
     if accelerator.is_main_process:
-        print(*describe_launch(accelerator, data.plan), sep="\n")
+        print(
+            *describe_launch(accelerator, data.plan),
+            *hints_on_launch(accelerator),
+            *hints_on_data(config, data),
+            sep="\n",
+        )
         print(*dry_run_report(
             objective, data.example, config, data.plan, max_steps=data.max_steps, device=accelerator.device,
             num_rows=data.num_rows, mixed_precision=accelerator.mixed_precision,
@@ -128,7 +121,7 @@ def dry_run_report(
             device=device.type,
         )  # fmt: skip
         flops = count_step_flops(objective, example, config, plan)
-    except (RuntimeError, ValueError) as error:  # an operation of this model needs values, which fake tensors lack
+    except Exception as error:  # an operation needs values, which fake tensors lack, or the sizes make no model
         return [*lines, f"memory and time: no estimate for this model: {short(error)}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
     step = sum(memory.values())
@@ -148,14 +141,6 @@ def dry_run_report(
         seconds = estimate_time(flops * max_steps, speed, processes)
         lines.append(f"  {'this machine':<15} {duration(seconds):>10}; {speed / 1e12:.2g} TFLOP/s measured")
     return lines
-
-
-def describe_work(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> str:
-    """A line with the floating-point operations of one step on all devices, counted without computing anything."""
-    try:
-        return f"work: {count_step_flops(objective, example, config, plan):.3g} FLOPs a step"
-    except (RuntimeError, ValueError) as error:
-        return f"work: not counted for this model: {short(error)}"
 
 
 def count_step_flops(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> int:
@@ -185,19 +170,28 @@ def resized(batch: BatchShapes, rows: int, longest: int | None = None, share: in
     }  # fmt: skip
 
 
-def describe_objective(objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool) -> list[str]:
-    """Lines on the model and its kernels. Call it before FSDP shards the parameters, on the main process only."""
+def describe_objective(
+    objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool
+) -> tuple[list[str], int | None]:
+    """Lines on the model and its kernels, and the FLOPs of a step on all devices, None if they cannot be counted. Call it
+    before FSDP shards the parameters, on the main process only."""
     model: Any = objective.model
     modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # not a dropout of 0
-    return [
-        *describe_model(model),
-        describe_work(objective, data.example, config, data.plan),
-        *([describe_initialization(model)] if new else []),
+    lines, flops = [describe_model(model)[0]], None
+    try:
+        flops = count_step_flops(objective, data.example, config, data.plan)
+        lines.append(f"work: {flops:.3g} FLOPs a step")
+    except (RuntimeError, ValueError) as error:  # an operation of this model needs values, which fake tensors lack
+        lines.append(f"work: not counted for this model: {short(error)}")
+    if new:
+        lines.append(describe_initialization(model))
+    lines.append(
         f"kernels: attention {model.config._attn_implementation}, head "
         f"{'chunked' if objective.chunked_head else 'with all logits'}"
         f"{', activation fused' if GELUTanh in modules else ''}{', dropout fast' if FastDropout in modules else ''}, "
-        f"fp32 products {torch.get_float32_matmul_precision()}",
-    ]
+        f"fp32 products {torch.get_float32_matmul_precision()}"
+    )
+    return lines, flops
 
 
 def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
@@ -373,38 +367,6 @@ def autocast(device: str, mixed_precision: str) -> torch.autocast:
     return torch.autocast(device, dtype, enabled=mixed_precision != "no")
 
 
-def precision_of(mixed_precision: str, matmul_precision: str) -> str:
-    """The key of `HARDWARE` for accelerate's `mixed_precision` and torch's `set_float32_matmul_precision`."""
-    if mixed_precision in ("bf16", "fp16"):
-        return "bf16"
-    return "fp32" if matmul_precision == "highest" else "tf32"
-
-
-def measure_flops_per_second(device: torch.device, mixed_precision: str) -> float:
-    """FLOP/s of square matrix products on `device`, by half a second of them.
-
-    fp32 is computed as `torch.set_float32_matmul_precision` says at the time; a CPU with this process's threads.
-    """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-    size = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
-    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    product = left @ right  # the first one chooses and prepares a kernel
-    count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
-        product = left @ right
-        float(product[0, 0])  # waits for the device
-        count += 1
-    return count * 2 * size**3 / elapsed
-
-
 def estimate_time(flops: float, flops_per_second: float, num_devices: int = 1) -> float:
     """Seconds for `flops` in all on `num_devices`, at `UTILISATION` of their peak of `flops_per_second` each."""
     return flops / (flops_per_second * num_devices * UTILISATION)
-
-
-def duration(seconds: float) -> str:
-    """Two digits in the largest fitting unit, such as `4.2 h`."""
-    units = {"years": 365 * 86400, "days": 86400, "h": 3600, "min": 60, "s": 1}
-    unit = next((unit for unit, length in units.items() if seconds >= length), "s")
-    value = seconds / units[unit]
-    return f"{value:.1f} {unit}" if value < 10 else f"{value:,.0f} {unit}"

@@ -1,9 +1,36 @@
-"""What a device computes fast: bf16, and fp32 products."""
+"""What a device computes fast: bf16, fp32 products, and its peak."""
 
+import contextlib
+import json
+import os
+import platform
+import re
+import resource
+import sys
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from utils.files import UserError, read_json, replace_text
+
+# Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
+# sparse matrices. bf16 also stands for fp16, with sums in fp32; tf32 for fp32 that may round its factors.
+# L4, RTX 4090: images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf,
+#   appendices A and C. A100: www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
+#   nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf. H100: resources.nvidia.com/en-us-tensor-core/
+#   nvidia-tensor-core-gpu-datasheet.
+HARDWARE: dict[str, dict[str, float]] = {
+    "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12, "memory": 24},
+    "RTX 4090": {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12, "memory": 24},
+    "A100 80GB": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80},
+    "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
+}
+# The names that CUDA gives these cards. The H100 as a PCIe card is slower, and is measured.
+CARD_NAMES = {"L4": r"\bL4\b", "RTX 4090": r"RTX 4090$", "A100 80GB": r"\bA100\b", "H100 SXM": r"\bH100 80GB HBM"}
+MATMUL_SECONDS = 0.5
 
 
 def cpu_capabilities() -> Mapping[str, Any]:
@@ -28,3 +55,55 @@ def resolve_matmul_precision(name: str, device: torch.device) -> str:
         return name
     has = cpu_capabilities()
     return "medium" if device.type == "cpu" and has.get("avx512_bw") and not has.get("amx_bf16") else "highest"
+
+
+def precision_of(mixed_precision: str, matmul_precision: str) -> str:
+    """The key of `HARDWARE` for accelerate's `mixed_precision` and torch's `set_float32_matmul_precision`."""
+    if mixed_precision in ("bf16", "fp16"):
+        return "bf16"
+    return "fp32" if matmul_precision == "highest" else "tf32"
+
+
+def measure_flops_per_second(device: torch.device, mixed_precision: str) -> float:
+    """FLOP/s of square matrix products on `device`, by half a second of them.
+
+    fp32 is computed as `torch.set_float32_matmul_precision` says at the time; a CPU with this process's threads.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    size = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
+    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
+    product = left @ right  # the first one chooses and prepares a kernel
+    count, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
+        product = left @ right
+        float(product[0, 0])  # waits for the device
+        count += 1
+    return count * 2 * size**3 / elapsed
+
+
+def peak_flops_per_second(device: torch.device, mixed_precision: str) -> float:
+    """FLOP/s that `device` could reach: the vendor's figure for a card in `HARDWARE`, else measured once per machine and
+    kept in the user's cache folder."""
+    matmul = torch.get_float32_matmul_precision()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {device.type}"
+    for known, pattern in CARD_NAMES.items():
+        if re.search(pattern, name):
+            return HARDWARE[known][precision_of(mixed_precision, matmul)]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plainloop" / "peaks.json"
+    key = f"{name}, {torch.get_num_threads()} threads, {mixed_precision}, {matmul}, torch {torch.__version__}"
+    peaks: dict[str, float] = {}
+    with contextlib.suppress(UserError):
+        peaks = read_json(path)
+    if not isinstance(peaks.get(key), float):
+        peaks[key] = measure_flops_per_second(device, mixed_precision)
+        with contextlib.suppress(OSError):  # no home folder, or a full disk: it is measured again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(peaks, indent=2) + "\n")
+    return peaks[key]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has used so far: of the GPU, or the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

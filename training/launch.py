@@ -9,6 +9,7 @@ import dataclasses
 import math
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, PrecisionType, parse_flag_from_env
 from transformers import AutoModelForCausalLM
 
-from training.hardware import fast_bf16
 from training.optimization.optimizers import OPTIMIZERS, check_optimizer
 from utils.cli import LAUNCHER_PID, UserError, nearest, run_script
 from utils.config import TrainConfig
@@ -183,10 +183,20 @@ def check_process_count(num_processes: int) -> None:
 
 
 def asked_processes() -> int | None:
-    """The number of processes that `accelerate launch`, our parent process, was asked for; None if it was not asked.
+    """The number of processes that `accelerate launch` was asked for; None if it was not asked.
 
     Only its command line tells: accelerate passes nothing on if it starts one process in place of several.
     """
+    if (options := launcher_options()) is None:
+        return None
+    count, file = options.num_processes, options.config_file
+    if count is None and (file or (not options.cpu and os.path.isfile(default_config_file))):
+        count = load_config_from_file(file).num_processes
+    return int(count) if count and count > 0 else None
+
+
+def launcher_options() -> Namespace | None:
+    """The options of `accelerate launch`, if it is our parent process."""
     try:
         words = psutil.Process(LAUNCHER_PID).cmdline()
     except psutil.Error:
@@ -194,32 +204,20 @@ def asked_processes() -> int | None:
     names = [os.path.basename(word) for word in words]
     ends = ("accelerate launch", "accelerate-launch", "accelerate.commands.launch")
     start = next((index for index in range(1, 5) if " ".join(names[:index]).endswith(ends)), None)
-    if start is None:
-        return None
-    options = launch_command_parser().parse_args(words[start:])
-    count, file = options.num_processes, options.config_file
-    if count is None and (file or (not options.cpu and os.path.isfile(default_config_file))):
-        count = load_config_from_file(file).num_processes
-    return int(count) if count and count > 0 else None
+    return None if start is None else launch_command_parser().parse_args(words[start:])
 
 
 def describe_launch(accelerator: Accelerator, plan: BatchPlan) -> list[str]:
-    """Lines that say what is active, and what the machine could do better."""
+    """Lines that say what is active."""
     context = plan.context_parallel_size
     each = "process(es)" if context == 1 else f"group(s) of {context} processes, which share each row,"
-    processes, threads, cores = accelerator.num_processes, torch.get_num_threads(), os.cpu_count() or 1
-    lines = [
-        f"launch: {processes} process(es) on {accelerator.device.type}, {accelerator.distributed_type.value}, "
-        f"precision {accelerator.mixed_precision}, {threads} thread(s) each",
-        f"global batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} {each} × "
+    return [
+        f"launch: {accelerator.num_processes} process(es) on {accelerator.device.type}, "
+        f"{accelerator.distributed_type.value}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} thread(s) each",
+        f"batch: {plan.global_batch_size} sequences = {plan.data_parallel_size} {each} × "
         f"{plan.accumulation} micro-batch(es) × {plan.micro_batch}",
     ]
-    if accelerator.device.type == "cpu" and threads * processes < cores:
-        option = f"--num_cpu_threads_per_process {cores // processes}"
-        lines.append(f"hint: {threads * processes} of {cores} cores in use; `accelerate launch {option}` uses them all")
-    if accelerator.mixed_precision == "no" and fast_bf16(accelerator.device):
-        lines.append("hint: this machine computes bf16 fast; `accelerate launch --mixed_precision bf16` uses it")
-    return lines
 
 
 def check_launch_file(path: Path) -> None:

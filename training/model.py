@@ -237,4 +237,4 @@ def describe_initialization(model: nn.Module) -> str:
         mean = sum(float(parameter.sum(dtype=torch.float64)) for parameter in parameters) / count
         norms = (float(torch.linalg.vector_norm(parameter, dtype=torch.float64)) for parameter in parameters)
         parts.append(f"{kind} {mean:.3f} ± {math.sqrt(max(0.0, sum(norm**2 for norm in norms) / count - mean**2)):.4f}")
-    return "weights at the start, mean ± standard deviation: " + ", ".join(parts)
+    return "weights: at the start, mean ± standard deviation: " + ", ".join(parts)

@@ -14,6 +14,10 @@ from utils.pretrained import check_name, check_peft
 
 STOP_FILE = "stop"  # in the run folder: its user asks the run to save and end
 NEEDED_MEDIA = {"captioning": "image", "transcription": "audio"}  # objective → kind in a dataset's manifest
+# What makes a conversation of messages, if no tokenizer that has a template is given.
+TEMPLATE = (
+    "--tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
+)
 FP8_LIBRARIES = ("torchao", "transformer_engine", "msamp")  # accelerate's, in its order
 
 
@@ -40,22 +44,27 @@ def check_data(config: TrainConfig, argv: list[str]) -> None:
     dataset = config.data.dataset
     if not Path(dataset).exists() and (commands := commands_for(dataset, argv)):
         raise UserError(f"dataset {dataset} does not exist; make it with: {commands}")
-    manifest = load_manifest(dataset)
-    splits, media = manifest["splits"], manifest.get("media", {}).get("kind")
     name, wanted = config.objective.name, NEEDED_MEDIA.get(config.objective.name)
+    is_chat, sources = name == "instruction", "'[my_texts/]'"
+    if is_chat:
+        sources = f"'[my_chats.jsonl]' --messages_column messages {TEMPLATE}"
+    elif wanted:
+        sources = f"'[{{path: my_{wanted}s/, {wanted}_column: file_name}}]'"
+    if config.model.pretrained is not None:
+        sources = f"{sources.removesuffix(TEMPLATE).rstrip()} --tokenizer.pretrained {config.model.pretrained}"
+    manifest = load_manifest(dataset, sources)
+    splits, media = manifest["splits"], manifest.get("media", {}).get("kind")
     if wanted and media != wanted:
-        remedy = f"prepare one from sources with {wanted}_column"
-        raise UserError(
-            f"objective.name {name} needs a dataset of texts with {wanted}s, which {dataset} is not; {remedy}"
-        )
+        why = f"objective.name {name} needs texts with {wanted}s, but {dataset} has none"
+        raise UserError(f"{why}; prepare some with: python prepare_data.py --sources {sources} --output data/{wanted}s")
     if media and not wanted:
-        fitting = next(name for name, kind in NEEDED_MEDIA.items() if kind == media)
+        fitting = next(each for each, kind in NEEDED_MEDIA.items() if kind == media)
         raise UserError(f"objective.name {name} reads text alone, and {dataset} has {media}s; choose {fitting}")
     if media and config.data.layout != "padded":
         raise UserError(f"data.layout {config.data.layout}: rows with {media}s need data.layout padded")
-    if config.objective.name == "instruction" and "assistant_tokens" not in splits["validation"]:
-        remedy = "prepare some with --messages_column messages"
-        raise UserError(f"objective.name instruction needs conversations, but {dataset} has none; {remedy}")
+    if is_chat and "assistant_tokens" not in splits["validation"]:
+        why = f"objective.name instruction needs conversations, but {dataset} has none"
+        raise UserError(f"{why}; prepare some with: python prepare_data.py --sources {sources} --output data/chats")
 
 
 def check_libraries(config: TrainConfig, trackers: bool) -> None:

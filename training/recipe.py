@@ -10,18 +10,25 @@ import os
 import re
 import shlex
 import sys
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 
-from utils.cli import UserError, run_script
+from utils.cli import UserError, parse_config, run_script
+from utils.config import TrainConfig
 from utils.files import flatten, read_yaml
+
+
+def list_commands(recipe: Path) -> tuple[list[str], list[str]]:
+    """The commands in a recipe's first comments: all, and those that train it."""
+    header = re.match(r"(?:#.*\n)*", recipe.read_text(encoding="utf-8"))
+    commands = re.findall(r"^# ((?:python|accelerate) .*)$", header[0] if header else "", re.M)
+    named = (f"/{command.partition('--config ')[2]}".endswith(f"/{recipe.name}") for command in commands)
+    return commands, list(compress(commands, named))
 
 
 def read_commands(recipe: Path) -> tuple[list[str], str]:
     """The commands that prepare the data, and the one that trains; `UserError` if the file names none."""
-    header = re.match(r"(?:#.*\n)*", recipe.read_text(encoding="utf-8"))
-    commands = re.findall(r"^# ((?:python|accelerate) .*)$", header[0] if header else "", re.M)
-    training = [command for command in commands if f"/{command.partition('--config ')[2]}".endswith(f"/{recipe.name}")]
+    commands, training = list_commands(recipe)
     if len(training) != 1:
         raise UserError(f"{recipe}: its first comments hold no command that trains it, as those in configs/ do")
     return [command for command in commands if command != training[0]], training[0]
@@ -32,22 +39,24 @@ def commands_for(dataset: str, argv: list[str]) -> str | None:
     words = [part for word in argv for part in word.split("=", 1)]
     for word, name in pairwise(words):
         if word == "--config" and flatten(read_yaml(Path(name))).get("data.dataset") == dataset:
-            try:
-                return " && ".join(read_commands(Path(name))[0]) or None
-            except UserError:
-                return None
+            commands, training = list_commands(Path(name))
+            # Of a copy under another name, the first that trains: it trains the original.
+            training = training or [command for command in commands if " train.py " in command][:1]
+            return " && ".join(command for command in commands if command not in training) or None
     return None
 
 
 def main(arguments: list[str]) -> None:
     """Become a shell that runs the commands."""
-    if not arguments or not Path(arguments[0]).is_file():
-        raise UserError("usage: make recipe RECIPE=configs/small/code_fim.yaml")
+    usage = "usage: make recipe RECIPE=configs/small/code_fim.yaml"
+    if not arguments:
+        raise UserError(usage)
     recipe, options = Path(arguments[0]), shlex.join(arguments[1:])
+    if not recipe.is_file():
+        raise UserError(f"the recipe {recipe} {'is no file' if recipe.exists() else 'does not exist'}; {usage}")
     before, training = read_commands(recipe)
-    output = flatten(read_yaml(recipe)).get("output", "runs/demo")
-    for name, value in pairwise(part for word in arguments[1:] for part in word.split("=", 1)):
-        output = value if name == "--output" else output
+    # Now, not after the data is prepared; it exits with one line.
+    output = parse_config(TrainConfig, None, ["--config", str(recipe), *arguments[1:]]).output
     lines = [_again(command) for command in before]
     lines += [f"{_again(training)} {options}".rstrip(), f"python evaluate.py --model {shlex.quote(output)}"]
     shown = "\n".join(f"printf '== %s\\n' {shlex.quote(line)}\n{line}" for line in lines)
@@ -59,8 +68,8 @@ def main(arguments: list[str]) -> None:
 def _again(command: str) -> str:
     """`command` so that it can be repeated: a run is continued, and an export that is there stays."""
     words = shlex.split(command)
-    if "train.py" in words:
-        return f"{command} --checkpoint.resume auto"
+    if "train.py" in words:  # quiet: a mistake that train.py names needs no traceback of accelerate's
+        return f"{command.replace('accelerate launch ', 'accelerate launch --quiet ')} --checkpoint.resume auto"
     if "export.py" in words:
         return f"test -d {shlex.quote(words[words.index('--output') + 1])} || {command}"
     return command

@@ -9,9 +9,13 @@ import torch
 from accelerate import Accelerator
 
 from training.data import TrainingData
+from training.dry_run import estimate_time
+from training.hardware import peak_flops_per_second, peak_memory_bytes
 from training.launch import describe_launch
 from training.model import check_tokenizer
+from training.monitoring.console import Clock, banner, times_due
 from training.monitoring.guards import NO_TARGET, check_limits, write_bad_batch
+from training.monitoring.hints import hint_on_loss, hints_on_data, hints_on_launch
 from training.monitoring.stopping import StopAsked, StopRequests
 from training.monitoring.tracking import RunTracker
 from training.monitoring.watchdog import Watchdog
@@ -53,14 +57,19 @@ class Run:
             check_tokenizer(self.checkpoint, self.tokenizer)
             self.state = load_state(self.checkpoint)
         self.first_step = self.saved_step = self.state.optimizer_step
-        # Tokens and seconds of training at the last line of the log, and after the first step of this launch.
-        self._logged = (self.state.tokens_seen, self.state.train_seconds)
-        self._warm: tuple[int, float] | None = None
+        # Tokens, seconds of training and steps: when this launch began, after its first step, at the last line of the log.
+        self._launched = (self.state.tokens_seen, self.state.train_seconds, self.first_step)
+        self._warm = self._logged = self._launched
+        self._clock = Clock()
+        self._hinted = False  # about a loss that does not move
 
-    def begin(self, model: Any, optimizer: Any, scheduler: Any, average: Any, lines: list[str]) -> None:
+    def begin(
+        self, model: Any, optimizer: Any, scheduler: Any, average: Any, about: tuple[list[str], int | None] | None
+    ) -> None:
         """Restore the checkpoint's training state, claim the folder, start everything that runs beside training.
 
-        `lines` describe the model. `UserError` if the disk cannot hold the checkpoints to come.
+        `about`: lines on the model, and the FLOPs of a step; None except on the main process. `UserError` if the disk
+        cannot hold the checkpoints to come.
         """
         accelerator, config, data = self.accelerator, self.config, self.data
         if self.checkpoint:
@@ -84,8 +93,17 @@ class Run:
         )  # fmt: skip
         at_exit.callback(self.writer.close)
         at_exit.callback(end_workers)
-        for line in [*describe_launch(accelerator, data.plan), *self.notes, *lines, data.describe()]:
-            self.tracker.say(line)
+        lines, self._step_flops = about or ([], None)
+        if accelerator.is_main_process and self._step_flops is not None:
+            self._peak = (
+                peak_flops_per_second(accelerator.device, accelerator.mixed_precision) * data.plan.num_processes
+            )
+        launch = describe_launch(accelerator, data.plan)
+        lines = [*launch, *lines, *data.describe(self._evaluation_seconds()), f"output: {self.folder}"]
+        self.tracker.say(*banner(lines))
+        self.tracker.say(*self.notes)
+        if accelerator.is_main_process:
+            self.tracker.say(*hints_on_launch(accelerator), *hints_on_data(config, data))
         if warning := warn_of_warmup(config.schedule, data.max_steps):
             self.tracker.warn(warning)
         if self.checkpoint:
@@ -93,12 +111,15 @@ class Run:
 
     def beat(self, doing: str) -> None:
         """Tell the watchdog what begins now, in one word."""
+        self._clock.turn(doing)
         self.watchdog.beat(self.state.optimizer_step + (doing in ("fetching", "training")), doing)
 
     @contextmanager
     def looking(self, save: Callable[..., None]) -> Iterator[None]:
         """Around an evaluation and a sample (all ranks). A stop request ends only these. An error ends the run; the step is
         saved first, if it is not saved yet and the remaining ranks can do it."""
+        if self.state.evaluation_due:
+            self.beat("evaluating")
         try:
             yield
         except StopAsked:  # the resumed run evaluates instead
@@ -112,10 +133,19 @@ class Run:
                 self.tracker.warn(f"the evaluation of step {self.state.optimizer_step} failed; {remedy}")
             raise
 
-    def poll(self) -> None:
-        """Between the batches of an evaluation: raise `StopAsked` on all ranks (which all call) if one is to stop."""
+    def show_evaluation(self, done: int, total: int) -> None:
+        """Between the batches of an evaluation: `done` of `total` are scored."""
         self.beat("evaluating")
+        self.tracker.progress("evaluating", done, total)
+
+    def poll(self, done: int, total: int) -> None:
+        """`show_evaluation`; raises `StopAsked` on all ranks (which all call) if one is to stop."""
+        self.show_evaluation(done, total)
         self.stops.poll()
+
+    def log_evaluation(self, metrics: dict[str, float]) -> None:
+        """Log what an evaluation, which has just ended, found, and how long it took."""
+        self.tracker.log(metrics | {"perf/eval_seconds": self._clock.so_far()}, self.state.optimizer_step)
 
     def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
         """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
@@ -151,22 +181,53 @@ class Run:
         state = self.state
         state.interval_nats += loss * targets
         state.interval_targets += targets
-        self._warm = self._warm or (state.tokens_seen, state.train_seconds)
+        now = (state.tokens_seen, state.train_seconds, state.optimizer_step)
+        self._warm = now if self._warm == self._launched else self._warm
         self.tracker.advance()
         if not shown:
             return
-        now = (state.tokens_seen, state.train_seconds)
-        tokens, seconds = self._logged if self._warm == now else max(self._logged, self._warm)
+        tokens, seconds, step = self._logged if self._warm == now else max(self._logged, self._warm)
+        step_seconds = (state.train_seconds - seconds) / (state.optimizer_step - step)
         figures = {
             "train/loss": state.interval_nats / state.interval_targets,
             "train/learning_rate": learning_rate, "train/grad_norm": grad_norm,
             "perf/tokens_per_second": (state.tokens_seen - tokens) / (state.train_seconds - seconds),
+            "perf/peak_memory_gb": peak_memory_bytes(self.accelerator.device) / 1e9,
             "perf/train_seconds": state.train_seconds,
         }  # fmt: skip
+        if self._step_flops is not None:
+            figures["perf/mfu"] = self._step_flops / step_seconds / self._peak
         if self.data.num_rows is not None:
             figures["train/epoch"] = state.samples_seen / self.data.num_rows
-        self.tracker.log(figures, state.optimizer_step)
+        self.tracker.log(figures, state.optimizer_step, self._seconds_left())
+        hint = hint_on_loss(self.config, state.optimizer_step, figures["train/loss"], len(self.tokenizer))
+        if hint is not None and not self._hinted:
+            self._hinted = True
+            self.tracker.say(hint)
         state.interval_nats, state.interval_targets, self._logged = 0.0, 0, now
+
+    def _evaluation_seconds(self) -> float | None:
+        """About how long an evaluation takes: as measured in this launch, before the first one by its operations."""
+        if (measured := self._clock.mean("evaluating")) is not None or self._step_flops is None:
+            return measured
+        # A forward pass is a third of a step. Rows are scored on all processes at once.
+        share = self.data.rows_scored / self.data.plan.global_batch_size
+        return estimate_time(self._step_flops / 3 * share, self._peak)
+
+    def _seconds_left(self) -> float:
+        """Until the last step. Steps, evaluations, samples and saves take as long as those of this launch so far; the
+        first step counts only as long as it is the only one."""
+        state, clock, config = self.state, self._clock, self.config
+        _, seconds, step = self._warm if self._warm[2] < state.optimizer_step else self._launched
+        step_seconds = (state.train_seconds - seconds) / (state.optimizer_step - step)
+        steps = self.data.max_steps - state.optimizer_step
+        first = max(state.last_evaluated_step + 1, state.optimizer_step)
+        evaluations = times_due(config.evaluation.every_steps, first, self.data.max_steps)
+        each = clock.mean("evaluating")
+        if each is None:  # a forward pass is a third of a step
+            each = step_seconds / 3 * self.data.rows_scored / self.data.plan.global_batch_size
+        others = (clock.seconds["saving"] + clock.seconds["sampling"]) / (state.optimizer_step - self.first_step)
+        return steps * (step_seconds + others) + evaluations * each
 
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
         """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only.
@@ -188,13 +249,15 @@ class Run:
     def finish(self, reason: str, evaluation: Evaluation | None, look: Callable[..., Evaluation], model: Any) -> None:
         """Wait for the last checkpoint, write summary and plot, say how the run ended and how to continue it.
 
-        `look` evaluates the model if this launch has not.
+        `look` scores the rows of a loader: all of the split, if this launch has not.
         """
         state, finished = self.state, reason in END_REASONS
         if finished and state.optimizer_step == self.first_step:
             self.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
-        if finished and evaluation is None:
-            evaluation = look(lambda: self.beat("evaluating"))
+        if finished and (evaluation is None or self.data.sampled_rows is not None):
+            self.beat("evaluating")
+            evaluation = look(self.accelerator.prepare(self.data.validation_loader(whole=True)), self.show_evaluation)
+            self.tracker.say(f"all validation documents: loss {evaluation.loss:.4f}")
         self.beat("ending")
         self.writer.finish()
         num_bytes = self.data.validation_bytes
@@ -216,7 +279,10 @@ class Run:
                 best = f"best loss {state.best_loss:.4f} at step {state.best_step}"
             if state.best_average_loss is not None:
                 best += f", of the average {state.best_average_loss:.4f} at step {state.best_average_step}"
-            self.tracker.say(f"finished ({reason}); {best}; see {self.config.output}")
+            self.tracker.say(f"finished ({reason}); {best}; see {self.folder}")
+            output = f"exports/{self.folder.name}"
+            self.tracker.say(f"next: python evaluate.py --model {self.folder}")
+            self.tracker.say(f"next: python export.py --checkpoint {self.folder} --output {output}")
         else:
             remedy = "to continue, repeat the command with --checkpoint.resume auto"
             self.tracker.say(f"stopped ({reason}) at step {state.optimizer_step}, which is saved; {remedy}")

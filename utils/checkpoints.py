@@ -167,15 +167,24 @@ def find_problem(checkpoint: Path) -> str | None:
     return None if "state.json" in expected else "manifest.json does not name state.json"
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether `path` is RUN/checkpoints/best, …/best_average or …/last. pointers.json decides what it stands for: in a
+    copy of a run a folder of that name may hold an older checkpoint."""
+    return path.name in POINTERS and (path.parent / POINTER_FILE).is_file()
+
+
 def find_checkpoint(path: str | Path, *pointers: str) -> Path:
-    """A run folder → the first of its `pointers` (best, else last) that it has; RUN/checkpoints/best → what it points
-    to; a checkpoint folder → itself. Reads no weights. `UserError` if there is no such checkpoint."""
+    """A run folder, or its checkpoints/ → the first of its `pointers` (best, else last) that it has;
+    RUN/checkpoints/best → what it points to; a checkpoint folder → itself. Reads no weights. `UserError` if there is
+    no such checkpoint."""
     path = Path(path)
     folder, pointers = path / "checkpoints", pointers or ("best", "last")
-    if path.name in POINTERS and (path.parent / POINTER_FILE).is_file():
+    if is_pointer(path):
         folder, pointers = path.parent, (path.name,)
     elif not path.exists():
         raise UserError(f"{path} does not exist; give a run or a checkpoint")
+    elif list_checkpoints(path):
+        folder = path
     if not folder.is_dir():
         if (path / "state.json").is_file():
             return path

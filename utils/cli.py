@@ -33,6 +33,7 @@ PositiveFloat = Annotated[float, "> 0"]
 NonNegativeFloat = Annotated[float, ">= 0"]
 Fraction = Annotated[float, ">= 0 and <= 1"]
 BelowOne = Annotated[float, ">= 0 and < 1"]
+Seed = Annotated[int, ">= 0 and < 4294967296"]  # 32 bits, which numpy takes at most
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 LAUNCHER_PID = os.getppid()  # read before the slow imports, during which the launcher may die
@@ -142,8 +143,9 @@ def parse_config(cls: type[Config], description: str | None, argv: list[str] | N
         namespace = parser.parse_args(completed)
         namespace.pop("config", None)
         for name in names:
-            if namespace.get(name) is None and any(option.startswith(f"{name}.") for option in names):
-                raise UserError(f"{name} is null; leave the section out, or give it options")
+            inner = [option for option in names if option.startswith(f"{name}.")]
+            if namespace.get(name) is None and inner:
+                raise UserError(f"{name} is null; leave it out, or give its options, such as {inner[0]}")
         config = cls(**vars(parser.instantiate(namespace)))
         if problems := find_problems(config):
             raise UserError("; ".join(problems))
@@ -174,6 +176,9 @@ def _one_line(error: Exception, names: list[str]) -> str:
         (r"Does not validate .*? Subtypes: \[(\w+), None.*Given value: (.*)", r"Expected \1 or null. Got value: \2"),
     ):
         message = re.sub(pattern, replacement, message)
+    if match := re.match(r'Parser key "(.+?)": Unable to load config \'(.*?)\' - ', message):
+        inner = next((name for name in names if name.startswith(f"{match[1]}.")), "")
+        return f"{match[1]} cannot be {match[2]}: it is a section; give its options, such as --{inner}"
     if match := re.match(r'Parser key "(.+?)": (.*)', message):
         return f"{match[1]}: {match[2]}"
     if match := re.match(r"unrecognized arguments: (\S+)", message):

@@ -7,7 +7,7 @@ optimizer step everywhere.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 
 SIZE_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 # architecture → name → values of SIZE_NAMES. `tiny` trains in minutes on a CPU. The others are those of published
@@ -37,6 +37,13 @@ DECODER = ("causal", "fill_in_the_middle", "instruction")
 OBJECTIVES = {
     "llama": DECODER, "gpt2": DECODER, "bert": (*DECODER, "masked"), "modernbert": ("masked",), "t5": ("span_corruption",)
 }  # fmt: skip
+
+# Fields of a configuration that `model.overrides` cannot set, because something else decides them.
+DECIDED = {
+    "vocab_size": "the dataset's tokenizer decides it, and model.vocabulary_multiple rounds it up",
+    "is_decoder": "objective.name decides it",
+    "dtype": "weights are fp32, and the launch decides the precision of their products (--mixed_precision)",
+}
 
 
 @dataclass
@@ -196,6 +203,7 @@ class ModelConfig:
             found.append("model.frozen: model.lora.rank freezes all weights; choose model.lora.target_modules instead")
         if self.pretrained is not None:
             return found + (["model.parts is for a new model; leave model.pretrained null"] if self.parts else [])
+        found += [f"model.overrides: leave out {name}; {DECIDED[name]}" for name in self.overrides if name in DECIDED]
         if self.lora.rank:
             found.append("model.lora.rank trains adapters beside pretrained weights; give model.pretrained")
         if self.size is not None and self.size not in SIZES.get(self.architecture, {}):
@@ -301,7 +309,7 @@ class ScheduleConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Loss on all validation documents, and early stopping."""
+    """Loss on the validation documents, and early stopping."""
 
     every_steps: PositiveInt = 200
     """Optimizer steps between evaluations. The last step is always evaluated."""
@@ -309,6 +317,9 @@ class EvaluationConfig:
     """Also evaluate before the first step: what a pretrained model already knows."""
     per_device_batch_size: PositiveInt = 32
     """Sequences per evaluation batch on one device."""
+    max_tokens: PositiveInt | None = None
+    """Score about this many validation tokens while training, in rows spread evenly over the split, always the same ones.
+    The end of the run scores all. null: always all."""
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without improvement. null: never."""
     early_stopping_min_delta: NonNegativeFloat = 0.0
@@ -353,21 +364,24 @@ class GuardConfig:
     """End a rank without progress for this long plus twice the time of a save; stack traces go to .heartbeats/."""
 
 
+Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]
+
+
 @dataclass
 class TrackingConfig:
-    """What a person sees. metrics.jsonl, training.log, loss.png and summary.json are always written."""
+    """What a person sees. metrics.jsonl, training.log, report.html, loss.png and summary.json are always written."""
 
     log_every_steps: PositiveInt = 20
     """Optimizer steps between log lines. train/loss and the speed are means over the steps since the last line, the
     gradient norm is that of the line's step."""
-    trackers: list[Literal["tensorboard", "wandb"]] = field(default_factory=lambda: ["tensorboard"])  # type: ignore[arg-type]
-    """Trackers in addition to the files. W&B without a key runs offline."""
+    trackers: list[Tracker] = field(default_factory=lambda: ["tensorboard"])  # type: ignore[arg-type]
+    """Trackers in addition to the files, by accelerate's names. W&B without a key runs offline."""
     project: str = "plainloop"
     """Project name for the trackers."""
     sample_every_steps: NonNegativeInt = 200
     """Optimizer steps between sample texts that the model adds to samples.md. 0: never."""
-    sample_prompt: str = ""
-    """Beginning of the sample text. Empty: the start of a document."""
+    sample_prompts: list[str] = field(default_factory=lambda: [""])
+    """Beginnings of the sample texts, one sample for each. Empty: the start of a document."""
     sample_max_new_tokens: PositiveInt = 128
     """Longest sample, in tokens."""
 
@@ -386,10 +400,12 @@ class TrainConfig:
 
     output: str = "runs/demo"
     """Run folder."""
-    seed: Annotated[int, ">= 0 and < 4294967296"] = 1234
+    seed: Seed = 1234
     """Seed of the initial weights, the data order, dropout and the samples: 32 bits."""
     max_minutes: PositiveFloat | None = None
     """Save and stop so that this launch takes at most this long, from the start of its processes. null: no limit."""
+    console: Literal["lines", "quiet", "json"] = "lines"
+    """What a launch prints. quiet: warnings and errors. json: the records of metrics.jsonl, warnings and errors."""
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"

@@ -1,7 +1,7 @@
 """Loss over a whole split, counted over all ranks, and text that the model generates."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedModel
 
 from utils.cli import UserError
@@ -44,19 +45,20 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, objective: nn.Module, loader: Iterable[dict[str, torch.Tensor]],
-    after_batch: Callable[[], None] | None = None,
+    accelerator: Accelerator, objective: nn.Module, loader: DataLoader,
+    after_batch: Callable[[int, int], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Mean loss over the target tokens of `loader`, over all ranks, each counted once; all ranks call this. `UserError`
-    if there is none. `after_batch` may raise, on all ranks alike, to abort the evaluation."""
+    if there is none. `after_batch` gets the number of batches scored and that of all; it may raise, on all ranks alike,
+    to abort the evaluation."""
     losses, counts = [], []
     try:
         with evaluating(objective):
-            for batch in loader:
+            for done, batch in enumerate(loader, 1):
                 losses.append(objective(**batch))
                 counts.append(count_targets(batch))
                 if after_batch is not None:
-                    after_batch()
+                    after_batch(done, len(loader))
     finally:
         if isinstance(objective, FSDPModule):  # without a backward pass the gathered parameters would stay
             objective.reshard()

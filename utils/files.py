@@ -109,6 +109,17 @@ def readable(size: int, of: int | None = None) -> str:
     return f"{size / 1e6:,.0f} MB" if (of or size) < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
+def find_obstacle(path: str | Path) -> str | None:
+    """Why no file can be written at `path`, for a line that names it; None if one can, with new folders above it."""
+    path = Path(path).absolute()
+    above = next(folder for folder in path.parents if folder.exists())
+    if path.is_dir():
+        return "is a folder; name a file"
+    if not above.is_dir():
+        return f"cannot be written: {above} is a file"
+    return None if os.access(path if path.exists() else above, os.W_OK) else "cannot be written: no permission"
+
+
 def follow_umask(folder: Path) -> None:
     """Give every file in a folder that this process made the permissions of other new files: safetensors lets only their
     owner read what it writes (0600), whatever the umask."""
@@ -146,7 +157,10 @@ def hold_lock(path: Path) -> Iterator[bool]:
             print(f"warning: {path.parent} cannot be locked ({error.strerror}); do not start it twice", file=sys.stderr)
             yield True
         else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            try:
+                os.ftruncate(file.fileno(), 0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+            except OSError as error:  # a full disk
+                path.unlink()
+                raise OSError(error.errno, error.strerror, str(path)) from None
             yield True

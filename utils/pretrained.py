@@ -7,23 +7,31 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoints import find_checkpoint, is_pointer, list_checkpoints
 from utils.files import UserError, read_json, short
 
 # transformers is imported inside functions: it imports torch, two seconds that --help and a mistake need not wait for.
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 OURS = ("data/", "exports/", "models/", "runs/")  # folders of the README's commands, not names on the Hub
 DIGITS_AS_LETTERS = str.maketrans("0123456789", "ghijklmnop")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
+def resolve_name(name: str | Path) -> str:
+    """`name`, or the checkpoint folder that it stands for if it is RUN/checkpoints/best or another pointer of a run;
+    `UserError` if that is gone."""
+    return str(find_checkpoint(name)) if is_pointer(Path(name)) else str(name)
+
+
 def check_name(option: str, name: str, files: tuple[str, ...]) -> None:
     """`UserError` if `name`, the value of `option`, is a path that holds none of `files`: a run, adapters, a file, a
-    folder that is not there. A name on the Hub passes. Imports and reads nothing, so that a mistake is refused at once.
+    folder that is not there. A name on the Hub passes. Imports and reads no model, so that a mistake is refused at once.
     """
-    folder, wrong = Path(name), f"{option} {name}"
+    folder, wrong = Path(resolve_name(name)), f"{option} {name}"
     if folder.is_file():
         convert = f"convert it: python examples/import_gguf.py {name} models/{folder.stem}"
         raise UserError(
@@ -35,12 +43,13 @@ def check_name(option: str, name: str, files: tuple[str, ...]) -> None:
         return
     if any((folder / file).is_file() for file in files):
         return
-    where = folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    run = folder.parent if list_checkpoints(folder) else folder  # it may be RUN/checkpoints
+    where = folder.parent.parent if folder.parent.name == "checkpoints" else run
     names = (f"exports/{where.resolve().name}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
     output = next(path for path in names if not Path(path).exists())
     export = f"export it first, and give {output}: python export.py --checkpoint {name} --output {output}"
-    if (folder / "config.yaml").is_file() or (folder / "checkpoints").is_dir():
-        saved = any((folder / "checkpoints").glob("step-*"))
+    if (run / "config.yaml").is_file() or (run / "checkpoints").is_dir():
+        saved = any((run / "checkpoints").glob("step-*"))
         raise UserError(f"{wrong} is a run{f'; {export}' if saved else ' without a checkpoint so far'}")
     if (folder / "state.json").is_file():
         raise UserError(f"{wrong} holds adapters; {export}")
@@ -70,7 +79,9 @@ def read_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(resolve_name(name), trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # each format fails in its own way
         raise UserError(f"{name}: no tokenizer can be loaded from here: {short(error)}") from None
 
@@ -157,6 +168,8 @@ def read_weights(auto_model: Any, name: str | Path, config: Any, **options: Any)
     from transformers.utils import logging
 
     _check_weight_files(Path(name))
+    if (generation := Path(name) / GENERATION_FILE).is_file():
+        read_json(generation)  # transformers would silently do without a file that it cannot read
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of missing and unexpected tensors has many lines
     try:

@@ -10,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from preparation.selection.splits import Selection
 from preparation.sources.media import describe
+from utils.report import LINE, NAME, cut, page_templates
 
-TEMPLATE = Path(__file__).with_name("page.html")
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # per reason; per document
 CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; per cluster; per member
 COMPARED_CHARACTERS, COMPARED_WORDS = 4000, 500  # of near duplicates; the time of difflib is quadratic
 REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # listed at most; the language filter alone has 180 reasons
 MEDIA = 4  # pictures or sounds of a document
+FEW_BYTES = 2.0  # per token: English text takes 3 to 5, Chinese and Russian in a tokenizer made for them 3 to 6
+BYTE_LEVEL = 1000  # entries of a tokenizer whose tokens are bytes or letters by design, at most
 SPELLED = 20  # the same of special tokens
-NAME, LINE = 60, 200  # characters shown of a source's name and of other text from files, to keep the page small
-# HTML forbids control characters, so symbols for them (␀, ␛) replace them.
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def collect_details(
@@ -107,11 +104,9 @@ def even_steps(values: dict[str, np.ndarray]) -> np.ndarray:
 
 def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) -> str:
     """The complete page. The same arguments give the same text; text from documents and file names is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"cut": cut, "percent": percent, "difference": difference}
-    sizes = {"NAME": NAME, "EXAMPLES": EXAMPLES, "CLUSTERS": CLUSTERS, "MEMBER_CHARACTERS": MEMBER_CHARACTERS}
+    environment = page_templates(Path(__file__).parent)
+    environment.filters["difference"] = difference
+    sizes = {"EXAMPLES": EXAMPLES, "CLUSTERS": CLUSTERS, "MEMBER_CHARACTERS": MEMBER_CHARACTERS}
     read, splits = manifest["documents_read"], manifest["splits"]
     totals = [sum(figures[key] for figures in splits.values()) for key in ("bytes", "tokens")]
     read_from = np.sum(list(details["counts"].values()), axis=0).tolist()
@@ -120,7 +115,7 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
 
     shown, counts = manifest["files"][:FILES], manifest["read"]
     broken = counts["broken_records"]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return environment.get_template("page.html").render(
         sizes, name=name, details=details, stream=manifest["stream"], splits=splits, versions=manifest["versions"],
         tokenizer=manifest["tokenizer"], read=read, bytes_read=manifest["bytes_read"],
         kept=read - sum(manifest["dropped"].values()), total_ratio=f"{totals[0] / max(totals[1], 1):.2f}",
@@ -144,27 +139,6 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
 
 def _loss(name: str, item: dict[str, int]) -> list[Any]:
     return [cut(name, LINE), item["records"], item["files"], item["bytes"]]
-
-
-def _printable(value: object) -> object:
-    """An expression of the template, before it is escaped."""
-    if isinstance(value, int | np.integer):
-        return f"{value:,}"
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    # A file name may contain surrogates, for bytes that are not UTF-8, which cannot be written.
-    return value.encode(errors="replace").decode().translate(CONTROLS)
-
-
-def cut(text: str, characters: int) -> str:
-    return text if len(text) <= characters else text[:characters] + "…"
-
-
-def percent(part: float, total: float) -> str:
-    share = part / max(total, 1)
-    if 0 < share < 0.01:
-        return f"{share:.2%}" if share >= 0.0001 else "< 0.01%"
-    return f"{share:.1%}"
 
 
 def difference(kept: str, other: str) -> Iterator[tuple[str, str, str]]:
@@ -289,6 +263,12 @@ def table(manifest: dict[str, Any]) -> str:
     note = f" ({options['vocab_size']:,} requested, but the text has no more pairs to merge)" if short else ""
     lines.append(f"tokenizer: {tokenizer['vocab_size']:,} entries, from {tokenizer['from']}{note}")
     for name, figures in tokenizer["sources"].items():
+        ratio, foreign = figures["bytes_per_token"], tokenizer["from"] != TRAINED_HERE
+        if foreign and ratio < FEW_BYTES and tokenizer["vocab_size"] > BYTE_LEVEL:
+            lines.append(
+                f"hint: the tokenizer takes a token for every {ratio:.1f} bytes of {name}, so it was made for other text; "
+                "leave tokenizer.pretrained out to train one on this text"
+            )
         if lost := figures.get("lost_share"):
             share = f"{lost:.2%}" if lost >= 0.0001 else "< 0.01%"
             lines.append(f"warning: the tokenizer cannot write {share} of {name}: {figures['lost_characters']}")

@@ -15,6 +15,8 @@ ROLES = ("system", "user", "assistant", "tool")
 SEPARATOR = "\x1e"
 REASONING_KEY = "reasoning_content"
 TOOLS, REASONING, UNLEARNT = "tools", "reasoning", "assistant unlearnt"  # in the place of a role; see `join_messages`
+# What begins the parts of a stored conversation that only some chat templates write, by their key in a record.
+OPTIONAL_PARTS = {TOOLS: f"{SEPARATOR}{TOOLS}\n", REASONING_KEY: f"{SEPARATOR}{REASONING}\n"}
 SHAREGPT_ROLES = {  # as in FastChat and LLaMA-Factory
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",

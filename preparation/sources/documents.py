@@ -65,6 +65,7 @@ MEDIA_FEATURES = {"media": datasets.List(datasets.Value("large_binary"))}
 TEXT_PART_BYTES = 4 << 20  # a longer text file becomes several documents, cut between paragraphs or lines
 SNIFFED_BYTES = 1 << 16
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first
+LONE_RETURN = re.compile(rb"(?<=\r)(?!\n)")  # after a carriage return that ends a line by itself
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can express and UTF-8 cannot
 BINARY = "a binary file, not text (it holds zero bytes)"
 MAX_BROKEN_LISTED = 1000
@@ -443,10 +444,11 @@ def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]
     if lost := _stand_in(head, name, kind, len(head), source):
         yield lost
     elif kind is None:  # chosen by `include` alone
-        yield Broken(name, "unknown kind of file; give `kind:` in its entry, or name it in `exclude:`", is_file=True)
+        why = "unknown kind of file; give `kind:` in its entry, or name it in `exclude:`"
+        yield Broken(name, why, _count_rest(stream), is_file=True)
     elif kind in ("text", "html", "code") and (column := _column_of_records(source)):
         why = f"kind {kind} has no column {column!r}; `kind: json` passes over such files"
-        yield Broken(name, why, is_file=True)
+        yield Broken(name, why, _count_rest(stream), is_file=True)
     elif kind == "parquet":
         yield from read_parquet(stream, name, source)
     elif source.encoding is not None:
@@ -461,6 +463,11 @@ def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]
 def _column_of_records(source: SourceConfig) -> str | None:
     """A column that only files with records can have."""
     return source.messages_column or source.media_column or source.group_column
+
+
+def _count_rest(stream: BinaryIO) -> int:
+    """The bytes of a stream from here on."""
+    return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
 
 
 class Recoded(io.RawIOBase):
@@ -625,7 +632,7 @@ def iter_file_texts(paths: list[str], text_column: str, messages_column: str | N
 def read_text(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
     """One document per file, or one per line that `new_document` matches; a very long document is split into parts."""
     if b"\0" in stream.peek(SNIFFED_BYTES)[:SNIFFED_BYTES]:  # type: ignore[attr-defined]
-        yield Broken(name, BINARY, len(stream.read()), is_file=True)
+        yield Broken(name, BINARY, _count_rest(stream), is_file=True)
         return
     separators: Counter[str] = Counter()
     pieces = _split_at(stream, source, separators) if source.new_document else [(1, stream)]
@@ -644,9 +651,10 @@ def read_text(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Rec
 def _split_at(stream: BinaryIO, source: SourceConfig, separators: Counter[str]) -> Iterator[tuple[int, BinaryIO]]:
     """(number of its first line, its bytes) of each document."""
     pattern, buffer, first = re.compile(str(source.new_document)), io.BytesIO(), 1
-    for number, line in enumerate(iter(lambda: stream.readline(TEXT_PART_BYTES), b""), start=1):
+    for number, line in enumerate(_lines(stream), start=1):
         # Without a carriage return, before which $ does not match, and without the mark at the beginning of a file.
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8", "replace").replace("\r\n", "\n")
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8", "replace")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
         match = pattern.search(text)
         if (match or buffer.tell() >= TEXT_PART_BYTES) and buffer.tell():
             buffer.seek(0)
@@ -661,6 +669,14 @@ def _split_at(stream: BinaryIO, source: SourceConfig, separators: Counter[str]) 
     if buffer.tell():
         buffer.seek(0)
         yield first, buffer
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes]:
+    """Lines with their ends, \\n, \\r\\n or \\r alone; a line longer than TEXT_PART_BYTES in pieces."""
+    for line in iter(lambda: stream.readline(TEXT_PART_BYTES), b""):
+        if line.endswith(b"\r"):  # a piece: its \n, if it has one, comes next
+            line += stream.readline(1) if stream.peek(1)[:1] == b"\n" else b""  # type: ignore[attr-defined]
+        yield from (part for part in LONE_RETURN.split(line) if part) if b"\r" in line else (line,)
 
 
 def _cut(stream: BinaryIO) -> Iterator[bytes]:
@@ -802,27 +818,31 @@ def read_csv(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Reco
 
 
 def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[Record]:
-    number = 0
-    try:  # the footer is at the end, so a stream that cannot seek is read into memory
-        whole = stream if stream.seekable() else io.BytesIO(stream.read())
-        # By default whole row groups are read ahead, which may hold gigabytes of pictures.
-        reading = {"pre_buffer": False, "buffer_size": 1 << 20} if source.media_column else {}
-        file = pyarrow.parquet.ParquetFile(whole, **reading)
+    number, rows = 0, 0
+    # The footer is at the end, so a stream that cannot seek is read into memory.
+    data: Any = stream if stream.seekable() else io.BytesIO(stream.read())
+    size = data.seek(0, io.SEEK_END)
+    # By default whole row groups are read ahead, which may hold gigabytes of pictures.
+    reading = {"pre_buffer": False, "buffer_size": 1 << 20} if source.media_column else {}
+    try:
+        file = pyarrow.parquet.ParquetFile(data, **reading)
+        rows = file.metadata.num_rows
         columns, have = needed_columns(source), file.schema_arrow.names
         if twice := [column for column in columns if have.count(column) > 1]:
-            yield Broken(name, f"column {twice[0]!r} stands twice", is_file=True)
+            yield Broken(name, f"column {twice[0]!r} stands twice", size, is_file=True)
             return
         # All of them if one is missing, so that the error can list them.
         columns = [*columns, *read_with(source, have)] if set(columns) <= set(have) else have
-        size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
-        fitting = SLICE_BYTES * file.metadata.num_rows // max(size, 1)
+        decoded = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+        fitting = SLICE_BYTES * rows // max(decoded, 1)
         for batch in file.iter_batches(batch_size=min(max(fitting, 1), 256), columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield make_document(row, name, number, "record", source)
-    except (pa.ArrowException, ValueError, OverflowError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         why = f"cannot be read as parquet after {number:,} records: {' '.join(str(error).split())[:200]}"
-        yield Broken(name, why if number else why.replace(" after 0 records", ""), is_file=True)
+        lost = size * (rows - number) // rows if rows else size  # as many bytes in each row
+        yield Broken(name, why if number else why.replace(" after 0 records", ""), lost, is_file=True)
 
 
 def needed_columns(source: SourceConfig) -> list[str]:

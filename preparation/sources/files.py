@@ -14,9 +14,10 @@ from preparation.stages import hash_json
 from utils.cli import UserError
 from utils.data.token_dataset import FORMAT_VERSION
 from utils.files import hash_file
+from utils.pretrained import resolve_name
 
 # Raise a stage's number when its result changes, so that results of older code are not reused.
-VERSIONS = {"read": 2, "clean": 2, "sketch": 2, "select": 2, "tokenizer": 1, "encode": 2}
+VERSIONS = {"read": 3, "clean": 2, "sketch": 2, "select": 2, "tokenizer": 1, "encode": 2}
 WITHOUT_EFFECT = ("output", "num_proc", "check_hashes")  # options that do not change the result
 
 CODE_SUFFIXES = frozenset([
@@ -265,7 +266,7 @@ def without_nulls(values: Any) -> Any:
 def tokenizer_files(config: PrepareConfig) -> dict[str, str]:
     """Hashes of the tokenizer's files, if it is not trained here."""
     pretrained, template = config.tokenizer.pretrained, config.tokenizer.chat_template
-    files = sorted(Path(pretrained).glob("*")) if pretrained else []
+    files = sorted(Path(resolve_name(pretrained)).glob("*")) if pretrained else []
     files = [path for path in files if path.suffix in (".json", ".jinja", ".txt", ".model")]
     files += [Path(template)] if template else []
     return {path.name: hash_file(path) for path in files if path.is_file()}

@@ -15,10 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from tokenizers import Tokenizer
 
 from preparation.recipe import MARK
-from preparation.sources.conversations import REASONING_KEY, SEPARATOR, split_messages, split_tools
+from preparation.sources.conversations import OPTIONAL_PARTS, SEPARATOR, split_messages, split_tools
 from preparation.tokenizer.build import token_dtype
 from utils.cli import UserError
 from utils.pretrained import hide_special_tokens
@@ -402,6 +403,18 @@ class ConversationEncoder:
             self._takes_parts = self._writes_parts(placeholder)
         self._to_replace = re.compile("|".join(map(re.escape, sorted(self._final, key=len, reverse=True))) or "(?!)")
 
+    def check_parts(self, documents: pa.Table) -> None:
+        """`UserError` for the first conversation (columns `text` and `id`) that has tools or reasoning which the
+        template does not write."""
+        for key, head in OPTIONAL_PARTS.items():
+            if key in self._template:
+                continue
+            has_part = pa.compute.match_substring(documents.column("text"), head)
+            if (place := pa.compute.index(has_part, True).as_py()) >= 0:
+                id = documents.column("id")[place].as_py()
+                raise UserError(f"{id}: this conversation has {key}, which the chat template does not write; remove the "
+                                "key, or give a template that writes it (tokenizer.chat_template)")  # fmt: skip
+
     def encode_table(self, batch: pa.Table) -> pa.Table:
         """Columns `text` and `id` → columns `input_ids` (uint16 or uint32), `loss_mask` (uint8) and `spelled`, lists.
         `UserError` for a conversation that the template refuses, or whose turns cannot be found."""
@@ -449,13 +462,10 @@ class ConversationEncoder:
         spelled = self._spelled.find(stored)
         if self._placeholders and spelled:
             stored = self._spelled.pattern.sub(lambda found: self._placeholders[found[0]], stored)
+        self.check_parts(pa.table({"text": [stored], "id": [id]}))
         messages, tools = split_messages(stored), split_tools(stored)
         if self._takes_parts:
             messages = [message | {"content": split_parts(message["content"])} for message in messages]
-        given = {"tools": tools, REASONING_KEY: any(REASONING_KEY in message for message in messages)}
-        if lost := next((key for key, value in given.items() if value and key not in self._template), None):
-            raise UserError(f"{id}: this conversation has {lost}, which the chat template does not write; remove the "
-                            "key, or give a template that writes it (tokenizer.chat_template)")  # fmt: skip
         learnt = [message.pop("weight", 1) for message in messages if message["role"] == "assistant"]
         try:
             text, turns = self._apply_template(messages, tools)

@@ -333,6 +333,19 @@ def test_11_the_disk_fills_up(freed, dataset, tmp_path):
             assert "No space left" in process.text() and state(output)["optimizer_step"] == 10
 
 
+@pytest.mark.parametrize("options", ["size=4k", "size=1M,nr_inodes=3", "size=1M,nr_inodes=2"])
+def test_11_the_disk_is_full_from_the_start(options, dataset, tmp_path):
+    """Its one page holds a file; or it has room for two files or folders, or one: the run needs three for its lock."""
+    with mounted(tmp_path / "disk", options) as disk:
+        if "size=4k" in options:
+            (disk / "filler").write_bytes(bytes(4096))
+        before = sorted(disk.rglob("*"))
+        output = disk / "runs" / "new"
+        line = error_line("train.py", *flags(SMALL | {"data.dataset": dataset, "output": output}))
+        assert f"run folder {output} cannot be " in line and "No space left" in line
+        assert sorted(disk.rglob("*")) == before
+
+
 @pytest.mark.parametrize("obstacle", ["file", "read-only"])
 def test_12_the_output_cannot_be_written(obstacle, dataset, tmp_path):
     """Refused at the start."""

@@ -14,6 +14,7 @@ from conftest import ROOT, SMALL, flags, metrics, run, script, start, train, tra
 from processes import PATIENCE, Training, command
 
 from training.launch import SECTIONS, check_launch_file, describe_launch, plan_batches
+from training.monitoring.hints import hints_on_launch
 from utils.cli import UserError
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
@@ -167,12 +168,13 @@ def test_what_the_machine_could_do_beside_the_launch_is_hinted_at(monkeypatch):
         )
         AcceleratorState._reset_state(True)
         try:
-            lines = describe_launch(Accelerator(cpu=True, mixed_precision=precision), plan)
+            accelerator = Accelerator(cpu=True, mixed_precision=precision)
+            lines, found = describe_launch(accelerator, plan), hints_on_launch(accelerator)
         finally:
             AcceleratorState._reset_state(True)
         assert f"precision {precision}, {threads} thread(s) each" in lines[0]
         assert "8 sequences = 1 process(es) × 4 micro-batch(es) × 2" in lines[1]
-        return lines[2:]
+        return found
 
     assert hints("no", threads, False) == hints("bf16", threads, True) == []
     (line,) = hints("no", threads + 3, False)

@@ -165,7 +165,7 @@ def test_a_signal_during_an_evaluation_leaves_it_to_the_resumed_run(dataset, tmp
     output, whole = tmp_path / "run", tmp_path / "whole"
     arguments = command(output, dataset, **options)
     poll = "found = look(run.poll)\n"
-    slow = poll.replace("run.poll", "lambda: (time.sleep(0.1), run.poll())")
+    slow = poll.replace("run.poll", "lambda *done: (time.sleep(0.1), run.poll(*done))")
     with (
         changed_copy((poll, slow), name="slow") as name,
         training([name, *arguments[1:]], output) as started,

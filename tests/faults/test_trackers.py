@@ -1,7 +1,9 @@
 """Faults 33 to 35: trackers that fail, and runs that go on in them."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,3 +127,20 @@ def test_a_signal_ends_a_run_with_its_tracker_in_order(dataset, tmp_path):
         started.process.terminate()
         started.end()
         assert summary(output)["reason"] == "SIGTERM", started.text()[-3000:]
+
+
+def test_34_mlflow_and_trackio_hold_one_run_for_all_launches(dataset, tmp_path):
+    """Both are read from their databases: each step once, although options have changed between the launches."""
+    where = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    options = {"tracking__trackers": "[mlflow,trackio]", "checkpoint__resume": "auto"}
+    for steps in (4, 6):  # in processes of their own: both trackers keep the run that is active in the process
+        script(*command(tmp_path / "run", dataset, schedule__max_steps=steps, **options), **where)
+    # trackio has one row for all that is logged at once, here also by the save and the evaluation at the end.
+    for path, query in (
+        (tmp_path / "mlflow.db", "select run_uuid, step from metrics where key = 'train/loss'"),
+        (tmp_path / "trackio" / "plainloop.db", "select run_name, step from metrics where step not in (4, 6)"),
+    ):
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            rows = database.execute(query).fetchall()
+        assert sorted(step for _, step in rows if step not in (4, 6)) == [1, 2, 3, 5], path
+        assert len({name for name, _ in rows}) == 1

@@ -1,31 +1,32 @@
-"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, loss.png, summary.json.
+"""What a person sees of a run: console, training.log, metrics.jsonl, trackers, samples.md, and what its end adds.
 
 Only the main process writes; on the other ranks every method returns at once.
 """
 
 import contextlib
-import errno
+import html
 import json
 import logging
 import os
 import re
-import sys
 import threading
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from training.data import TrainingData
+from training.monitoring.console import Console
 from training.parallel.sharding import is_sharded, meeting_group
+from training.report.plot import draw_losses
+from training.report.report import RunReport
 from utils.answers import write_answers
 from utils.checkpoints import TrainState
 from utils.cli import PEER_GONE
@@ -37,9 +38,10 @@ from utils.model.build import evaluating
 from utils.objectives import Objective, objective_module
 from utils.pretrained import tokenizer_of
 
+SAMPLE_END = "\n\n---\n\n"  # between the samples of several prompts
 WANDB_FILE = "wandb_id.txt"  # the id of the W&B run; the last step sent to it
-SAMPLE_ROWS = 4
-DIGITS = {"train/learning_rate": ".2e", "perf/tokens_per_second": ",.0f", "perf/train_seconds": ",.0f"}
+MLFLOW_FILE = "mlflow_id.txt"  # the id of the MLflow run
+SAMPLE_ROWS = 4  # with pictures or sounds
 
 
 class RunTracker(contextlib.AbstractContextManager):
@@ -61,50 +63,47 @@ class RunTracker(contextlib.AbstractContextManager):
         _cut_samples(self.run / "samples.md", state.last_evaluated_step)
         self.metrics_file = (self.run / "metrics.jsonl").open("ab", buffering=0)
         self.unwritten = b""
-        self.progress = tqdm(total=max_steps, initial=step, unit="step", disable=not sys.stderr.isatty(), leave=False)
+        self.console = Console(config.console, max_steps, step)
+        self.report = RunReport(self.run, self.warn)
         # On a full disk training.log misses a line and TensorBoard's thread ends; no traceback should hide the rest.
         logging.raiseExceptions = False
         self.thread_hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._start_trackers(config, step)
 
-    def say(self, text: str) -> None:
-        """One line for the reader."""
+    def say(self, *lines: str) -> None:
+        """Lines for the reader."""
         if self.is_main:
-            self._show(text, sys.stdout)
-            self.logger.info(text)
+            for line in lines:
+                self.console.say(line)
+                self.logger.info(line)
 
     def warn(self, text: str) -> None:
         if self.is_main:
-            self._show(f"warning: {text}", sys.stderr)
+            self.console.warn(text)
             self.logger.warning(text)
 
-    def _show(self, text: str, stream: TextIO) -> None:
-        """Print to the console. A pipe's reader or a terminal may be gone, the disk of a file full."""
-        try:
-            tqdm.write(text, file=stream)
-            stream.flush()
-        except OSError as error:
-            if error.errno in (errno.EPIPE, errno.EIO):  # gone for good: the buffer must not fail again at the exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
+    def log(self, metrics: dict[str, float], step: int, seconds_left: float | None = None) -> None:
         """Write the numbers of a step to the console, metrics.jsonl and every tracker."""
         if not self.is_main:
             return
-        parts = [f"{name.partition('/')[2]} {value:{DIGITS.get(name, '.4f')}}" for name, value in metrics.items()]
-        kind = next(iter(metrics)).partition("/")[0]
-        self.say(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} | {kind:<5} | " + " | ".join(parts))
+        self.logger.info(self.console.record(metrics, step, seconds_left))
         self._write({"step": step, **metrics})
+        kind = next(iter(metrics)).partition("/")[0]
         for tracker in list(self.accelerator.trackers):
-            if (tracker.name == "wandb" and step <= self.sent_step) or (
-                kind == "eval" and step == self.sent_evaluation
-            ):
-                continue  # an earlier launch sent it: W&B accepts only increasing steps, and TensorBoard keeps both
-            try:
-                tracker.log(metrics, step=step)
-            except Exception as error:  # whatever a tracker raises, the run matters more
-                self.accelerator.trackers.remove(tracker)
-                self._warn_off(tracker.name, error)
+            # What an earlier launch sent: W&B accepts only increasing steps, others keep both. TensorBoard purges.
+            if tracker.name != "tensorboard" and step <= self.sent_step:
+                continue
+            if kind != "eval" or step != self.sent_evaluation:
+                self._send(tracker, metrics, step)
+        if kind == "eval":
+            self.report.write()
+
+    def _send(self, tracker: Any, values: dict[str, Any], step: int) -> None:
+        try:
+            tracker.log(values, step=step)
+        except Exception as error:  # whatever a tracker raises, the run matters more
+            self.accelerator.trackers.remove(tracker)
+            self._warn_off(tracker.name, error)
 
     def _write(self, record: dict[str, float]) -> None:
         """Append a line to metrics.jsonl. On a full disk the line waits for the next call, and no half of it stays."""
@@ -122,7 +121,11 @@ class RunTracker(contextlib.AbstractContextManager):
 
     def advance(self) -> None:
         if self.is_main:
-            self.progress.update()
+            self.console.advance()
+
+    def progress(self, doing: str, done: int, total: int) -> None:
+        if self.is_main:
+            self.console.progress(doing, done, total)
 
     def sample(self, write: Callable[[], str | None], step: int) -> None:
         """Append what `write` returns to samples.md (all ranks call). If it fails, training goes on."""
@@ -141,9 +144,16 @@ class RunTracker(contextlib.AbstractContextManager):
                     file.write(f"## Step {step}\n\n```\n{text}\n```\n\n")
             except OSError as error:
                 self.warn(f"samples.md cannot be written: {error.strerror}")
+            for tracker in list(self.accelerator.trackers):
+                if tracker.name == "tensorboard":  # shows text; in W&B, as a page
+                    self._send(tracker, {"sample": f"```\n{text}\n```"}, step)
+                elif tracker.name == "wandb" and step > self.sent_step:
+                    import wandb
+
+                    self._send(tracker, {"sample": wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write summary.json and loss.png, and close the trackers."""
+        """Write summary.json, loss.png and report.html, and close the trackers."""
         if not self.is_main:
             return
         self._write_summary(summary)
@@ -151,6 +161,7 @@ class RunTracker(contextlib.AbstractContextManager):
             draw_losses(self.run / "metrics.jsonl").savefig(self.run / "loss.png", dpi=120)
         except Exception as error:  # a picture is not worth the run's exit code
             self.warn(f"loss.png cannot be written: {short(error)}")
+        self.report.write()
         for tracker in self.accelerator.trackers:
             try:
                 tracker.finish()
@@ -170,8 +181,9 @@ class RunTracker(contextlib.AbstractContextManager):
             summary = {"finished": False, "reason": "rank_gone" if peer_gone else "error", "error": message}
             with contextlib.suppress(OSError):  # one error is enough
                 self._write_summary(summary | {"optimizer_step": self.state.optimizer_step})
+            self.report.write()
         threading.excepthook, logging.raiseExceptions = self.thread_hook, True
-        self.progress.close()
+        self.console.close()
         self.metrics_file.close()
 
     def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
@@ -181,21 +193,37 @@ class RunTracker(contextlib.AbstractContextManager):
         replace_text(self.run / "summary.json", json.dumps(finite(summary), indent=2) + "\n")
 
     def _start_trackers(self, config: TrainConfig, step: int) -> None:
-        options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
         values = flatten(asdict(config))
         values = {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
         started = []
         for name in config.tracking.trackers:
             self.accelerator.trackers = []  # `init_trackers` starts everything in this list, each time
             try:
-                if name == "wandb":
-                    options["wandb"] = self._wandb_options()
                 self.accelerator.log_with = filter_trackers([name], self.accelerator.logging_dir)
-                self.accelerator.init_trackers(config.tracking.project, config=values, init_kwargs=options)
+                options = {name: self._options(name, step)}
+                again = options[name].get("run_id") is not None  # MLflow never changes the options of a run
+                self.accelerator.init_trackers(
+                    config.tracking.project, config=None if again else values, init_kwargs=options
+                )
                 started += self.accelerator.trackers
+                if name == "mlflow":
+                    (self.run / MLFLOW_FILE).write_text(f"{self.accelerator.trackers[0].tracker.info.run_id}\n")
             except Exception as error:  # a dead network, a refused key: the files go on without it
                 self._warn_off(name, error)
         self.accelerator.trackers = started
+
+    def _options(self, name: str, step: int) -> dict[str, Any]:
+        """What a tracker is started with, so that all launches of this folder are one run in it."""
+        if name == "tensorboard":
+            return {"purge_step": step + 1}
+        if name == "wandb":
+            return self._wandb_options()
+        if name == "trackio":
+            return {"name": self.run.name, "resume": "allow"}
+        if name == "mlflow":
+            path = self.run / MLFLOW_FILE
+            return {"run_name": self.run.name, "run_id": path.read_text().strip() if path.exists() else None}
+        return {}
 
     def _wandb_options(self) -> dict[str, Any]:
         """The same W&B run for every launch of this folder; offline if there is no key to log in with."""
@@ -245,25 +273,6 @@ def _cut_metrics(path: Path, step: int, looked: int) -> tuple[int, int]:
     return last, again
 
 
-def draw_losses(metrics: Path) -> Any:
-    """A figure of matplotlib: training and evaluation loss over the steps."""
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, style in (("train/loss", "-"), ("eval/loss", "o-")):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1.2)
-            step, loss = points[-1]
-            axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    axes.set(xlabel="optimizer step", ylabel="cross-entropy, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
 def write_sample(
     accelerator: Accelerator, prepared: Any, processor: Any, data: TrainingData, config: TrainConfig
 ) -> str | None:
@@ -284,23 +293,28 @@ def write_sample(
         return "\n".join(f"reference: {answer.reference}\nwritten:   {answer.text}" for answer in answers)
     if objective_module(config.objective.name).AUTO_MODEL is not AutoModelForCausalLM:
         return write_predictions(objective, tokenizer, data.example)
-    return generate_text(
-        objective.model, tokenizer, config.tracking.sample_prompt, temperature=0.8, seed=config.seed,
-        max_new_tokens=config.tracking.sample_max_new_tokens, chat=config.objective.name == "instruction",
-        generate=objective.generate,
-    )  # fmt: skip
+    options: dict[str, Any] = {"max_new_tokens": config.tracking.sample_max_new_tokens, "seed": config.seed}
+    options |= {"chat": config.objective.name == "instruction", "generate": objective.generate, "temperature": 0.8}
+    return SAMPLE_END.join(
+        generate_text(objective.model, tokenizer, prompt, **options) for prompt in config.tracking.sample_prompts
+    )
 
 
 @torch.no_grad()
 def write_predictions(objective: Objective, tokenizer: Any, batch: dict[str, torch.Tensor]) -> str:
-    """The input of the first row, its targets, and the likeliest token for each of them."""
+    """The input of the first row, its targets, and the likeliest token for each of them; for an encoder, the text filled
+    with these."""
     inputs = {name: values.to(next(objective.parameters()).device) for name, values in batch.items()}
     targets = inputs.pop("targets")[0]
     with evaluating(objective):
         predicted = objective.predict(**inputs)[0][targets != IGNORED].tolist()
     wanted = targets[targets != IGNORED].tolist()
+    ids, filled = batch["input_ids"][0].clone(), ""
+    if objective.is_encoder:
+        ids[(targets != IGNORED).cpu()] = torch.tensor(predicted)
+        filled = f"\nfilled:    {tokenizer.decode(ids)}"
     right = sum(guess == target for guess, target in zip(predicted, wanted, strict=True))
     return (
         f"{tokenizer.decode(batch['input_ids'][0])}\n--- {right} of {len(wanted)} targets right\n"
-        f"targets:   {tokenizer.decode(wanted)}\npredicted: {tokenizer.decode(predicted)}"
+        f"targets:   {tokenizer.decode(wanted)}\npredicted: {tokenizer.decode(predicted)}{filled}"
     )

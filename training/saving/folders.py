@@ -89,11 +89,17 @@ def _open_run(run: Path, config: TrainConfig, dataset_key: str) -> tuple[Path | 
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        _remove_empty(made)
         raise UserError(f"run folder {run} cannot be made: {error.strerror}; choose another --output") from None
     if not os.access(run, os.W_OK):
         raise UserError(f"run folder {run} cannot be written; choose another --output")
     lock = run / ".lock"
-    if not at_exit.enter_context(hold_lock(lock)):
+    try:
+        locked = at_exit.enter_context(hold_lock(lock))
+    except OSError as error:
+        _remove_empty(made)
+        raise UserError(f"run folder {run} cannot be written: {error.strerror}; choose another --output") from None
+    if not locked:
         raise UserError(f"{run} is in use by {lock.read_text('utf-8')}; wait for it, or choose another --output")
     at_exit.callback(_leave_no_trace, run, made)
     check_output(config)  # again: another launch may have begun and ended since
@@ -115,7 +121,13 @@ def _leave_no_trace(run: Path, made: list[Path]) -> None:
     with contextlib.suppress(OSError):
         if not (run / "config.yaml").exists():
             (run / ".lock").unlink()
-        for folder in made:  # the innermost first; only an empty one goes
+        _remove_empty(made)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove the folders `made` for a run that is refused, the innermost first, as far as they are empty."""
+    for folder in made:
+        with contextlib.suppress(OSError):
             folder.rmdir()
 
 

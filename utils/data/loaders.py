@@ -79,9 +79,11 @@ def build_train_loader(
     return _build_loader(CollatedRows(layout, collate, seed), sampler, num_workers)
 
 
-def build_evaluation_loader(layout: Layout, collate: Collator, batch_size: int) -> DataLoader:
-    """Every row once, in batches of `batch_size` rows over all ranks."""
-    sampler = EvaluationBatchSampler(len(layout), batch_size)
+def build_evaluation_loader(
+    layout: Layout, collate: Collator, batch_size: int, rows: Sequence[int] | None = None
+) -> DataLoader:
+    """Each of `rows` once (None: every row), in batches of `batch_size` rows over all ranks."""
+    sampler = EvaluationBatchSampler(range(len(layout)) if rows is None else rows, batch_size)
     return _build_loader(CollatedRows(layout, collate, EVALUATION_SEED), sampler, num_workers=0)
 
 

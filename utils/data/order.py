@@ -3,7 +3,7 @@ is a keyed permutation, computed without a table: a Feistel network over the nex
 inside the range (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002)."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -64,17 +64,17 @@ class TrainBatchSampler:
 
 
 class EvaluationBatchSampler:
-    """Every sample once, in order; `PADDING_SAMPLE` fills the last batch, so that all ranks have as many rows."""
+    """Every one of `samples` once, in order; `PADDING_SAMPLE` fills the last batch, so that all ranks have as many rows."""
 
     drop_last = False
 
-    def __init__(self, num_samples: int, batch_size: int) -> None:
-        self.num_samples, self.batch_size = num_samples, batch_size
+    def __init__(self, samples: Sequence[int], batch_size: int) -> None:
+        self.samples, self.batch_size = samples, batch_size
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        return -(-len(self.samples) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, self.num_samples, self.batch_size):
-            batch = list(range(start, min(start + self.batch_size, self.num_samples)))
+        for start in range(0, len(self.samples), self.batch_size):
+            batch = list(self.samples[start : start + self.batch_size])
             yield batch + [PADDING_SAMPLE] * (self.batch_size - len(batch))

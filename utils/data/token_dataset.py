@@ -21,12 +21,14 @@ from utils.files import read_json, short
 FORMAT_VERSION = 1
 
 
-def load_manifest(folder: str | Path) -> dict[str, Any]:
-    """`manifest.json` of a dataset folder; `UserError` if the folder is not a complete dataset of this version."""
+def load_manifest(folder: str | Path, sources: str = "'[my_texts/]'") -> dict[str, Any]:
+    """`manifest.json` of a dataset folder; `UserError` if the folder is not a complete dataset of this version. It says
+    how one is made of `sources`, which are followed by options that they need."""
     path = Path(folder) / "manifest.json"
     if not path.is_file():
         reason = "is not a dataset folder (it has no manifest.json)" if Path(folder).exists() else "does not exist"
-        sources = "" if Path(folder).parts[-2:] == ("data", "demo") else "--sources '[my_texts/]' "
+        is_demo = Path(folder).parts[-2:] == ("data", "demo") and "--" not in sources
+        sources = "" if is_demo else f"--sources {sources} "
         output = "data/mine" if Path(folder).exists() else folder
         raise UserError(f"dataset {folder} {reason}; make it with: python prepare_data.py {sources}--output {output}")
     manifest = read_json(path)

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import dataclasses
+import logging
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,15 +13,24 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
-from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError, nearest
-from utils.config import SIZE_OVERRIDES, ModelConfig
-from utils.files import short
+from utils.config import SIZE_NAMES, SIZE_OVERRIDES, ModelConfig
+from utils.files import flatten, short
 from utils.model.adapters import add_adapters, base_of, has_adapters, import_peft
 from utils.model.initialization import INITIALIZATIONS
-from utils.pretrained import TOKENIZER_FILES, chat_ids, read_adapters, read_config, read_tokenizer, read_weights
+from utils.pretrained import (
+    TOKENIZER_FILES,
+    chat_ids,
+    read_adapters,
+    read_config,
+    read_tokenizer,
+    read_weights,
+    resolve_name,
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 # Names of transformers' classes that open a saved model, by the objective's head.
@@ -33,6 +44,7 @@ DECODERS = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTex
 DEFERRED_ATTENTION = {"auto": None, "blocked": None}
 # Our name of a size → further names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
+FURTHER_SIZES = ("num_key_value_heads", "head_dim", "d_kv", "num_decoder_layers")
 
 
 def build_model(
@@ -41,6 +53,8 @@ def build_model(
     """A model in fp32 with an embedding row for each token; the caller seeds torch first. `auto_model` is the
     objective's. Without `weights`, for a model on the meta device, those of `config.pretrained` are not read.
     `UserError` if the options do not fit, or `config.pretrained` cannot be loaded or has another tokenizer."""
+    if config.pretrained is not None:
+        config = dataclasses.replace(config, pretrained=resolve_name(config.pretrained))
     special = special_tokens(tokenizer)
     # A decoder's embedding does not train the row of its padding token, so that must be none that texts contain.
     if auto_model in DECODERS and pad_token_id(tokenizer) in (*special.values(),)[:2]:
@@ -59,6 +73,8 @@ def build_model(
             attention = DEFERRED_ATTENTION.get(config.attention, config.attention)
             model = auto_model.from_config(architecture, attn_implementation=attention, dtype=torch.float32)
         except Exception as error:  # each class checks in its own way
+            if blamed := find_unknown_value(config.overrides, error):
+                raise UserError(blamed) from None
             why = f"model.architecture {architecture.model_type}: {short(error)}"
             raise UserError(f"{why}; choose another one, other sizes, objective.name or model.attention") from None
         INITIALIZATIONS[config.initialization](model)
@@ -206,9 +222,7 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
             raise UserError(f"model.architecture: transformers has no {config.architecture}{hint}")
         cls = CONFIG_MAPPING[config.architecture]
         fields = {item.name for item in dataclasses.fields(cls)}
-        for name in config.overrides:
-            if name not in fields:
-                raise UserError(f"model.overrides: {cls.__name__} has no {name}{nearest(name, fields)}")
+        check_overrides(config.overrides, cls)
         is_nested = "text_config" in fields
         values: dict[str, Any] = {"tie_word_embeddings": config.tie_word_embeddings} | ({} if is_nested else special)
         for name, value in config.sizes().items():
@@ -233,15 +247,17 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
             if hasattr(part, "vocab_size"):
                 values["tie_word_embeddings"] = part.tie_word_embeddings
         try:
-            architecture = cls(**(values | config.overrides))
+            with warnings_of_rope_as_errors():
+                architecture = cls(**(values | config.overrides))
         except Exception as error:  # each class checks in its own way
             raise UserError(f"model: {cls.__name__} rejects these values: {short(error)}") from None
         if is_nested:
             text_config(architecture).update(special)
+        check_nested_overrides(config.overrides, architecture)
         if architecture.is_encoder_decoder:
             architecture.decoder_start_token_id = special["pad_token_id"]
         heads, groups = (getattr(architecture, f"num_{name}_heads", 1) for name in ("attention", "key_value"))
-        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        if isinstance(heads, int) and isinstance(groups, int) and (groups < 1 or heads % groups):
             raise UserError(f"model: {groups} key-value heads do not divide {heads} attention heads")
     # Without this an encoder with a decoder's head would see the tokens that it must predict.
     if auto_model is transformers.AutoModelForCausalLM and hasattr(architecture, "is_decoder"):
@@ -250,13 +266,76 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
     return architecture
 
 
+def check_overrides(values: dict[str, Any], cls: Any, where: str = "model.overrides") -> None:
+    """`UserError` for a name that the configuration class does not have, a size below 1, a dropout that is no share."""
+    fields = {item.name for item in dataclasses.fields(cls)}
+    sizes = {*SIZE_NAMES, *FURTHER_SIZES, *(name for names in OTHER_NAMES.values() for name in names)}
+    sizes |= {cls.attribute_map.get(name, name) for name in sizes}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{where}: {cls.__name__} has no {name}{nearest(name, fields)}")
+        if name in sizes and isinstance(value, int) and value < 1:
+            raise UserError(f"{where}: {name} is {value}; it must be 1 or more")
+        if is_dropout(name) and isinstance(value, int | float) and not 0 <= value < 1:
+            raise UserError(f"{where}: {name} is {value}; it must be >= 0 and < 1")
+
+
+def check_nested_overrides(values: dict[str, Any], architecture: Any, where: str = "model.overrides") -> None:
+    """`check_overrides` for the configurations inside of one: it would keep a misspelt name as one more attribute."""
+    for name, value in values.items():
+        inner = getattr(architecture, name, None)
+        if isinstance(value, dict) and isinstance(inner, PreTrainedConfig):
+            also_known = {"model_type", *type(inner).attribute_map}
+            named = {key: each for key, each in value.items() if key not in also_known}
+            check_overrides(named, type(inner), f"{where}.{name}")
+            check_nested_overrides(value, inner, f"{where}.{name}")
+
+
+@contextlib.contextmanager
+def warnings_of_rope_as_errors() -> Iterator[None]:
+    """`ValueError` for a key or a value of `rope_parameters` that transformers does not know, of which it only warns."""
+    said: list[str] = []
+    # Its other warnings are advice.
+    is_fault = re.compile("Unrecognized keys|Missing|must be|must have").search
+
+    def note(record: logging.LogRecord) -> bool:
+        said.append(record.getMessage())
+        return not is_fault(said[-1])
+
+    logger = logging.getLogger("transformers.modeling_rope_utils")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(note)
+    try:
+        yield
+    finally:
+        logger.removeFilter(note)
+        logger.setLevel(level)
+    if faults := [line for line in said if is_fault(line)]:
+        raise ValueError(faults[0])
+
+
+def find_unknown_value(overrides: dict[str, Any], error: Exception) -> str | None:
+    """A line on the text among the overrides that a model's class did not find in a table, such as an activation's name;
+    None if the error is another."""
+    missing = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
+    for name, value in flatten(overrides).items():
+        if missing and isinstance(value, str) and (value in missing or missing in value):
+            return f"model.overrides: {name} cannot be {value!r}{nearest(value, ACT2FN)}"
+    return None
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a field of a configuration is a probability of dropout in training."""
+    return ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
+
+
 def set_dropout(architecture: Any, dropout: float, but: Iterable[str] = ()) -> None:
     """Set every dropout probability of a configuration and of its parts, except those named in `but`."""
     for name, value in vars(architecture).items():
         if isinstance(value, transformers.PreTrainedConfig):
             set_dropout(value, dropout, but[name] if isinstance(but, dict) and isinstance(but.get(name), dict) else ())
-        is_dropout = ("dropout" in name or name.endswith("pdrop")) and not name.startswith(("classifier", "summary"))
-        if is_dropout and name not in but and not isinstance(value, bool):
+        if is_dropout(name) and name not in but and not isinstance(value, bool):
             setattr(architecture, name, dropout)
 
 
@@ -282,6 +361,7 @@ def load_model(
     """A model in fp32 from a folder (or, for `--model.pretrained`, the Hub), with the class it was saved as by default.
     From a folder with adapters: the base model, with `dropout`, and trainable adapters beside its weights."""
     transformers_logging.disable_progress_bar()
+    name = resolve_name(name)
     if has_adapters(name):
         base = base_of(name)
         architecture = read_config(base)

@@ -13,6 +13,7 @@ wraps the module `Objective`, so autocast, DDP and sharding see every use of the
 
 import contextlib
 import importlib
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,7 @@ from utils.kernels import use_kernels
 from utils.kernels.head_loss import head_loss
 from utils.model.adapters import without_adapters
 from utils.model.build import evaluating, fake_copy, first_position, text_config
+from utils.pretrained import resolve_name
 
 
 def objective_module(name: str) -> ModuleType:
@@ -39,6 +41,8 @@ def build_processor(name: str, config: ModelConfig, tokenizer: Any) -> Any:
     """What makes the inputs of an objective's model: a processor, or for text `tokenizer` itself. It may add special
     tokens to `tokenizer`."""
     build = getattr(objective_module(name), "build_processor", None)
+    if config.pretrained is not None:
+        config = replace(config, pretrained=resolve_name(config.pretrained))
     return tokenizer if build is None else build(config, tokenizer)
 
 
