@@ -223,8 +223,9 @@ def score(
     tokenizer, collate = tokenizer_of(processor), objective_module(objective.name).build_collator(objective, processor)
     if tokens.media is not None and hasattr(collate, "check"):
         collate.check(tokens, length, "validation")
+    by_default = "packed" if tokens.media is None else "padded"
     layout = build_layout(
-        tokens, run.data.layout if run else "packed" if tokens.media is None else "padded", length, pad_token_id=pad_token_id(tokenizer),
+        tokens, run.data.layout if run else by_default, length, pad_token_id=pad_token_id(tokenizer),
         vocab_size=len(tokenizer),
     )  # fmt: skip
     loader = build_evaluation_loader(layout, collate, config.batch_size)

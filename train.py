@@ -59,7 +59,7 @@ def main(config: TrainConfig) -> None:
     at_exit.enter_context(orderly_end(accelerator))
 
     # ---- Data: rows laid out over stored tokens, or made of text while it is read. The objective decides what the model
-    # sees of a row, and may add special tokens to the tokenizer. For pictures and sounds a processor holds the tokenizer.
+    # sees of a row, and may add special tokens to the tokenizer; for pictures and sounds a processor holds it.
     tokenizer = read_tokenizer(Path(config.data.dataset) / "tokenizer")
     task = objective_module(config.objective.name)
     processor = build_processor(config.objective.name, config.model, tokenizer)

@@ -47,7 +47,7 @@ def write_answers(
                 if prompt is not None and (text := tokenizer.decode(reference, skip_special_tokens=True).strip()):
                     prompts[row] = (collate(prompt, []), text)
             inputs = {row: prompt for row, (prompt, _) in prompts.items()}
-            texts = continue_prompts(model, inputs, tokenizer, max_new_tokens, generate or model.generate)  # type: ignore[operator]
+            texts = continue_prompts(model, inputs, tokenizer, max_new_tokens, generate)
             answers += [Answer(row, reference, texts[row]) for row, (_, reference) in prompts.items()]
             if len(answers) == at_most:
                 break
@@ -59,7 +59,7 @@ def write_answers(
 @torch.no_grad()
 def continue_prompts(
     model: PreTrainedModel, prompts: dict[int, Batch], tokenizer: Any, max_new_tokens: int,
-    generate: Callable[..., torch.Tensor],
+    generate: Callable[..., torch.Tensor] | None = None,
 ) -> dict[int, str]:  # fmt: skip
     """Row → what the model writes after its prompt. Prompts of the same shapes are computed together: none is padded."""
     groups: defaultdict[Any, list[int]] = defaultdict(list)
@@ -75,7 +75,9 @@ def continue_prompts(
                 inputs = {name: values.to(model.device) for name, values in to_tensors(batch).items()}
                 read = inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
                 longest = min(max_new_tokens, longest_sequence(model) - read.shape[1])
-                output = generate(**inputs, do_sample=False, max_new_tokens=longest)
+                output = (generate or model.generate)(  # type: ignore[operator]
+                    **inputs, do_sample=False, max_new_tokens=longest
+                )
                 for row, prompt, ids in zip(rows, read, output, strict=True):
                     if ids[: len(prompt)].equal(prompt):  # Whisper returns new tokens only
                         ids = ids[len(prompt) :]

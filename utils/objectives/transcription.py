@@ -131,7 +131,8 @@ class Transcription:
                 raise UserError(f"{where} has {len(files)} sounds in place of one; prepare the data again")
             if size > limit:
                 raise UserError(
-                    f"{where} has {size} tokens, more than the {limit} that data.sequence_length {sequence_length} holds; raise that, or shorten the text: nothing is cut off"
+                    f"{where} has {size} tokens, more than the {limit} that data.sequence_length {sequence_length} holds; "
+                    "raise that, or shorten the text: nothing is cut off"
                 )
             seconds = soundfile.info(io.BytesIO(files[0])).duration
             if longest is not None and seconds * self.rate > longest:
