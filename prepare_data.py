@@ -7,7 +7,7 @@ stage is kept beside the output, so a killed call continues where it was, and a 
 stages.
 """
 
-from preparation.recipe import PrepareConfig, holds_conversations, resolve_sources
+from preparation.recipe import PrepareConfig, holds_conversations, media_kind, resolve_sources
 from utils.cli import UserError, parse_config, run_script
 
 config = parse_config(PrepareConfig, __doc__) if __name__ == "__main__" else None
@@ -27,18 +27,21 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import tokenizers
 
-from preparation.cleaning.steps import clean_documents, expand_steps
-from preparation.recipe import BUILT_IN_TOKENS, SourceConfig
+from preparation.cleaning.steps import EMPTY, clean_documents, expand_steps
+from preparation.recipe import BUILT_IN_TOKENS, MARK, SourceConfig
 from preparation.report.page import TRAINED_HERE, collect_details, data_card, html_report, table
 from preparation.selection.duplicates import SIGNATURE, digest_documents, digest_exact, sketch_documents
 from preparation.selection.splits import Selection, repeat_by_weight, select_documents
 from preparation.sources.conversations import SEPARATOR, without_system
 from preparation.sources.documents import (
     DOCUMENT_FEATURES,
+    MEDIA_FEATURES,
     Document,
     check_broken,
+    find_media,
     iter_file_texts,
     iter_records,
     read_sources,
@@ -57,7 +60,8 @@ from preparation.sources.files import (
     recipe_key,
     tokenizer_files,
 )
-from preparation.stages import Stages, load_slices, map_slices, slice_files, text_bytes
+from preparation.sources.media import digest_media, media_bytes
+from preparation.stages import Stages, iter_slices, load_slices, map_slices, slice_files, text_bytes
 from preparation.tokenizer.build import (
     check_chat_template,
     describe_tokenizer,
@@ -80,6 +84,7 @@ class Engine(NamedTuple):
 
 THIS_MACHINE = Engine()
 FIRST_RECORDS = 100  # of each source, which are compared with the chat template before all are read
+NO_MARK = "cleaning removed the mark of a picture"
 MAX_LOST_SHARE = 0.05  # of the characters of a source, which the tokenizer cannot write; emoji in English are fewer
 
 
@@ -100,7 +105,7 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         files, found, key = claimed
         encoder = check_tokenizer(config, sources, found)  # now, not after hours of reading
 
-        # ---- Read: sources of any format → one table on disk with the columns text, source and id.
+        # ---- Read: sources of any format → one table on disk with the columns text, source and id, and with media.
         limit = config.stream_head_documents if config.stream else None
         folder = stages.run(
             "read", [VERSIONS["read"], [reading_options(source) for source in sources], identify(files, config), limit],
@@ -113,14 +118,16 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
             encoder.check_parts(documents.data)
 
         # ---- Clean: documents → the same with changed text, and with a reason for each that is dropped.
+        texts = documents.select_columns(list(DOCUMENT_FEATURES))  # without what belongs to them
+        with_pictures = {str(source.name) for source in sources if source.image_column}
         code_sources = {str(source.name) for source in sources if source.kind == "code"}
         conversations = holds_conversations(sources)
         folder = stages.run(
             "clean", [VERSIONS["clean"], asdict(config.cleaning), sorted(code_sources)],
             lambda folder: engine.map_slices(
-                documents, text_bytes(documents),
-                lambda batch: clean_table(batch, config.cleaning, code_sources, conversations), folder / "clean.arrow",
-                features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
+                texts, text_bytes(texts),
+                lambda batch: clean_table(batch, with_pictures, config.cleaning, code_sources, conversations),
+                folder / "clean.arrow", features=CLEANED_FEATURES, num_proc=config.num_proc, description="clean",
             ),
         )  # fmt: skip
         cleaned = load_slices(folder / "clean.arrow")
@@ -128,11 +135,13 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
 
         # ---- Sketch: cleaned documents → short digests and signatures, by which duplicates are found.
         near = config.deduplication.near_threshold is not None
+        media = media_bytes(documents)  # (N,) of pictures and sounds
+        extended = join_columns(cleaned, documents, ("group", "media"))
         folder = stages.run(
             "sketch", [VERSIONS["sketch"], near],
             lambda folder: engine.map_slices(
-                cleaned, lengths, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
-                features=sketch_features(near), num_proc=config.num_proc, description="sketch",
+                extended, lengths + media, lambda batch: sketch_table(batch, near), folder / "sketch.arrow",
+                features=sketch_features(near, extended.column_names), num_proc=config.num_proc, description="sketch",
             ),
         )  # fmt: skip
         sketches = load_slices(folder / "sketch.arrow")
@@ -166,13 +175,16 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
         partial = stages.partial("output")
         try:
             shutil.copytree(folder, partial / "tokenizer")
-            write_dataset(config, sources, manifest, cleaned, lengths, selection, partial, engine)
+            write_dataset(config, sources, manifest, extended, lengths, selection, partial, engine)
             replace_folder(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         stages.remove_unused()
     print(table(manifest))
     objective = " --objective.name instruction" if conversations else ""
+    if kind := media_kind(sources):
+        name = "captioning" if kind == "image" else "transcription"
+        objective = f" --objective.name {name} --data.layout padded"
     print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
 
 
@@ -191,6 +203,7 @@ def claim_output(
     try:
         with standard_input_in_file(sources, stages.folder):
             found = find_all(sources)
+            found |= {str(source.name): find_media(source, found[str(source.name)]) for source in sources}
             files = describe_files(
                 sources, found, manifest["files"] if manifest.get("stream") == config.stream else [],
                 read_again=config.check_hashes, by_size_only=config.stream and not config.check_hashes,
@@ -246,12 +259,17 @@ def write_dataset(
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     samples = sample_by_source(cleaned, selection, sources)
     parse = config.tokenizer.parse_special_tokens
+    kind = media_kind(sources)
+    placeholder = find_placeholder(tokenizer) if kind == "image" else None
+    if placeholder is not None:
+        pictures = pa.compute.list_value_length(cleaned.data.column("media")).to_numpy()
+        cleaned = cleaned.add_column("pictures", pictures)
     encoder: Encoder | ConversationEncoder
     if holds_conversations(sources):
-        encoder = ConversationEncoder(tokenizer, parse)
+        encoder = ConversationEncoder(tokenizer, parse, placeholder)
     else:
         sample = [text for texts in samples.values() for text in texts]
-        encoder = build_encoder(tokenizer, sample, parse_special_tokens=parse)
+        encoder = build_encoder(tokenizer, sample, parse_special_tokens=parse, placeholder=placeholder)
     rows = {"train": weighted_rows(selection, sources), "validation": np.flatnonzero(selection.validation)}
     if config.stream:
         del rows["train"]
@@ -268,6 +286,12 @@ def write_dataset(
         split: count_split(lengths[indices], tokens[split], selection.source[indices], sources)
         for split, indices in rows.items()
     }
+    if kind:
+        manifest["media"] = {"kind": kind} | ({"placeholder": placeholder} if placeholder else {})
+        for split, indices in rows.items():
+            manifest["splits"][split] |= write_media(
+                cleaned.select_columns("media"), indices, folder / f"{split}_media"
+            )
     for split in rows:
         if loss_mask := open_split(folder, split).loss_mask:
             manifest["splits"][split]["assistant_tokens"] = loss_mask.total
@@ -279,10 +303,26 @@ def write_dataset(
     if config.keep_dropped:
         write_dropped(cleaned, selection, folder / "dropped.jsonl")
     name = Path(config.output).resolve().name
-    details = collect_details(cleaned, lengths, selection, tokens, rows)
+    details = collect_details(cleaned, lengths, selection, tokens, rows, kind)
     (folder / "report.html").write_text(html_report(name, manifest, details), encoding="utf-8")
     (folder / "README.md").write_text(data_card(name, manifest), encoding="utf-8")
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def write_media(documents: datasets.Dataset, indices: np.ndarray, folder: Path) -> dict[str, int]:
+    """Write the column `media` of the documents `indices` (n,) as a folder that `datasets` reads, a few MB at a time.
+    Returns how many files it holds, and their bytes."""
+    files = pa.compute.list_value_length(documents.data.column("media")).to_numpy()[indices]
+    lengths = media_bytes(documents)[indices]
+    schema = datasets.Features(MEDIA_FEATURES).arrow_schema
+    # `datasets` would hold a thousand documents at a time; it writes the files that describe the table, with one row.
+    datasets.Dataset(pa.table({"media": [[]]}, schema), fingerprint=folder.name).save_to_disk(folder)
+    tables = documents.with_format("arrow")
+    (path,) = folder.glob("data-*.arrow")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        for start, stop in iter_slices(lengths):
+            writer.write_table(tables[indices[start:stop]].cast(schema))
+    return {"media_files": int(files.sum()), "media_bytes": int(lengths.sum())}
 
 
 CLEANED_FEATURES = datasets.Features(
@@ -290,30 +330,65 @@ CLEANED_FEATURES = datasets.Features(
 )
 
 
-def sketch_features(near: bool) -> datasets.Features:
+def join_columns(documents: datasets.Dataset, other: datasets.Dataset, names: Iterable[str]) -> datasets.Dataset:
+    """`documents` with those of the columns `names` that `other` has for the same documents."""
+    present = [name for name in names if name in other.column_names]
+    return datasets.concatenate_datasets([documents, other.select_columns(present)], axis=1) if present else documents
+
+
+def sketch_features(near: bool, columns: Iterable[str]) -> datasets.Features:
     digest = datasets.List(datasets.Value("uint8"), length=16)
     features = datasets.Features(exact=digest, digest=digest)
+    if {"group", "media"} & set(columns):
+        features |= {"split": digest, "has_media": datasets.Value("bool")}
     if near:
         features["signature"] = datasets.List(datasets.Value("uint32"), length=SIGNATURE)
     return features
 
 
-def clean_table(batch: pa.Table, *options: Any) -> pa.Table:
-    """`clean_documents` for a table."""
-    return pa.Table.from_pydict(clean_documents(batch.to_pydict(), *options), schema=CLEANED_FEATURES.arrow_schema)
+def clean_table(batch: pa.Table, with_pictures: set[str], *options: Any) -> pa.Table:
+    """`clean_documents` for a table. A document of the sources `with_pictures` must keep the marks of its pictures, and
+    have some text beside them."""
+    cleaned = clean_documents(batch.to_pydict(), *options)
+    for row, source in enumerate(cleaned["source"] if with_pictures else []):
+        if source in with_pictures and not cleaned["reason"][row]:
+            text = cleaned["text"][row]
+            if text.count(MARK) != batch["text"][row].as_py().count(MARK):
+                cleaned["reason"][row] = NO_MARK
+            elif not text.replace(MARK, "").strip():
+                cleaned["reason"][row] = EMPTY
+    return pa.Table.from_pydict(cleaned, schema=CLEANED_FEATURES.arrow_schema)
 
 
 def sketch_table(batch: pa.Table, near: bool) -> pa.Table:
-    """Columns exact (digest of the text), digest (of its words) and, if `near`, signature."""
+    """Columns exact (digest of the text), digest (of its words) and, if `near`, signature. Of a document with media,
+    the digests include these. With media or groups also split, the digest of what decides the split (the group, else
+    the media, else the words), and has_media."""
     texts = [without_system(text) for text in batch["text"].to_pylist()]
     columns = {"exact": digest_documents(texts, digest_exact)}
     if near:
         columns["digest"], columns["signature"] = sketch_documents(texts)
     else:
         columns["digest"] = digest_documents(texts)
+    extra: dict[str, pa.Array] = {}
+    if {"group", "media"} & set(batch.column_names):
+        columns |= {name: columns[name].copy() for name in ("exact", "digest")}  # they may be read-only
+        columns["split"] = columns["digest"].copy()
+        media = batch["media"].to_pylist() if "media" in batch.column_names else [[]] * len(texts)
+        groups = batch["group"].to_pylist() if "group" in batch.column_names else [None] * len(texts)
+        for row, (files, group) in enumerate(zip(media, groups, strict=True)):
+            if files:
+                of_files = digest_media(files)
+                columns["split"][row] = np.frombuffer(of_files, np.uint8)
+                for name in ("exact", "digest"):
+                    both = digest_media([columns[name][row].tobytes(), of_files])
+                    columns[name][row] = np.frombuffer(both, np.uint8)
+            if group is not None:
+                columns["split"][row] = np.frombuffer(digest_media([group.encode()]), np.uint8)
+        extra["has_media"] = pa.array(map(bool, media), pa.bool_())
     return pa.table({
         name: pa.FixedSizeListArray.from_arrays(values.ravel(), values.shape[1]) for name, values in columns.items()
-    })  # fmt: skip
+    } | extra)  # fmt: skip
 
 
 def map_texts(
@@ -336,11 +411,14 @@ def map_texts(
 
 
 def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: Selection, folder: Path) -> None:
+    sources = resolve_sources(config)
     if config.tokenizer.pretrained is not None:
         supplied_tokenizer(config).save_pretrained(folder)
         return
     texts = iter_sample(cleaned.select(np.flatnonzero(selection.train)), config.tokenizer.sample_bytes)
-    if holds_conversations(resolve_sources(config)):  # messages will be separated by special tokens
+    if media_kind(sources) == "image":  # marks will be a special token
+        texts = ([text.replace(MARK, "") for text in batch] for batch in texts)
+    if holds_conversations(sources):  # messages will be separated by special tokens
         texts = ([part for text in batch for part in text.split(SEPARATOR)] for batch in texts)
     if config.tokenizer.parse_special_tokens:  # what becomes a token is not for merges to learn
         special = [*BUILT_IN_TOKENS[config.tokenizer.algorithm], *config.tokenizer.special_tokens]
@@ -350,8 +428,12 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
 
 
 def supplied_tokenizer(config: PrepareConfig) -> Any:
-    """`tokenizer.pretrained`, with your chat template."""
+    """`tokenizer.pretrained`, with your chat template, and with a special token for pictures if there are some."""
     tokenizer = load_tokenizer(str(config.tokenizer.pretrained))
+    if media_kind(resolve_sources(config)) == "image":
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [find_placeholder(tokenizer)]}, replace_extra_special_tokens=False
+        )
     if config.tokenizer.chat_template:
         tokenizer.chat_template = Path(config.tokenizer.chat_template).read_text(encoding="utf-8")
         check_chat_template(tokenizer)
@@ -362,10 +444,18 @@ def trained_tokenizer(config: PrepareConfig, texts: Iterable[list[str]]) -> Any:
     """A tokenizer trained on batches of texts, with your chat template."""
     options = config.tokenizer
     template = Path(options.chat_template).read_text(encoding="utf-8") if options.chat_template else None
+    special = list(options.special_tokens)
+    if media_kind(resolve_sources(config)) == "image" and MARK not in special:
+        special.append(MARK)
     return train_tokenizer(
-        texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=options.special_tokens,
+        texts, algorithm=options.algorithm, vocab_size=options.vocab_size, special_tokens=special,
         chat_template=template,
     )  # fmt: skip
+
+
+def find_placeholder(tokenizer: Any) -> str:
+    """The special token that stands for a picture: the tokenizer's own, else <image>."""
+    return getattr(tokenizer, "image_token", None) or MARK
 
 
 def check_tokenizer(
@@ -380,7 +470,9 @@ def check_tokenizer(
         tokenizer = trained_tokenizer(config, [["a word"]])
     if tokenizer is None or not holds_conversations(sources):
         return None
-    encoder = ConversationEncoder(tokenizer)
+    encoder = ConversationEncoder(
+        tokenizer, placeholder=find_placeholder(tokenizer) if media_kind(sources) == "image" else None
+    )
     for source in sources:
         first = itertools.islice(iter_records(source, reading_units(source, found[str(source.name)])), FIRST_RECORDS)
         documents = [record for record in first if isinstance(record, Document)]
@@ -408,6 +500,7 @@ def sample_by_source(
         rows = np.flatnonzero(selection.train & (selection.source == number))
         chosen = rows[np.linspace(0, len(rows) - 1, min(documents, len(rows))).astype(int)]
         texts = cleaned.select(chosen)["text"][:]
+        texts = [text.replace(MARK, "") for text in texts] if source.image_column else texts
         samples[str(source.name)] = [text.replace(SEPARATOR, "") for text in texts] if source.messages_column else texts
     return samples
 

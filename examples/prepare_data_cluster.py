@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 import prepare_data
 from preparation.recipe import SourceConfig
-from preparation.sources.documents import count_left, merge_counts, read_sources, start_counts
+from preparation.sources.documents import count_left, document_features, merge_counts, read_sources, start_counts
 from preparation.sources.files import Found, reading_units
 from preparation.stages import iter_slices, load_slices, map_slices
 
@@ -113,11 +113,12 @@ def read_on_cluster(sources: list[SourceConfig], folder: Path, limit: None, foun
         (source, units) for source in sources for units in group_units(reading_units(source, found[str(source.name)]))
     ]
     counts = start_counts(sources)
+    features = document_features(sources)  # each part has the columns of all
     for source in sources:
         count_left(found[str(source.name)], counts, str(source.name))
 
     def work(source: SourceConfig, units: list[Path | None], folder: Path) -> dict[str, Any]:
-        read_sources([source], folder, units=units)
+        read_sources([source], folder, units=units, features=features)
         return json.loads((folder / "read.json").read_text(encoding="utf-8"))
 
     for part in run_parts(work, parts, folder / "documents.arrow", "read"):

@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -16,6 +17,7 @@ END_OF_TEXT, PADDING = BYTE_LEVEL_TOKENS = "<|endoftext|>", "<|pad|>"
 WORDPIECE_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 BUILT_IN_TOKENS = {"bpe": BYTE_LEVEL_TOKENS, "unigram": BYTE_LEVEL_TOKENS, "wordpiece": (*WORDPIECE_TOKENS.values(),)}
 LEAST_ENTRIES = {"bpe": 256, "unigram": 257, "wordpiece": 4}
+MARK = "<image>"  # in a text: here stands a picture
 TEMPLATE_TOKEN = re.compile(r"<\|[\w-]+\|>")
 
 Kind = Literal["text", "json", "csv", "parquet", "html", "code"]
@@ -52,6 +54,13 @@ class SourceConfig:
     """Text made from several columns, as in "{title}\\n\\n{body}"; instead of text_column."""
     messages_column: str | None = None
     """Column with a conversation, a list of messages; instead of text_column. null: the recipe's messages_column."""
+    image_column: str | None = None
+    """Column with a document's pictures: bytes, `{bytes, path}`, a path relative to the record's file, a list of these,
+    or null. The mark <image> in the text says where each one stands; without marks they stand before the text."""
+    audio_column: str | None = None
+    """Column with a document's sound, given like a picture; the text is its transcript."""
+    group_column: str | None = None
+    """Column whose value keeps documents together: all with the same one are in train, or all in validation."""
     new_document: str | None = None
     """Text files: regular expression for the lines that begin a new document. null: one document per file."""
     keep_separator: bool = False
@@ -71,6 +80,14 @@ class SourceConfig:
     streaming: bool = False
     """hub: read over the network on the fly, without storing the files."""
 
+    @property
+    def media_column(self) -> str | None:
+        return self.image_column or self.audio_column
+
+    @property
+    def media_kind(self) -> Literal["image", "audio"] | None:
+        return "image" if self.image_column else "audio" if self.audio_column else None
+
     def problems(self, where: str) -> list[str]:
         found = []
         if (self.path is None) == (self.hub is None):
@@ -79,6 +96,9 @@ class SourceConfig:
             found.append("path is empty")
         if sum(option is not None for option in (self.text_column, self.template, self.messages_column)) > 1:
             found.append("give either text_column or template or messages_column")
+        if self.image_column is not None and self.audio_column is not None:
+            found.append("give either image_column or audio_column")
+        found += _lacking_libraries(self)
         if self.template is not None:
             try:
                 parts = [part for part in string.Formatter().parse(self.template) if part[1] is not None]
@@ -100,6 +120,15 @@ class SourceConfig:
         if self.max_file_bytes < 1:
             found.append(f"max_file_bytes is {self.max_file_bytes}; it must be at least 1")
         return [f"{where}: {problem}" for problem in found]
+
+
+def _lacking_libraries(source: SourceConfig) -> list[str]:
+    """What must be installed to read the source's pictures or sounds, in words."""
+    if source.image_column is not None and find_spec("PIL") is None:
+        return ["image_column needs the library pillow: pip install pillow"]
+    if source.audio_column is not None and find_spec("soundfile") is None:
+        return ["audio_column needs the library soundfile: pip install -e '.[audio]'"]
+    return []
 
 
 def parse_source(entry: Any, where: str) -> tuple[SourceConfig | None, list[str]]:
@@ -281,6 +310,7 @@ class PrepareConfig:
                 found.append("sources: standard input cannot be read again while training; write it to a file first")
             if not any(source.weight for source in sources):
                 found.append("sources: every weight is 0, so there is nothing to train on")
+            found += self._problems_with_media(sources)
             if not holds_conversations(sources):
                 return found
             if plain := [source.name for source in sources if source.messages_column is None]:
@@ -296,6 +326,29 @@ class PrepareConfig:
                     "configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
                 )
         return found
+
+    def _problems_with_media(self, sources: list[SourceConfig]) -> list[str]:
+        found = []
+        kind = media_kind(sources)
+        silent = [source.name for source in sources if source.audio_column is None]
+        if {source.media_kind for source in sources} >= {"image", "audio"}:
+            found.append("sources: a dataset holds pictures or sounds, not both; prepare them as two datasets")
+        elif kind == "audio" and silent:
+            found.append(f"sources: {silent[0]} has no audio_column, others have; prepare them as two datasets")
+        if kind and self.stream:
+            found.append("stream: pictures and sounds cannot be streamed; leave stream out")
+        if self.stream and any(source.group_column for source in sources):
+            found.append("stream: group_column needs a dataset that is stored; leave stream out")
+        if kind and any(source.path == "-" for source in sources):
+            found.append("sources: records on standard input cannot name files; write them to a file beside these")
+        if any(source.audio_column and source.messages_column for source in sources):
+            found.append("sources: audio_column goes with a text, not with a conversation")
+        return found
+
+
+def media_kind(sources: list[SourceConfig]) -> Literal["image", "audio"] | None:
+    """Whether pictures or sounds go with the texts; None for text alone."""
+    return next((source.media_kind for source in sources if source.media_kind), None)
 
 
 def holds_conversations(sources: list[SourceConfig]) -> bool:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_PRODUCT = ("tests", "benchmarks", "examples")
+NOT_PRODUCT = ("tests", "benchmarks", "examples", "sample_data")
 SECONDS = 300  # for a test that a fault has made endless
 
 
@@ -285,6 +285,29 @@ MUTANTS = [
     Mutant("a long page may quote a whole test item",
            "find_contaminated", "shared / index.sizes[owners]", "shared / counts[rows[0, 0]]",
            "test_a_text_that_holds_a_whole_evaluation_document_is_found"),
+    Mutant("a picture stands in both splits", "select_documents", "is_held_out(held_out_by, validation_fraction)",
+           "is_held_out(digests, validation_fraction)",
+           "test_duplicates_are_equal_in_text_and_picture_and_a_picture_has_one_split"),
+    Mutant("pictures with like captions are dropped", "select_documents", "(code == 0) & text_only", "(code == 0)",
+           "test_duplicates_are_equal_in_text_and_picture_and_a_picture_has_one_split"),
+    Mutant("pictures with the same caption are dropped", "sketch_table",
+           "columns[name][row] = np.frombuffer(both, np.uint8)", "pass",
+           "test_duplicates_are_equal_in_text_and_picture_and_a_picture_has_one_split"),
+    Mutant("a record reads any file of the machine", "resolve", "not inside", "False",
+           "test_files_that_cannot_be_used_are_named_and_the_others_stay_as_they_are[image_column-bad0-good0]"),
+    Mutant("a changed picture goes unnoticed", "find_media", "found._replace(left=left, media=sorted(paths))",
+           "found._replace(left=left)",
+           "test_a_changed_picture_means_a_new_output_and_an_equal_one_none"),
+    Mutant("pictures stand behind the text", "put_marks", "text.replace(head, head + MARK * pictures, 1)",
+           "text + MARK * pictures", "test_placeholders_stand_where_the_pictures_do test_conversations_with_pictures"),
+    Mutant("a picture loses its place", "clean_table", "text.count(MARK) != batch['text'][row].as_py().count(MARK)",
+           "False", "test_cleaning_that_removes_a_mark_drops_the_document"),
+    Mutant("pictures and texts are out of step", "write_media", "tables[indices[start:stop]]",
+           "tables[np.sort(indices)[::-1][start:stop]]", "test_a_folder_of_pictures_or_sounds_with_its_metadata"),
+    Mutant("half a sound is trained on", "seconds_of", "data[:4] == b'RIFF'", "False",
+           "test_files_that_cannot_be_used_are_named_and_the_others_stay_as_they_are[audio_column-bad1-good1]"),
+    Mutant("all pictures are in memory at once", "load_all", "len(waiting) > THREADS", "len(waiting) > 10000",
+           "test_the_order_is_that_of_the_records_and_few_are_held"),
     Mutant("added documents move others across the split",
            "is_held_out", "_as_uint64(digests[:, :8]) < math.ceil(validation_fraction * 2**64)",
            "np.arange(len(digests)) < validation_fraction * len(digests)",

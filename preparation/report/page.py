@@ -13,12 +13,14 @@ import datasets
 import numpy as np
 
 from preparation.selection.splits import Selection
+from preparation.sources.media import describe
 from utils.report import LINE, NAME, cut, page_templates
 
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 400  # per reason; per document
 CLUSTERS, MEMBERS, MEMBER_CHARACTERS = 5, 3, 220  # the largest, and as many others; per cluster; per member
 COMPARED_CHARACTERS, COMPARED_WORDS = 4000, 500  # of near duplicates; the time of difflib is quadratic
 REASONS, FILES, BROKEN, FAILURES = 40, 50, 20, 3  # listed at most; the language filter alone has 180 reasons
+MEDIA = 4  # pictures or sounds of a document
 FEW_BYTES = 2.0  # per token: English text takes 3 to 5, Chinese and Russian in a tokenizer made for them 3 to 6
 BYTE_LEVEL = 1000  # entries of a tokenizer whose tokens are bytes or letters by design, at most
 SPELLED = 20  # the same of special tokens
@@ -26,12 +28,13 @@ SPELLED = 20  # the same of special tokens
 
 def collect_details(
     cleaned: datasets.Dataset, lengths: np.ndarray, selection: Selection, token_lengths: dict[str, np.ndarray],
-    rows: dict[str, np.ndarray],
+    rows: dict[str, np.ndarray], kind: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the page shows in addition to the manifest: counts over all N documents, the texts of at most 160 of them.
 
     `lengths` (N,): UTF-8 bytes of each text of `cleaned`. By split, `token_lengths` (n,): tokens of each stored
-    document; `rows` (n,): its number in `cleaned`. A document in the result is {text, source, id, bytes, fate}.
+    document; `rows` (n,): its number in `cleaned`, which also has the column `media` if `kind` says of what kind they
+    are. A document in the result is {text, source, id, bytes, fate, media}.
     """
     numbers, first = np.unique(selection.source, return_index=True)
     shape = len(selection.reasons), int(numbers[-1]) + 1
@@ -42,7 +45,9 @@ def collect_details(
         record = cleaned[int(row)]
         kept = "kept in validation" if selection.validation[row] else "kept in train"
         fate = selection.reasons[selection.code[row]] or kept
-        return record | {"text": cut(record["text"], characters), "bytes": int(lengths[row]), "fate": fate}
+        media = [describe(data, kind) for data in record["media"][:MEDIA]] if kind else []
+        shown = {"text": cut(record["text"], characters), "bytes": int(lengths[row]), "fate": fate, "media": media}
+        return record | shown
 
     def examples_of(mask: np.ndarray) -> list[dict[str, Any]]:
         return [excerpt(row, EXAMPLE_CHARACTERS) for row in _spread(np.flatnonzero(mask), EXAMPLES)]
@@ -122,7 +127,7 @@ def html_report(name: str, manifest: dict[str, Any], details: dict[str, Any]) ->
         changed={step: count for step, count in manifest["changed"].items() if count},
         broken=[(cut(item["file"], LINE), cut(item["why"], LINE), item["bytes"]) for item in broken[:BROKEN]],
         page_shares=page_shares(manifest["read"]), small_pages=manifest["read"].get("small_pages", [])[:BROKEN],
-        notes=notes_on_pages(manifest["read"]),
+        notes=notes_on_pages(manifest["read"]), media_lines=media_lines(manifest),
         distributions=_distributions(details["tokens"], details["ratios"]),
         cluster_spans=_cluster_spans(details["cluster_sizes"]),
         searched=manifest["options"]["deduplication"]["near_threshold"] is not None,
@@ -234,6 +239,7 @@ def table(manifest: dict[str, Any]) -> str:
         if len(figures["sources"]) > 1:
             for name, source in figures["sources"].items():
                 lines.append(f"{_row(f'  {name}', source)}{source['tokens'] / max(figures['tokens'], 1):>7.1%}")
+    lines += media_lines(manifest)
     weighted = [entry for entry in manifest["options"]["sources"] if isinstance(entry, dict) and "weight" in entry]
     if weighted and not manifest["stream"]:
         lines.append("train counts each document as often as the weight of its source says")
@@ -275,6 +281,21 @@ def table(manifest: dict[str, Any]) -> str:
     if read["broken"] > 5:
         lines.append(f"broken: {read['broken'] - 5:,} more; see manifest.json")
     return "\n".join(lines)
+
+
+def media_lines(manifest: dict[str, Any]) -> list[str]:
+    """One line per source with pictures or sounds, and one per split: their number, size and extent."""
+    name = "pictures" if manifest.get("media", {}).get("kind") == "image" else "sounds"
+    lines = []
+    for source, figures in manifest["read"]["sources"].items():
+        if files := figures.get("media"):
+            minutes = f"{figures.get('milliseconds', 0) / 60_000:,.1f} minutes"
+            extent = f"{figures['pixels'] / 1e6:,.1f} megapixels" if "pixels" in figures else minutes
+            lines.append(f"{name} of {source}: {files:,}, {figures['media_bytes']:,} bytes, {extent}")
+    for split, figures in manifest["splits"].items():
+        if "media_files" in figures:
+            lines.append(f"{name} in {split}: {figures['media_files']:,}, {figures['media_bytes']:,} bytes")
+    return lines
 
 
 def page_shares(read: dict[str, Any]) -> dict[str, dict[str, int]]:
@@ -322,6 +343,11 @@ def data_card(name: str, manifest: dict[str, Any]) -> str:
     columns = f"the column `input_ids` ({tokenizer['dtype']})"
     if "assistant_tokens" in manifest["splits"]["validation"]:
         columns += " and `loss_mask` (uint8), which is 1 for the tokens that the assistant says"
+    if media := manifest.get("media"):
+        stands = f", where the text has the token `{media['placeholder']}`" if "placeholder" in media else ""
+        columns += (
+            f"; `train_media/` and `validation_media/` have the files of kind {media['kind']} of each row{stands}"
+        )
     text = (
         f"# Token dataset `{name}`\n\nMade by Plainloop's `prepare_data.py`. {train}{stored} Arrow tables with one row "
         f"per document and {columns}; `tokenizer/` opens with `AutoTokenizer` ({tokenizer['vocab_size']:,} entries, "

@@ -62,7 +62,9 @@ def select_documents(
     """Decide about every document. Takes about 100 bytes of memory per document, plus the index of evaluation text.
 
     `cleaned` has the columns text, source and reason; `sketches` exact, digest (16 × uint8) and, for near duplicates,
-    signature. `lengths` (N,) are the bytes of each text; the longest of several near duplicates is kept. Training
+    signature. With pictures, sounds or groups, `sketches` also has split (16 × uint8), which decides the split in place
+    of digest, and has_media: documents with media are no near duplicates of others, and nobody's evaluation text, as
+    their text alone does not make them alike. `lengths` (N,) are the bytes of each text; the longest of several near duplicates is kept. Training
     documents must not contain `evaluation_texts` (batches) or the validation split. `map_texts` applies a function to
     the texts of documents, given by their numbers (n,), and returns (n,) int64.
     """
@@ -78,17 +80,22 @@ def select_documents(
             kept = np.flatnonzero(code == 0)
             code[kept[~first_of_each(digests[kept])]] = reasons.index(reason)
 
+    text_only = np.ones(len(code), bool)
+    held_out_by = digests
+    if "split" in sketches.column_names:
+        text_only = ~sketches.data.column("has_media").to_numpy()
+        held_out_by = np.concatenate(list(fixed_size_chunks(sketches, "split")))
     cluster = np.arange(len(code))
     if config.near_threshold is not None:
         signatures = list(fixed_size_chunks(sketches, "signature"))
-        cluster = find_near_duplicates(signatures, lengths, code == 0, config.near_threshold)
+        cluster = find_near_duplicates(signatures, lengths, (code == 0) & text_only, config.near_threshold)
         code[(code == 0) & (cluster != np.arange(len(code)))] = reasons.index(NEAR)
 
-    validation = (code == 0) & is_held_out(digests, validation_fraction)
+    validation = (code == 0) & is_held_out(held_out_by, validation_fraction)
     selection = Selection(reasons, code, validation, cluster, source, draw_chance(digests))
     if config.contamination_overlap is not None:
-        index = build_index(itertools.chain(iter_texts(cleaned, lengths, validation), evaluation_texts))
-        train = np.flatnonzero(selection.train)
+        index = build_index(itertools.chain(iter_texts(cleaned, lengths, validation & text_only), evaluation_texts))
+        train = np.flatnonzero(selection.train & text_only)
         find = functools.partial(find_contaminated, index=index, overlap=config.contamination_overlap)
         code[train[map_texts(train, find) >= 0]] = reasons.index(CONTAMINATED)
     return selection

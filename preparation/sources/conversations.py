@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from preparation.recipe import MARK
+
 ROLES = ("system", "user", "assistant", "tool")
 SEPARATOR = "\x1e"
 REASONING_KEY = "reasoning_content"
@@ -22,9 +24,10 @@ SHAREGPT_ROLES = {  # as in FastChat and LLaMA-Factory
 UNSUPPORTED = ("tool_calls", "function_call", "thinking")  # parts of what the assistant says
 
 
-def find_conversation(record: dict[str, Any], column: str) -> str:
+def find_conversation(record: dict[str, Any], column: str, *, pictures: bool = False) -> str:
     """The conversation of a record as text: a list of messages in `column`, ShareGPT's in `column` or `conversations`,
-    or Alpaca's instruction, input and output. `KeyError` if there is none, `ValueError` if it is not one to learn."""
+    or Alpaca's instruction, input and output. `KeyError` if there is none, `ValueError` if it is not one to learn.
+    With `pictures`, a content may be a list of parts, of which one of the type image becomes the mark."""
     if column not in record and {"instruction", "output"} <= record.keys():
         column, messages = "output", _from_alpaca(record)
     else:
@@ -33,6 +36,8 @@ def find_conversation(record: dict[str, Any], column: str) -> str:
         if isinstance(messages, list) and messages and isinstance(messages[0], dict) and "from" in messages[0]:
             messages = _from_sharegpt(record, messages)
     tools = record.get("tools")
+    if pictures and isinstance(messages, list):
+        messages = [_join_parts(number, item) for number, item in enumerate(messages, start=1)]
     if fault := find_fault(messages):
         raise ValueError(f"column {column!r} {fault}")
     if isinstance(tools, str) and tools.strip():
@@ -41,6 +46,22 @@ def find_conversation(record: dict[str, Any], column: str) -> str:
         except ValueError:
             raise ValueError("column 'tools' holds text that is not JSON") from None
     return join_messages(messages, tools or None)
+
+
+def _join_parts(number: int, message: Any) -> Any:
+    """A message whose content is text; one that is no list of parts stays as it is."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    texts = []
+    for part in message["content"]:
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "image":
+            texts.append(MARK)
+        else:
+            raise ValueError(f"message {number} has a part of the type {kind!r}; known are text and image")
+    return message | {"content": "".join(texts)}
 
 
 def _from_sharegpt(record: dict[str, Any], messages: list[Any]) -> list[Any]:

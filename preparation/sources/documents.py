@@ -31,14 +31,15 @@ import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
 
-from preparation.recipe import SourceConfig
-from preparation.sources.conversations import find_conversation, without_system
+from preparation.recipe import MARK, SourceConfig
+from preparation.sources.conversations import SEPARATOR, find_conversation, without_system
 from preparation.sources.csv_lines import CsvLines, sniff_csv
 from preparation.sources.files import (
     ANNEX_LINK,
     MISSING,
     Found,
     find,
+    is_saved_dataset,
     is_tar,
     kind_of,
     known_suffixes,
@@ -46,12 +47,21 @@ from preparation.sources.files import (
     why_left,
 )
 from preparation.sources.html import Page, decode_page, read_page
+from preparation.sources.media import (
+    BrokenMedia,
+    Checked,
+    References,
+    find_references,
+    load_all,
+    resolve,
+)
 from preparation.stages import SLICE_BYTES, SLICE_DOCUMENTS
 from utils.cli import UserError
 
 DOCUMENT_FEATURES = {
     "text": datasets.Value("large_string"), "source": datasets.Value("string"), "id": datasets.Value("string"),
 }  # fmt: skip
+MEDIA_FEATURES = {"media": datasets.List(datasets.Value("large_binary"))}
 TEXT_PART_BYTES = 4 << 20  # a longer text file becomes several documents, cut between paragraphs or lines
 SNIFFED_BYTES = 1 << 16
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of a character in UTF-8, after its first
@@ -72,6 +82,8 @@ class Document(NamedTuple):
     text: str
     id: str  # its file, and the line or record number in it
     page: Page | None = None  # of HTML
+    group: str | None = None  # the value of `group_column`
+    media: References | Checked | None = None  # its pictures or sound: first as the record names them, then read
 
 
 class Broken(NamedTuple):
@@ -111,12 +123,12 @@ OPENERS = {".zst": open_zstd, ".xz": lzma.open, ".bz2": bz2.open} | dict.fromkey
 
 def read_sources(
     sources: list[SourceConfig], folder: Path, limit: int | None = None, found: dict[str, Found] | None = None,
-    units: list[Path | None] | None = None,
+    units: list[Path | None] | None = None, features: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write every document to `folder`/documents.arrow and the counts to read.json; at most `limit` per source. `found`
     is what `find` gives for each source. A caller that reads a single source in parts gives some of its
-    `reading_units`; the files that `find` left out are then not counted."""
-    schema = datasets.Features(DOCUMENT_FEATURES).arrow_schema
+    `reading_units`, and the `document_features` of all sources; the files that `find` left out are then not counted."""
+    schema = datasets.Features(features or document_features(sources)).arrow_schema
     counts = start_counts(sources)
     with (
         pa.OSFile(str(folder / "documents.arrow"), "wb") as file,
@@ -141,6 +153,8 @@ def read_sources(
                     figures["bytes"] += size
                     if record.page is not None:
                         _count_page(str(source.name), record, record.page, figures, counts["small_pages"])
+                    if isinstance(record.media, Checked):
+                        size += _count_media(record.media, figures, str(source.media_kind))
                     rows.append(record)
                     held += size
                     if held >= SLICE_BYTES or len(rows) >= SLICE_DOCUMENTS:
@@ -153,6 +167,23 @@ def read_sources(
             counts["files"] += tally["files"]
             counts["file_bytes"] += tally["bytes"] or figures["bytes"]
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
+
+
+def document_features(sources: list[SourceConfig]) -> dict[str, Any]:
+    """The columns of documents.arrow: `media` and `group` only if a source has them."""
+    features: dict[str, Any] = dict(DOCUMENT_FEATURES)
+    if any(source.group_column for source in sources):
+        features["group"] = datasets.Value("string")
+    return features | (MEDIA_FEATURES if any(source.media_column for source in sources) else {})
+
+
+def _count_media(media: Checked, figures: dict[str, Any], kind: str) -> int:
+    """Add to the source's `figures` the files of a document, and return their bytes."""
+    size = sum(map(len, media.files))
+    unit = "pixels" if kind == "image" else "milliseconds"
+    for what, number in {"media": len(media.files), "media_bytes": size, unit: media.amount}.items():
+        figures[what] = figures.get(what, 0) + number
+    return size
 
 
 def _count_page(
@@ -218,9 +249,12 @@ def merge_counts(counts: dict[str, Any], part: dict[str, Any]) -> None:
 
 def _write_rows(writer: Any, schema: pa.Schema, rows: list[Document], source: SourceConfig) -> None:
     if rows:
-        texts, ids = [row.text for row in rows], [row.id for row in rows]
-        columns = [pa.array(texts, pa.large_string()), pa.array([source.name] * len(rows)), pa.array(ids)]
-        writer.write_table(pa.table(columns, schema=schema))
+        values = {
+            "text": [row.text for row in rows], "source": [source.name] * len(rows), "id": [row.id for row in rows],
+            "group": [row.group for row in rows],
+            "media": [row.media.files if isinstance(row.media, Checked) else [] for row in rows],
+        }  # fmt: skip
+        writer.write_table(pa.table([pa.array(values[field.name], field.type) for field in schema], schema=schema))
 
 
 def check_broken(counts: dict[str, Any], max_share: float) -> None:
@@ -253,12 +287,83 @@ def iter_records(
     """The documents and the broken records of some `reading_units` of the source; `tally` counts the `files` and their
     `bytes`, decompressed."""
     tally = Counter() if tally is None else tally
-    whole = Path(str(source.path))
     for unit in units:
-        if unit is None or (unit == whole and unit.is_dir()):
-            yield from _read_table(source, unit)
+        records = _iter_unit(source, unit, tally)
+        yield from records if source.media_column is None else _load_media(source, unit, records, tally)
+
+
+def _iter_unit(source: SourceConfig, unit: Path | None, tally: Counter[str]) -> Iterator[Record]:
+    if unit is None or (unit == Path(str(source.path)) and unit.is_dir()):
+        return _read_table(source, unit)
+    return _read_file(source, unit, tally)
+
+
+def _media_folder(source: SourceConfig, unit: Path | None) -> Path | None:
+    """Where the paths begin that a unit's records name; None if they lead nowhere."""
+    if unit is None:
+        folder = Path(str(source.hub))
+        return folder if folder.is_dir() else None
+    return unit if unit.is_dir() else None if is_tar(unit.name) else unit.parent
+
+
+def _load_media(
+    source: SourceConfig, unit: Path | None, records: Iterator[Record], tally: Counter[str]
+) -> Iterator[Record]:
+    """The documents with their pictures or sounds; `Broken` for one whose files cannot be used."""
+    pairs = (
+        (record, record.media.items if isinstance(record, Document) and isinstance(record.media, References) else [])
+        for record in records
+    )
+    for record, loaded in load_all(pairs, str(source.media_kind), _media_folder(source, unit)):
+        if not isinstance(record, Document) or not isinstance(record.media, References):
+            yield record
+            continue
+        tally["bytes"] += loaded.from_disk
+        if isinstance(loaded, BrokenMedia):
+            name = record.id.rpartition(":")[0]
+            yield Broken(name, f"{record.media.place}: column {source.media_column!r} {loaded}", loaded.lost)
         else:
-            yield from _read_file(source, unit, tally)
+            yield record._replace(media=loaded)
+
+
+def find_media(source: SourceConfig, found: Found) -> Found:
+    """`found` with the files of pictures or sounds that the records of JSON, CSV and parquet files name."""
+    paths: set[str] = set()
+    by_path = source.media_column and source.hub is None and not is_saved_dataset(Path(str(source.path)))
+    for unit in found.units if by_path else []:
+        folder = _media_folder(source, unit)
+        if unit is not None and folder is not None:
+            for reference in _iter_references(source, unit):
+                with contextlib.suppress(ValueError):
+                    paths.add(str(resolve(reference, folder)))
+    left = [item for item in found.left if item[0] not in paths]
+    return found._replace(left=left, media=sorted(paths))
+
+
+def _iter_references(source: SourceConfig, path: Path) -> Iterator[str]:
+    """The paths in a file's column of pictures or sounds, without the bytes beside them."""
+    if kind_of(source, path.name) == "parquet" and path.suffix.lower() not in OPENERS:
+        with contextlib.suppress(pa.ArrowException, ValueError, OSError):
+            file = pyarrow.parquet.ParquetFile(path)
+            start = str(source.media_column)
+            columns = [
+                column.path for column in (file.schema.column(number) for number in range(len(file.schema)))
+                if column.path.split(".")[0] == start and column.logical_type.type == "STRING"
+            ]  # fmt: skip
+            for batch in file.iter_batches(columns=columns) if columns else ():
+                yield from _iter_strings(batch.to_pylist())
+        return
+    for record in _read_file(source, path, Counter()):
+        if isinstance(record, Document) and isinstance(record.media, References):
+            yield from (item for item in record.media.items if isinstance(item, str))
+
+
+def _iter_strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _iter_strings(item)
 
 
 class Counting(io.RawIOBase):
@@ -341,8 +446,8 @@ def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]
     elif kind is None:  # chosen by `include` alone
         why = "unknown kind of file; give `kind:` in its entry, or name it in `exclude:`"
         yield Broken(name, why, _count_rest(stream), is_file=True)
-    elif source.messages_column is not None and kind in ("text", "html", "code"):
-        why = f"kind {kind} has no column {source.messages_column!r}; `kind: json` passes over such files"
+    elif kind in ("text", "html", "code") and (column := _column_of_records(source)):
+        why = f"kind {kind} has no column {column!r}; `kind: json` passes over such files"
         yield Broken(name, why, _count_rest(stream), is_file=True)
     elif kind == "parquet":
         yield from read_parquet(stream, name, source)
@@ -353,6 +458,11 @@ def _read(source: SourceConfig, stream: BinaryIO, name: str) -> Iterator[Record]
         yield Broken(name, f"{not_text(source)}; {hint}", len(head), is_file=True)
     else:
         yield from READERS[kind](stream, name, source)
+
+
+def _column_of_records(source: SourceConfig) -> str | None:
+    """A column that only files with records can have."""
+    return source.messages_column or source.media_column or source.group_column
 
 
 def _count_rest(stream: BinaryIO) -> int:
@@ -455,8 +565,17 @@ def _read_table(source: SourceConfig, folder: Path | None) -> Iterator[Record]:
     if table.column_names and set(columns) <= set(table.column_names):
         # The others need not even be readable.
         table = table.select_columns([*columns, *read_with(source, table.column_names)])
+    if (column := source.media_column) and column in (table.features or {}):
+        table = table.cast_column(column, _undecoded(table.features[column]))
     for number, record in enumerate(table, start=1):
         yield make_document(record, str(source.hub or folder), number, "record", source)
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature of a column of pictures or sounds such that reading gives their bytes."""
+    if isinstance(feature, datasets.Image | datasets.Audio):
+        return type(feature)(decode=False)
+    return datasets.List(_undecoded(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
 def load_table(source: SourceConfig) -> datasets.Dataset | datasets.IterableDataset:
@@ -703,8 +822,10 @@ def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[
     # The footer is at the end, so a stream that cannot seek is read into memory.
     data: Any = stream if stream.seekable() else io.BytesIO(stream.read())
     size = data.seek(0, io.SEEK_END)
+    # By default whole row groups are read ahead, which may hold gigabytes of pictures.
+    reading = {"pre_buffer": False, "buffer_size": 1 << 20} if source.media_column else {}
     try:
-        file = pyarrow.parquet.ParquetFile(data)
+        file = pyarrow.parquet.ParquetFile(data, **reading)
         rows = file.metadata.num_rows
         columns, have = needed_columns(source), file.schema_arrow.names
         if twice := [column for column in columns if have.count(column) > 1]:
@@ -712,7 +833,9 @@ def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[
             return
         # All of them if one is missing, so that the error can list them.
         columns = [*columns, *read_with(source, have)] if set(columns) <= set(have) else have
-        for batch in file.iter_batches(batch_size=256, columns=columns):
+        decoded = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+        fitting = SLICE_BYTES * rows // max(decoded, 1)
+        for batch in file.iter_batches(batch_size=min(max(fitting, 1), 256), columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield make_document(row, name, number, "record", source)
@@ -724,9 +847,11 @@ def read_parquet(stream: BinaryIO, name: str, source: SourceConfig) -> Iterator[
 
 def needed_columns(source: SourceConfig) -> list[str]:
     """The columns that `make_document` reads."""
+    more = [name for name in (source.media_column, source.group_column) if name is not None]
     if source.template is None:
-        return [str(source.messages_column or source.text_column)]
-    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None))
+        return list(dict.fromkeys([str(source.messages_column or source.text_column), *more]))
+    names = [name for _, name, _, _ in string.Formatter().parse(source.template) if name is not None]
+    return list(dict.fromkeys([*names, *more]))
 
 
 def read_with(source: SourceConfig, have: list[str]) -> list[str]:
@@ -745,7 +870,7 @@ def make_document(record: Any, name: str, number: int, unit: str, source: Source
         if source.template is not None:
             text = _fill(source.template, record)
         elif source.messages_column is not None:
-            text = find_conversation(record, source.messages_column)
+            text = find_conversation(record, source.messages_column, pictures=source.image_column is not None)
         else:
             text = record[str(source.text_column)]
     except KeyError as error:
@@ -756,7 +881,44 @@ def make_document(record: Any, name: str, number: int, unit: str, source: Source
         return Broken(name, f"{unit} {number}: {error}")
     if text is not None and not isinstance(text, str):
         return Broken(name, f"{unit} {number}: column {source.text_column!r} holds {type(text).__name__}, not text")
-    return Document(LONE_SURROGATE.sub("\ufffd", text or ""), f"{name}:{number}")
+    document = Document(LONE_SURROGATE.sub("\ufffd", text or ""), f"{name}:{number}")
+    if source.media_column is None and source.group_column is None:
+        return document
+    try:
+        return _add_columns(document, record, f"{unit} {number}", source)
+    except ValueError as error:
+        return Broken(name, f"{unit} {number}: {error}")
+
+
+def _add_columns(document: Document, record: dict[str, Any], place: str, source: SourceConfig) -> Document:
+    """The document with its group and with what the record says of its pictures or sound. `ValueError` if it says
+    nothing that can be used."""
+    for option, column in (("image_column", source.image_column), ("audio_column", source.audio_column),
+                           ("group_column", source.group_column)):  # fmt: skip
+        if column is not None and column not in record:
+            have = ", ".join(map(str, list(record)[:20]))
+            raise ValueError(f"no column {column!r}; it has {have} (see {option})")
+    if source.group_column is not None:
+        value = record[source.group_column]
+        if not isinstance(value, str | int | None):
+            raise ValueError(f"column {source.group_column!r} holds {type(value).__name__}, not text or a number")
+        document = document._replace(group=None if value is None else str(value))
+    if (column := source.media_column) is None:
+        return document
+    try:
+        references = find_references(record[column])
+    except ValueError as error:
+        raise ValueError(f"column {column!r} {error}") from None
+    marks = document.text.count(MARK)
+    if source.image_column is not None and marks not in (0, len(references)):
+        raise ValueError(
+            f"the text has {marks:,} marks {MARK}, but column {column!r} holds {len(references):,} pictures"
+        )
+    if source.messages_column is not None and references and not marks and f"{SEPARATOR}user\n" not in document.text:
+        raise ValueError(f"column {column!r} holds pictures, but no message of the user says where they stand")
+    if source.audio_column is not None and len(references) != 1:
+        raise ValueError(f"column {column!r} holds {len(references):,} sounds, where one is expected")
+    return document._replace(media=References(references, place))
 
 
 def _fill(template: str, record: dict[str, Any]) -> str:

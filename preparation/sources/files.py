@@ -4,7 +4,7 @@ import fnmatch
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +34,11 @@ NOT_CODE = (".min.js", ".min.css", "_pb2.py", ".pb.go", "-lock.js")  # generated
 
 
 class Found(NamedTuple):
-    """What a walk through a source's path finds. Every file of a folder is in one of the two lists."""
+    """What a walk through a source's path finds. Every file of a folder is in one of the lists."""
 
     files: list[tuple[str, str, os.stat_result]]  # to read: path, path without links, size and time; sorted by path
     left: list[tuple[str, str, int]]  # the others: path, why it is left out, its bytes
+    media: Sequence[str] = ()  # pictures or sounds that records of the files name; sorted, none is in `left`
 
     @property
     def units(self) -> list[Path | None]:
@@ -118,8 +119,8 @@ def find_all(sources: list[SourceConfig]) -> dict[str, Found]:
     """What each source has, by its name. `UserError` for a file that belongs to two sources."""
     found = {str(source.name): find(source) for source in sources}
     owners: dict[str, str] = {}
-    for name, (files, _) in found.items():
-        for path, resolved, _ in files if len(found) > 1 else ():
+    for name, here in found.items():
+        for path, resolved, _ in here.files if len(found) > 1 else ():
             if (owner := owners.setdefault(resolved, name)) != name:
                 advice = "name it in `exclude:` of one of them"
                 raise UserError(f"{path}: belongs to two sources, {owner} and {name}; {advice}")
@@ -205,7 +206,33 @@ def describe_files(
                 "source": source.name, "name": name, "path": path, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns,
                 "content": content,
             })  # fmt: skip
+        if media := found[str(source.name)].media:
+            records.append(_describe_media(str(source.name), root, media, hashes, read_again))
     return records
+
+
+def _describe_media(
+    source: str, root: str, paths: Sequence[str], hashes: dict[Any, str], read_again: bool
+) -> dict[str, Any]:
+    """One record for all `paths`, which may be millions: their bytes, and hashes of all their times and contents."""
+    stats: list[tuple[int, int] | None] = []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+            stats.append((stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            stats.append(None)
+    places = [os.path.relpath(path, root if os.path.isdir(root) else os.path.dirname(root)) for path in paths]
+    num_bytes = sum(stat[0] for stat in stats if stat)
+    times = int(hash_json(places, stats)[:12], 16)
+    content = hashes.get((f"{root} (media)", num_bytes, times))
+    if content is None or read_again:
+        contents = (hash_file(Path(path)) if stat else None for path, stat in zip(paths, stats, strict=True))
+        content = hash_json(list(zip(places, contents, strict=True)))
+    return {
+        "source": source, "name": f"{len(paths):,} files of pictures or sound", "path": f"{root} (media)",
+        "bytes": num_bytes, "mtime_ns": times, "content": content,
+    }  # fmt: skip
 
 
 def recipe_key(config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """Documents to token ids, as flat arrays; conversations also to a mask of the tokens that the assistant says."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute
 from tokenizers import Tokenizer
 
-from preparation.sources.conversations import OPTIONAL_PARTS, split_messages, split_tools
+from preparation.recipe import MARK
+from preparation.sources.conversations import OPTIONAL_PARTS, SEPARATOR, split_messages, split_tools
 from preparation.tokenizer.build import token_dtype
 from utils.cli import UserError
 from utils.pretrained import hide_special_tokens
@@ -28,6 +30,8 @@ BATCH_CHARACTERS = 2_000_000
 PIECE_CHARACTERS = 250_000  # a longer document is cut where that changes no token
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 CUT = re.compile(r"\S(?=[ \n])")
+# Stands for a picture while a chat template runs; letters, which templates leave alone and no text holds.
+PICTURE = "zpictureqxjvkwzfhgbd"
 SPELLED_FEATURE = datasets.List(datasets.Value("string"))
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -53,6 +57,38 @@ class SpecialTokens:
         return []
 
 
+def without_marks(text: str, pictures: int) -> str:
+    """The text of a document with so many pictures, without the marks for them. Without pictures a mark is text."""
+    return text.replace(MARK, "") if pictures else text
+
+
+def put_marks(text: str, pictures: int) -> str:
+    """The text with a mark for each picture: if it has none, in front, of a conversation in front of what the user
+    says first."""
+    if not pictures or MARK in text:
+        return text
+    head = f"{SEPARATOR}user\n" if text.startswith(SEPARATOR) else ""
+    return text.replace(head, head + MARK * pictures, 1)
+
+
+class Pictures:
+    """The token that stands for a picture, in texts to encode."""
+
+    def __init__(self, tokenizer: Any, placeholder: str, names: dict[str, str]) -> None:
+        """`names`: what stands for special tokens in the input of `hide_special_tokens`; {} if it reads their own."""
+        self.token = placeholder
+        self.name = names.get(placeholder, placeholder)
+        self._id: int = tokenizer.convert_tokens_to_ids(placeholder)
+
+    def put(self, text: str, pictures: int) -> str:
+        return put_marks(text, pictures).replace(MARK, self.name) if pictures else text
+
+    def check(self, id: str, pictures: int, ids: np.ndarray) -> None:
+        """`UserError` unless the ids (n,) of a document hold one placeholder per picture."""
+        if (found := int((ids == self._id).sum())) != pictures:
+            raise UserError(f"{id}: has {pictures:,} pictures, but its tokens hold {self.token} {found:,} times")
+
+
 class Encoder:
     """Encodes documents to the tokenizer's own ids, followed by its eos token unless they already end with it.
 
@@ -61,14 +97,16 @@ class Encoder:
     A document longer than PIECE_CHARACTERS is cut at white space if the tokenizer always splits there
     (`splits_at_spaces`). Any other tokenizer encodes it whole, which takes up to 180 times its bytes of memory.
 
+    `placeholder` is the special token for a picture, if there are pictures. It stands where the text has the mark
+    <image>, or before the text if it has none.
+
     `encode_table` reads `columns` of the documents; its table has `features`, among them `spelled`, the special tokens
     that each text spells out. `note` says which library encodes, and why; read it after the last document, as gigatoken
     may fail on the way.
     """
 
-    columns = ("text",)
-
-    def __init__(self, tokenizer: Any, parse_special_tokens: bool = False) -> None:
+    def __init__(self, tokenizer: Any, parse_special_tokens: bool = False, placeholder: str | None = None) -> None:
+        self.columns = ("text",) if placeholder is None else ("text", "id", "pictures")
         self.dtype = token_dtype(len(tokenizer))
         self.features = datasets.Features(
             input_ids=datasets.List(datasets.Value(self.dtype.__name__)), spelled=SPELLED_FEATURE
@@ -77,8 +115,10 @@ class Encoder:
         self._uses_gigatoken = False
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._special = SpecialTokens(self._backend)
+        names: dict[str, str] = {}
         if not parse_special_tokens:
-            self._backend, _ = hide_special_tokens(self._backend)
+            self._backend, names = hide_special_tokens(self._backend)
+        self._pictures = Pictures(tokenizer, placeholder, names) if placeholder is not None else None
         self._eos: int = tokenizer.eos_token_id
         self._template = find_template(self._backend)
         self._cut = self._template is not None and splits_at_spaces(self._backend)
@@ -104,10 +144,19 @@ class Encoder:
         return self._frame(*self._encode_by_tokenizers(texts))
 
     def encode_table(self, batch: pa.Table) -> pa.Table:
-        """Column `text` → columns `input_ids`, a list of uint16 or uint32 per document, and `spelled`."""
+        """`columns` → columns `input_ids`, a list of uint16 or uint32 per document, and `spelled`. `UserError` if a
+        text that is parsed for special tokens has other placeholders than those of its pictures."""
         texts = batch["text"].to_pylist()
+        plain = texts
+        if self._pictures is not None:
+            counts = batch["pictures"].to_pylist()
+            plain = list(map(without_marks, texts, counts))
+            texts = list(map(self._pictures.put, texts, counts))
         ids, offsets = self(texts)
-        spelled = pa.array(map(self._special.find, texts), pa.list_(pa.string()))
+        if self._pictures is not None:
+            for id, count, part in zip(batch["id"].to_pylist(), counts, np.split(ids, offsets[1:-1]), strict=True):
+                self._pictures.check(id, count, part)
+        spelled = pa.array(map(self._special.find, plain), pa.list_(pa.string()))
         # Arrow's 32-bit offsets allow 2^31 tokens, some 8 GB of text in one batch.
         lists = pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(ids))
         return pa.table({"input_ids": lists, "spelled": spelled})
@@ -190,14 +239,15 @@ class Encoder:
 
 
 def build_encoder(
-    tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True, *, parse_special_tokens: bool = False
-) -> Encoder:
+    tokenizer: Any, sample: Sequence[str], use_gigatoken: bool = True, *, parse_special_tokens: bool = False,
+    placeholder: str | None = None,
+) -> Encoder:  # fmt: skip
     """An encoder for `tokenizer` that uses gigatoken if it is installed and gives the ids of `tokenizers` on `sample`.
 
     `sample` should be a few hundred documents like those to come. The encoder falls back to `tokenizers` if gigatoken
     does not support this tokenizer (WordPiece, unigram, a byte-level vocabulary that lacks a byte), or later fails.
     """
-    encoder = Encoder(tokenizer, parse_special_tokens)
+    encoder = Encoder(tokenizer, parse_special_tokens, placeholder)
     if use_gigatoken:
         encoder.try_gigatoken(sample)
     return encoder
@@ -287,6 +337,15 @@ def iter_probes(tokens: Sequence[str]) -> Iterator[str]:
         yield "".join(" " if 0xD800 <= code < 0xE000 else chr(code) for code in codes)
 
 
+def split_parts(text: str) -> list[dict[str, str]]:
+    """A content as parts of the types text and image, which stands where PICTURE does."""
+    parts: list[dict[str, str]] = []
+    for number, part in enumerate(text.split(PICTURE)):
+        parts += [{"type": "image"}] if number else []
+        parts += [{"type": "text", "text": part}] if part else []
+    return parts
+
+
 class ConversationEncoder:
     """Encodes conversations as transformers' `apply_chat_template` does, and finds the assistant's turns in them.
 
@@ -299,15 +358,17 @@ class ConversationEncoder:
     `parse_special_tokens`, as transformers does. To tell them apart, a placeholder stands for it while the template
     runs.
 
+    `placeholder` is the special token for a picture, if there are pictures. Where the text has the mark <image>, the
+    template gets a part of the type image if it can write one, else text that becomes the placeholder afterwards.
+
     The eos token follows, and belongs to the last speaker, unless the template itself ends with a special token.
     `encode_table` reads `columns` of the documents; its table has `features`, among them `spelled`, the special tokens
     that messages spell out. `note` says how turns are found.
     """
 
-    columns = ("text", "id")
-
-    def __init__(self, tokenizer: Any, parse_special_tokens: bool = False) -> None:
+    def __init__(self, tokenizer: Any, parse_special_tokens: bool = False, placeholder: str | None = None) -> None:
         """`UserError` if the tokenizer has no chat template."""
+        self.columns = ("text", "id") if placeholder is None else ("text", "id", "pictures")
         self.dtype = token_dtype(len(tokenizer))
         self.features = datasets.Features(
             input_ids=datasets.List(datasets.Value(self.dtype.__name__)),
@@ -333,7 +394,13 @@ class ConversationEncoder:
         self._hidden, names = hide_special_tokens(self._backend)
         # What stands for a special token of a message while the template runs; letters, which templates leave alone.
         self._placeholders = {} if parse_special_tokens else {name: f"z{names[name][1:-1]}" for name in names}
-        self._final = names | {placeholder: name for name, placeholder in self._placeholders.items()}
+        self._final = names | {letters: name for name, letters in self._placeholders.items()}
+        self._pictures: Pictures | None = None
+        self._takes_parts = False
+        if placeholder is not None:
+            self._pictures = Pictures(tokenizer, placeholder, {} if parse_special_tokens else names)
+            self._final = (self._final if not parse_special_tokens else {}) | {PICTURE: self._pictures.name}
+            self._takes_parts = self._writes_parts(placeholder)
         self._to_replace = re.compile("|".join(map(re.escape, sorted(self._final, key=len, reverse=True))) or "(?!)")
 
     def check_parts(self, documents: pa.Table) -> None:
@@ -351,10 +418,11 @@ class ConversationEncoder:
     def encode_table(self, batch: pa.Table) -> pa.Table:
         """Columns `text` and `id` → columns `input_ids` (uint16 or uint32), `loss_mask` (uint8) and `spelled`, lists.
         `UserError` for a conversation that the template refuses, or whose turns cannot be found."""
-        stored = batch["text"].to_pylist()
-        spelled = list(map(self._spelled.find, stored))
-        rendered = list(map(self.render, stored, batch["id"].to_pylist()))
-        encodings = self._encode([text for text, _ in rendered], spelled)
+        stored, names = batch["text"].to_pylist(), batch["id"].to_pylist()
+        pictures = batch["pictures"].to_pylist() if self._pictures is not None else [0] * len(stored)
+        spelled = list(map(self._spelled.find, map(without_marks, stored, pictures)))
+        rendered = list(map(self.render, stored, names, pictures))
+        encodings = self._encode([text for text, _ in rendered], list(map(self._is_hidden, spelled, pictures)))
         ids, masks = [np.empty(0, self.dtype)], [np.empty(0, np.uint8)]
         for (_, turns), encoding in zip(rendered, encodings, strict=True):
             first, after = np.array(encoding.offsets, np.int64).T  # of each token's characters
@@ -363,6 +431,9 @@ class ConversationEncoder:
                 mask[(first < stop) & (after > start)] = 1
             ids.append(np.array(encoding.ids, self.dtype))
             masks.append(mask)
+        if self._pictures is not None:
+            for id, count, part in zip(names, pictures, ids[1:], strict=True):
+                self._pictures.check(id, count, part)
         offsets = pa.array(np.cumsum([len(mask) for mask in masks], dtype=np.int32))
         columns = {"input_ids": ids, "loss_mask": masks}
         lists = {
@@ -370,24 +441,31 @@ class ConversationEncoder:
         }
         return pa.table(lists | {"spelled": pa.array(spelled, pa.list_(pa.string()))})
 
-    def _encode(self, texts: list[str], spelled: list[list[str]]) -> Iterator[Any]:
-        """The encoding of each rendered text; `_hidden` encodes those whose messages spell out special tokens."""
-        plain = [text for text, found in zip(texts, spelled, strict=True) if not (found and self._placeholders)]
+    def _is_hidden(self, spelled: list[str], pictures: int) -> bool:
+        """Whether the rendered text is for `_hidden`, because special tokens and text must be told apart in it."""
+        return bool(self._placeholders and (spelled or pictures))
+
+    def _encode(self, texts: list[str], hidden: list[bool]) -> Iterator[Any]:
+        """The encoding of each rendered text, by `_hidden` or the tokenizer's own."""
+        plain = [text for text, is_hidden in zip(texts, hidden, strict=True) if not is_hidden]
         encodings = chain.from_iterable(
             self._backend.encode_batch(part, add_special_tokens=False) for part, _ in iter_batches(plain, cut=False)
         )
-        for text, found in zip(texts, spelled, strict=True):
-            hidden = found and self._placeholders
-            yield self._hidden.encode(text, add_special_tokens=False) if hidden else next(encodings)
+        for text, is_hidden in zip(texts, hidden, strict=True):
+            yield self._hidden.encode(text, add_special_tokens=False) if is_hidden else next(encodings)
 
-    def render(self, stored: str, id: str) -> tuple[str, list[Span]]:
+    def render(self, stored: str, id: str, pictures: int = 0) -> tuple[str, list[Span]]:
         """A stored conversation as the template formats it, and the assistant's turns; `id` is for a `UserError`. If
-        messages spell out special tokens, the text is for `_hidden`."""
-        hidden = self._placeholders and self._spelled.find(stored)
-        if hidden:
+        `_is_hidden`, the text is for `_hidden`."""
+        if pictures:
+            stored = put_marks(stored, pictures).replace(MARK, PICTURE)
+        spelled = self._spelled.find(stored)
+        if self._placeholders and spelled:
             stored = self._spelled.pattern.sub(lambda found: self._placeholders[found[0]], stored)
         self.check_parts(pa.table({"text": [stored], "id": [id]}))
         messages, tools = split_messages(stored), split_tools(stored)
+        if self._takes_parts:
+            messages = [message | {"content": split_parts(message["content"])} for message in messages]
         learnt = [message.pop("weight", 1) for message in messages if message["role"] == "assistant"]
         try:
             text, turns = self._apply_template(messages, tools)
@@ -409,7 +487,15 @@ class ConversationEncoder:
             text += self._eos
         if not any(start < stop for start, stop in turns):
             raise UserError(f"{id}: the chat template's {{% generation %}} marks nothing of this conversation")
-        return self._put_names(text, turns) if hidden else (text, turns)
+        return self._put_names(text, turns) if pictures or self._is_hidden(spelled, 0) else (text, turns)
+
+    def _writes_parts(self, placeholder: str) -> bool:
+        """Whether the template formats contents that are lists of parts, as those for processors do."""
+        content = [{"type": "image"}, {"type": "text", "text": "zzz"}]
+        with contextlib.suppress(Exception):  # a template is a program, which can raise anything
+            text, _ = self._apply_template([{"role": "user", "content": content}], None)
+            return placeholder in text and "zzz" in text and "'type'" not in text
+        return False
 
     def _put_names(self, text: str, turns: list[Span]) -> tuple[str, list[Span]]:
         """Replace the template's special tokens by the names that `_hidden` reads as them, and placeholders by the
