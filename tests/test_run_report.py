@@ -154,7 +154,7 @@ def test_the_command_on_the_page_continues_the_run(finished_run):
     assert shlex.split(export)[3] == shlex.split(evaluate)[3] == str(finished_run)
 
 
-def test_a_run_is_running_until_its_summary_says_how_it_ended(tmp_path):
+def test_the_summary_says_how_a_run_ended(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     write_metrics(run / "metrics.jsonl", 20)
