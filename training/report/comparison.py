@@ -13,7 +13,7 @@ from utils.report import LINE, NAME, cut
 FIGURES = (
     "best evaluation loss", WHOLE, "bits per byte", "last training loss", "tokens", "time", "tokens per second", "parameters",
 )  # fmt: skip
-OWN = ("output",)  # options that always differ
+OWN = ("output", "checkpoint.resume")  # options of the folder and the launch, not of the recipe
 
 
 def html_comparison(runs: list[RunFolder]) -> str:
