@@ -154,12 +154,12 @@ def test_the_command_on_the_page_continues_the_run(finished_run):
     assert shlex.split(export)[3] == shlex.split(evaluate)[3] == str(finished_run)
 
 
-def test_a_run_is_running_until_its_summary_says_how_it_ended(tmp_path):
+def test_the_summary_says_how_a_run_ended(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     write_metrics(run / "metrics.jsonl", 20)
     page = Page(report.html_report(read_run(run))).text
-    assert "running" in page and "20 of 800" in page and "about 6 min 30 s left" in page
+    assert "running" in page and "20 of 800" in page and "about 6.5 min left" in page
     (run / "summary.json").write_text(json.dumps({"finished": False, "reason": "error", "error": "loss is NaN"}))
     page = Page(report.html_report(read_run(run))).text
     assert "stopped (error)" in page and "loss is NaN" in page and "s left" not in page

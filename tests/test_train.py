@@ -346,7 +346,7 @@ def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(datase
     """Against the model of that step's checkpoint, by transformers' own `generate`."""
     prompt = "HACKER, n."
     train(
-        tmp_path / "run", data__dataset=dataset, tracking__sample_prompts=[prompt], tracking__sample_every_steps=5,
+        tmp_path / "run", data__dataset=dataset, tracking__sample_prompt=prompt, tracking__sample_every_steps=5,
         tracking__sample_max_new_tokens=40, checkpoint__every_steps=5, optimizer__learning_rate=0.03,
     )  # fmt: skip
     texts = re.findall(r"## Step (\d+)\n\n```\n(.*?)\n```\n", (tmp_path / "run" / "samples.md").read_text(), re.S)

@@ -311,3 +311,12 @@ def test_a_masked_model_shows_the_words_that_it_fills_in(dataset, tmp_path):
     text = (tmp_path / "run" / "samples.md").read_text()
     masked, filled = text.partition("\n---")[0], text.partition("filled:")[2]
     assert "<|mask|>" in masked and filled.strip() and "<|mask|>" not in filled
+
+
+def test_several_prompts_give_several_samples(dataset, tmp_path):
+    train(
+        tmp_path / "run", data__dataset=dataset, tracking__sample_prompt='["LOVE", "HATE"]',
+        tracking__sample_every_steps=10, tracking__sample_max_new_tokens=3,
+    )  # fmt: skip
+    first, second = (tmp_path / "run" / "samples.md").read_text().split("\n---\n")
+    assert "LOVE" in first and second.lstrip().startswith("HATE")

@@ -380,8 +380,8 @@ class TrackingConfig:
     """Project name for the trackers."""
     sample_every_steps: NonNegativeInt = 200
     """Optimizer steps between sample texts that the model adds to samples.md. 0: never."""
-    sample_prompts: list[str] = field(default_factory=lambda: [""])
-    """Beginnings of the sample texts, one sample for each. Empty: the start of a document."""
+    sample_prompt: list[str] | str = ""
+    """Beginning of the sample text, or of several, as in '["LOVE, n.", "hacker:"]'. Empty: the start of a document."""
     sample_max_new_tokens: PositiveInt = 128
     """Longest sample, in tokens."""
 

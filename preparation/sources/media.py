@@ -17,7 +17,7 @@ import pyarrow.compute
 
 # Pillow and soundfile are imported where they are used: text needs neither.
 
-# Twice the largest picture of a phone's camera is rare, and decoding takes 4 bytes per pixel: 256 MB at this limit.
+# Above the 50 million of most phones. Decoding takes up to 4 bytes per pixel: 256 MB at this limit.
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 30.0  # Whisper hears no more of a sound, so it would learn to write what it cannot hear
 MAX_BYTES = 256 << 20  # of a file

@@ -295,9 +295,9 @@ def write_sample(
         return write_predictions(objective, tokenizer, data.example)
     options: dict[str, Any] = {"max_new_tokens": config.tracking.sample_max_new_tokens, "seed": config.seed}
     options |= {"chat": config.objective.name == "instruction", "generate": objective.generate, "temperature": 0.8}
-    return SAMPLE_END.join(
-        generate_text(objective.model, tokenizer, prompt, **options) for prompt in config.tracking.sample_prompts
-    )
+    prompts = config.tracking.sample_prompt
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return SAMPLE_END.join(generate_text(objective.model, tokenizer, prompt, **options) for prompt in prompts)
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from typing import Any
 from training.report.charts import LOSSES, colour, loss_tabs, metric_charts
 from training.report.curves import Curve
 from training.report.folder import RunFolder, spell
-from training.report.report import figures_of, state_of, templates
+from training.report.report import WHOLE, figures_of, state_of, templates
 from utils.report import LINE, NAME, cut
 
 FIGURES = (
-    "best evaluation loss", "bits per byte", "last training loss", "tokens", "time", "tokens per second", "parameters",
+    "best evaluation loss", WHOLE, "bits per byte", "last training loss", "tokens", "time", "tokens per second", "parameters",
 )  # fmt: skip
-OWN = ("output",)  # options that always differ
+OWN = ("output", "checkpoint.resume")  # options of the folder and the launch, not of the recipe
 
 
 def html_comparison(runs: list[RunFolder]) -> str:

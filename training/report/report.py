@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import jinja2
 
+from training.monitoring.console import duration
 from training.report.charts import LOSSES, colour, loss_tabs, metric_charts, not_finite
 from training.report.curves import Curve
 from training.report.folder import (
@@ -29,6 +30,7 @@ from utils.files import UserError, flatten, read_json, readable, replace_text, s
 from utils.report import LINE, NAME, cut, page_templates
 
 PAGE = "report.html"
+WHOLE = "loss on all validation documents"
 # Files of a run folder that the page links to.
 FILES = (
     "loss.png", "metrics.jsonl", "training.log", "samples.md", "config.yaml", "environment.json", "summary.json",
@@ -104,14 +106,14 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     of = "" if share is None else f" of {run.max_steps:,}"
     found.append(("step", f"{run.step:,}{of}", "" if share is None else f"{share:.0%} of the run"))
     figures = figures_of(run)
-    for name in ("best evaluation loss", "bits per byte", "last training loss"):
+    for name in ("best evaluation loss", WHOLE, "bits per byte", "last training loss"):
         if name in figures:
             found.append((name, *figures[name]))
     if "time" in figures:
         value, note = figures["time"]
         seconds = run.curves.series["perf/train_seconds"]
         left = seconds.last[1] / max(seconds.last[0], 1) * ((run.max_steps or 0) - run.step)
-        found.append(("time", value, f"about {spell_seconds(left)} left" if left > 0 and not run.summary else note))
+        found.append(("time", value, f"about {duration(left)} left" if left > 0 and not run.summary else note))
     found += [(name, *figures[name]) for name in ("tokens", "parameters") if name in figures]
     return found
 
@@ -130,25 +132,21 @@ def figures_of(run: RunFolder) -> dict[str, tuple[str, str]]:
         step, loss = known["train/loss"].last
         found["last training loss"] = (f"{loss:.4f}", f"at step {int(step):,}")
     if "perf/train_seconds" in known:
-        found["time"] = (spell_seconds(known["perf/train_seconds"].last[1]), "in training steps")
+        found["time"] = (duration(known["perf/train_seconds"].last[1]), "in training steps")
     if "perf/tokens_per_second" in known:
         found["tokens per second"] = (f"{known['perf/tokens_per_second'].last[1]:,.0f}", "the last")
     if run.tokens_per_step:
         rate = f"{found['tokens per second'][0]} per second" if "tokens per second" in found else ""
         found["tokens"] = (spell_count(run.tokens_per_step * run.step), rate)
+    # Of the whole split, which may be scored only at the end.
+    bits, whole = run.summary.get("bits_per_byte"), run.summary.get("eval_loss")
+    if isinstance(bits, float) and "bits per byte" not in found:
+        found["bits per byte"] = (f"{bits:.3f}", "at the end")
+    if isinstance(whole, float) and run.options.get("evaluation.max_tokens"):
+        found[WHOLE] = (f"{whole:.4f}", "at the end")
     if type(parameters := run.summary.get("parameters")) is int:
         found["parameters"] = (spell_count(parameters), f"{parameters:,}")
     return found
-
-
-def spell_seconds(seconds: float) -> str:
-    """The two largest units, such as `3 h 5 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days or hours:
-        return f"{days} d {hours} h" if days else f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def spell_count(number: float) -> str:
