@@ -117,8 +117,7 @@ def main(config: TrainConfig) -> None:
                     evaluation, improved = found, update_best(state, config.evaluation, found, averaged)
                     run.log_evaluation(found.metrics(data.scored_bytes, averaged))
                 if state.sample_due:
-                    run.beat("sampling")
-                    run.tracker.sample(sample, step)
+                    run.sample(sample)
                 state.last_evaluated_step, state.evaluation_due, state.sample_due = step, False, False
         reason = end_of_run(state, config, max_steps) or run.stops.reason
 

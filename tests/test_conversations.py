@@ -636,3 +636,14 @@ def test_a_given_tokenizer_must_have_what_the_template_writes(tmp_path, conversa
         ROOT / "configs/chat_template.jinja", "--validation_fraction", "0.3",
     )  # fmt: skip
     assert "chat_template writes <|im_end|>, <|im_start|>, which the tokenizer does not have" in line
+
+
+def test_a_file_whose_every_record_is_broken_is_named_in_one_line(tmp_path):
+    """The check of the first records, for what the template does not write, has no record to look at."""
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user"\n')
+    code, _, error = call(
+        "prepare_data.py", "--sources", f"[{tmp_path}/chats.jsonl]", "--messages_column", "messages",
+        "--output", tmp_path / "data", "--tokenizer.chat_template", ROOT / "configs" / "chat_template.jinja",
+        "--tokenizer.special_tokens", "['<|im_start|>', '<|im_end|>']",
+    )  # fmt: skip
+    assert code == 2 and "chats.jsonl: line 1: not JSON" in error

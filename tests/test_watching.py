@@ -104,9 +104,9 @@ def test_time_left_counts_evaluations_and_saves(dataset, tmp_path, monkeypatch):
 
     from training import run as run_module
 
-    naps = {"eval": 0.3, "save": 0.1, "step": 0.02}
+    naps = {"eval": 0.3, "save": 0.1, "step": 0.02, "sample": 0.5}
     begun, stamps = [], {}
-    original = {name: getattr(run_module.Run, name) for name in ("poll", "save", "log_step", "_seconds_left", "vote")}
+    original = {name: getattr(run_module.Run, name) for name in ("poll", "save", "sample", "_seconds_left", "vote")}
 
     def slow(name, nap):
         def call_it(self, *arguments, **options):
@@ -119,6 +119,7 @@ def test_time_left_counts_evaluations_and_saves(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.Run, "poll", slow("poll", naps["eval"]))
     monkeypatch.setattr(run_module.Run, "save", slow("save", naps["save"]))
     monkeypatch.setattr(run_module.Run, "vote", slow("vote", naps["step"]))
+    monkeypatch.setattr(run_module.Run, "sample", slow("sample", naps["sample"]))
 
     def seconds_left(self):
         found = original["_seconds_left"](self)
@@ -129,7 +130,7 @@ def test_time_left_counts_evaluations_and_saves(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module.Run, "finish", lambda self, *_: begun.append(time.perf_counter()))
     options = SMALL | {
         "data.dataset": dataset, "output": tmp_path / "run", "schedule.max_steps": 48, "evaluation.every_steps": 8,
-        "checkpoint.every_steps": 6, "tracking.log_every_steps": 4,
+        "checkpoint.every_steps": 6, "tracking.log_every_steps": 4, "tracking.sample_every_steps": 16,
     }  # fmt: skip
     code, _, error = call("train.py", *flags(options))
     assert code == 0, error

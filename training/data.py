@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 from training.launch import BatchPlan
-from training.monitoring.console import duration
 from training.optimization.schedule import resolve_max_steps
 from training.parallel.context_parallel import collate_columns
 from training.stream_loader import StreamLoader, check_stream_options
@@ -117,8 +116,13 @@ class TrainingData:
         """Where each lane of a stream stands (all ranks call); None for stored data, whose order is computed."""
         return None if self._stream is None else self._stream.state()
 
-    def describe(self, evaluation_seconds: float | None) -> list[str]:
-        """Lines on the rows of the run, how often it reads them, and its evaluations, of which each may take so long."""
+    @property
+    def steps_per_evaluation(self) -> float:
+        """How many steps take about as long as an evaluation: a forward pass is a third of a step's work."""
+        return self.rows_scored / self.plan.global_batch_size / 3
+
+    def describe(self) -> list[str]:
+        """Lines on the rows of the run, how often it reads them, and its evaluations."""
         length, rows = self.config.data.sequence_length, "a stream of {} lanes, rows of {}"
         if self.train_rows is None:
             text = rows.format(self.config.data.stream_lanes, length)
@@ -127,11 +131,10 @@ class TrainingData:
         epochs = f", {self.num_epochs:.2f} epochs" if self.num_rows is not None else ""
         every, total = self.config.evaluation.every_steps, len(self.validation_rows)
         scored = f"{total:,} rows" if self.sampled_rows is None else f"{self.rows_scored:,} of {total:,} rows"
-        seconds = f", about {duration(evaluation_seconds)} each" if evaluation_seconds is not None else ""
         end = "" if self.sampled_rows is None else "; all rows at the end"
         return [
             f"data: {text}; {self.max_steps} steps{epochs}",
-            f"validation: {scored} every {every} steps{seconds}{end}",
+            f"validation: {scored} every {every} steps, each time for about {self.steps_per_evaluation:.2g} steps{end}",
         ]
 
     @property

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 
 from training.data import TrainingData
-from training.dry_run import estimate_time
 from training.hardware import peak_flops_per_second, peak_memory_bytes
 from training.launch import describe_launch
 from training.model import check_tokenizer
@@ -99,7 +98,7 @@ class Run:
                 peak_flops_per_second(accelerator.device, accelerator.mixed_precision) * data.plan.num_processes
             )
         launch = describe_launch(accelerator, data.plan)
-        lines = [*launch, *lines, *data.describe(self._evaluation_seconds()), f"output: {self.folder}"]
+        lines = [*launch, *lines, *data.describe(), f"output: {self.folder}"]
         self.tracker.say(*banner(lines))
         self.tracker.say(*self.notes)
         if accelerator.is_main_process:
@@ -142,6 +141,12 @@ class Run:
         """`show_evaluation`; raises `StopAsked` on all ranks (which all call) if one is to stop."""
         self.show_evaluation(done, total)
         self.stops.poll()
+
+    def sample(self, write: Callable[[], str | None]) -> None:
+        """Append what `write` returns to the samples (all ranks call)."""
+        self.beat("sampling")
+        self.tracker.sample(write, self.state.optimizer_step)
+        self.tracker.say(f"sampled in {self._clock.so_far():.1f} s; see {self.folder / 'samples.md'}")
 
     def log_evaluation(self, metrics: dict[str, float]) -> None:
         """Log what an evaluation, which has just ended, found, and how long it took."""
@@ -206,28 +211,22 @@ class Run:
             self.tracker.say(hint)
         state.interval_nats, state.interval_targets, self._logged = 0.0, 0, now
 
-    def _evaluation_seconds(self) -> float | None:
-        """About how long an evaluation takes: as measured in this launch, before the first one by its operations."""
-        if (measured := self._clock.mean("evaluating")) is not None or self._step_flops is None:
-            return measured
-        # A forward pass is a third of a step. Rows are scored on all processes at once.
-        share = self.data.rows_scored / self.data.plan.global_batch_size
-        return estimate_time(self._step_flops / 3 * share, self._peak)
-
     def _seconds_left(self) -> float:
-        """Until the last step. Steps, evaluations, samples and saves take as long as those of this launch so far; the
+        """Until the end of the run. Steps, evaluations, samples and saves take as long as those of this launch so far; the
         first step counts only as long as it is the only one."""
-        state, clock, config = self.state, self._clock, self.config
+        state, clock, config, last = self.state, self._clock, self.config, self.data.max_steps
         _, seconds, step = self._warm if self._warm[2] < state.optimizer_step else self._launched
         step_seconds = (state.train_seconds - seconds) / (state.optimizer_step - step)
-        steps = self.data.max_steps - state.optimizer_step
         first = max(state.last_evaluated_step + 1, state.optimizer_step)
-        evaluations = times_due(config.evaluation.every_steps, first, self.data.max_steps)
-        each = clock.mean("evaluating")
-        if each is None:  # a forward pass is a third of a step
-            each = step_seconds / 3 * self.data.rows_scored / self.data.plan.global_batch_size
-        others = (clock.seconds["saving"] + clock.seconds["sampling"]) / (state.optimizer_step - self.first_step)
-        return steps * (step_seconds + others) + evaluations * each
+        evaluating = clock.mean("evaluating")
+        if evaluating is None:
+            evaluating = step_seconds * self.data.steps_per_evaluation
+        saving = clock.seconds["saving"] / (state.optimizer_step - self.first_step)
+        return (
+            (last - state.optimizer_step) * (step_seconds + saving)
+            + times_due(config.evaluation.every_steps, first, last) * evaluating
+            + times_due(config.tracking.sample_every_steps, first, last) * (clock.mean("sampling") or 0.0)
+        )
 
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
         """Save a checkpoint (all ranks call); with `wait`, until it is on the disk. Training pauses for a copy only.

@@ -7,7 +7,7 @@ optimizer step everywhere.
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed
+from utils.cli import BelowOne, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Seed, nearest
 
 SIZE_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings")
 # architecture → name → values of SIZE_NAMES. `tiny` trains in minutes on a CPU. The others are those of published
@@ -209,7 +209,8 @@ class ModelConfig:
         if self.size is not None and self.size not in SIZES.get(self.architecture, {}):
             known = ", ".join(SIZES.get(self.architecture, ()))
             advice = f"it has {known}" if known else "give model.size null and the sizes one by one"
-            return [*found, f"model.architecture {self.architecture} has no size {self.size}; {advice}"]
+            meant = "" if known else nearest(self.architecture, SIZES)
+            return [*found, f"model.architecture {self.architecture} has no size {self.size}{meant}; {advice}"]
         width, heads = self.sizes()["hidden_size"], self.sizes()["num_attention_heads"]
         if width and heads and width % heads:
             found.append(f"model.num_attention_heads ({heads}) does not divide model.hidden_size ({width})")

@@ -251,6 +251,8 @@ def table(manifest: dict[str, Any]) -> str:
     if left_out:
         parts = (f"{reason} {count:,} ({size:,} bytes)" for reason, (count, size) in left_out.items())
         lines.append("not read: " + ", ".join(parts))
+        if names := [cut(item["file"], NAME) for item in read["skipped_files"][:3]]:
+            lines.append(f"  such as {', '.join(names)}: .txt and .md are read as text; report.html lists more")
     if read["lost_files"]:
         lines.append(f"lost: {read['lost_files']:,} of {read['files']:,} files, {read['broken_bytes']:,} of "
                      f"{read['file_bytes']:,} bytes")  # fmt: skip

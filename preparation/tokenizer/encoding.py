@@ -409,7 +409,7 @@ class ConversationEncoder:
         for key, head in OPTIONAL_PARTS.items():
             if key in self._template:
                 continue
-            has_part = pa.compute.match_substring(documents.column("text"), head)
+            has_part = pa.compute.match_substring(documents.column("text").cast(pa.large_string()), head)
             if (place := pa.compute.index(has_part, True).as_py()) >= 0:
                 id = documents.column("id")[place].as_py()
                 raise UserError(f"{id}: this conversation has {key}, which the chat template does not write; remove the "
