@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from training.data import sample_rows
 from training.launch import launcher_options
 from training.monitoring import hints
 from training.monitoring.console import Clock, Console, banner, times_due
+from training.run import Run
 from utils.config import TrainConfig
 from utils.data.packing import PackedLayout
 from utils.data.token_dataset import TokenDataset, open_split
@@ -98,44 +100,36 @@ def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
                      ((31, "1.1 min"), (61, "39 s"), (91, "9.0 s"))]  # fmt: skip
 
 
-def test_time_left_counts_evaluations_and_saves(dataset, tmp_path, monkeypatch):
-    """Each evaluation and each save is made to sleep. At half time the estimate is what the rest then takes."""
-    import time
+def test_time_left_counts_evaluations_samples_and_saves(dataset, tmp_path, monkeypatch):
+    """By a clock that only steps, evaluations, samples and saves move: at half time the estimate is what the rest takes."""
+    now = [0.0]
+    seconds = {"poll": 3.0, "save": 1.0, "sample": 5.0, "vote": 0.2}
 
-    from training import run as run_module
-
-    naps = {"eval": 0.3, "save": 0.1, "step": 0.02, "sample": 0.5}
-    begun, stamps = [], {}
-    original = {name: getattr(run_module.Run, name) for name in ("poll", "save", "sample", "_seconds_left", "vote")}
-
-    def slow(name, nap):
+    def slowed(original, took):
         def call_it(self, *arguments, **options):
-            result = original[name](self, *arguments, **options)
-            time.sleep(nap)
+            result = original(self, *arguments, **options)
+            now[0] += took
             return result
 
-        return call_it  # fmt: skip
+        return call_it
 
-    monkeypatch.setattr(run_module.Run, "poll", slow("poll", naps["eval"]))
-    monkeypatch.setattr(run_module.Run, "save", slow("save", naps["save"]))
-    monkeypatch.setattr(run_module.Run, "vote", slow("vote", naps["step"]))
-    monkeypatch.setattr(run_module.Run, "sample", slow("sample", naps["sample"]))
-
-    def seconds_left(self):
-        found = original["_seconds_left"](self)
-        stamps[self.state.optimizer_step] = (time.perf_counter(), found)
-        return found
-
-    monkeypatch.setattr(run_module.Run, "_seconds_left", seconds_left)
-    monkeypatch.setattr(run_module.Run, "finish", lambda self, *_: begun.append(time.perf_counter()))
+    for name, took in seconds.items():
+        monkeypatch.setattr(Run, name, slowed(getattr(Run, name), took))
+    found, seconds_left = {}, Run._seconds_left
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Run, "_seconds_left", lambda self: found.setdefault(now[0], seconds_left(self)))
+    monkeypatch.setattr(Run, "finish", lambda self, *_: None)
     options = SMALL | {
         "data.dataset": dataset, "output": tmp_path / "run", "schedule.max_steps": 48, "evaluation.every_steps": 8,
-        "checkpoint.every_steps": 6, "tracking.log_every_steps": 4, "tracking.sample_every_steps": 16,
+        "checkpoint.every_steps": 8, "tracking.log_every_steps": 4, "tracking.sample_every_steps": 12,
     }  # fmt: skip
     code, _, error = call("train.py", *flags(options))
     assert code == 0, error
-    at, estimate = stamps[24]
-    assert estimate == pytest.approx(begun[0] - at, rel=0.2)
+    assert len(found) == 13
+    at, estimate = list(found.items())[6]  # after step 24 of 48
+    rest = now[0] - at
+    assert estimate == pytest.approx(rest, rel=0.15)
+    assert rest > 24 * 0.2 + 4 * 3 + 3 * 5  # the looks of step 24 are still to come
 
 
 # ---- Evaluations of a part of the split
@@ -201,7 +195,7 @@ def test_a_peak_is_measured_once_per_machine(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GeForce RTX 4090", 165.2e12),
-     ("NVIDIA L4", 121e12), ("NVIDIA L40S", 1.0), ("NVIDIA H100 PCIe", 1.0), ("NVIDIA GeForce RTX 4090 Laptop GPU", 1.0)],
+     ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 1.0), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 1.0), ("NVIDIA H100 PCIe", 1.0), ("NVIDIA GeForce RTX 4090 Laptop GPU", 1.0)],
 )  # fmt: skip
 def test_a_card_is_known_by_its_name(name, peak, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

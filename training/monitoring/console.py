@@ -90,16 +90,16 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()  # type: ignore[assignment]
         self.times: Counter[str] = Counter()
-        self._doing = "starting"
+        self.doing = "starting"
         self._began = self._since = time.perf_counter()
 
     def turn(self, doing: str) -> None:
         now = time.perf_counter()
-        self.seconds[self._doing] += now - self._since  # type: ignore[assignment]
-        if doing != self._doing:
+        self.seconds[self.doing] += now - self._since  # type: ignore[assignment]
+        if doing != self.doing:
             self.times[doing] += 1
             self._began = now
-        self._doing, self._since = doing, now
+        self.doing, self._since = doing, now
 
     def so_far(self) -> float:
         """Seconds since the present activity began."""
