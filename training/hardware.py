@@ -81,14 +81,19 @@ def measure_flops_per_second(device: torch.device, mixed_precision: str) -> floa
     return count * 2 * size**3 / elapsed
 
 
+def find_card(device: torch.device) -> str | None:
+    """The name in `HARDWARE` of the card `device`, None for other cards and a CPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((card for card, pattern in CARD_NAMES.items() if re.search(pattern, name)), None)
+
+
 def peak_flops_per_second(device: torch.device, mixed_precision: str) -> float:
     """FLOP/s that `device` could reach: the vendor's figure for a card in `HARDWARE`, else measured once per machine and
     kept in the user's cache folder."""
     matmul = torch.get_float32_matmul_precision()
+    if (card := find_card(device)) is not None:
+        return HARDWARE[card][precision_of(mixed_precision, matmul)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.node()} {device.type}"
-    for known, pattern in CARD_NAMES.items():
-        if re.search(pattern, name):
-            return HARDWARE[known][precision_of(mixed_precision, matmul)]
     path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plainloop" / "peaks.json"
     key = f"{name}, {torch.get_num_threads()} threads, {mixed_precision}, {matmul}, torch {torch.__version__}"
     peaks: dict[str, float] = {}
