@@ -201,7 +201,10 @@ def check_sum_over_devices(device: torch.device) -> str:
     # CUDA does not survive a fork; without it a forked process starts at once.
     method = "spawn" if device.type == "cuda" else "fork"
     arguments = (ranks, port, device.type)
-    torch.multiprocessing.start_processes(average_on_rank, arguments, ranks, start_method=method)
+    try:
+        torch.multiprocessing.start_processes(average_on_rank, arguments, ranks, start_method=method)
+    except Exception as error:  # a rank's traceback; its last line says what is wrong
+        raise UserError(str(error).strip().splitlines()[-1]) from None
     return f"{ranks} ranks agree"
 
 
@@ -213,7 +216,8 @@ def average_on_rank(rank: int, ranks: int, port: int, kind: str) -> None:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=ranks)
     layer = torch.nn.Linear(8, 1, bias=False).to(device)
-    DistributedDataParallel(layer)(torch.full((1, 8), rank + 1.0, device=device)).sum().backward()
+    wrapped = DistributedDataParallel(layer)  # kept: without it nothing is reduced
+    wrapped(torch.full((1, 8), rank + 1.0, device=device)).sum().backward()
     expected = torch.full_like(layer.weight, (ranks + 1) / 2)
     if not torch.equal(layer.weight.grad, expected):  # type: ignore[arg-type]
         raise RuntimeError(f"rank {rank} has {float(layer.weight.grad[0, 0])}, not {float(expected[0, 0])}")  # type: ignore[index]
