@@ -131,6 +131,7 @@ def options_of(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "data.sequence_length": shape.length, "batch.global_batch_size": shape.rows, "schedule.max_steps": 1_000_000,
         "evaluation.every_steps": 1_000_000, "checkpoint.every_steps": 1_000_000, "tracking.sample_every_steps": 0,
         "guards.hang_minutes": 10_000.0, "model.activation_checkpointing": arguments.activation_checkpointing,
+        **arguments.options,
     }  # fmt: skip
 
 
@@ -470,6 +471,7 @@ def main() -> None:
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.set_defaults(options={})  # further ones for train.py
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.rounds, arguments.steps = 2, 1

@@ -24,6 +24,11 @@ SMOKE = {
         "--kills 1 --dataset {dataset}",
         "kills bit_equal losses_equal steps seconds",
     ),
+    "gpu": (
+        "--tiny --dataset {dataset} --output {folder}/gpu.jsonl",
+        "ratio_trainer parts.124m_packed_eager.mfu parts.124m_packed_regional.first_step_seconds parts.124m_trainer.mfu "
+        "parts.124m_nanogpt.tokens_per_second parts.1b_packed_eager.peak_memory_bytes parts.kill_and_resume.step",
+    ),
     "layout": (
         "--documents 1e4",
         "documents packed_seconds packed_peak_bytes best_fit_seconds best_fit_peak_bytes utilisation",
