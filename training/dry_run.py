@@ -24,7 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers.activations import GELUTanh
 
 from training.data import TrainingData
-from training.hardware import HARDWARE, measure_flops_per_second, precision_of, resolve_matmul_precision
+from training.hardware import (
+    HARDWARE,
+    measure_flops_per_second,
+    memory_bytes,
+    precision_of,
+    resolve_matmul_precision,
+)
 from training.launch import BatchPlan, describe_launch
 from training.model import check_length, describe_initialization, describe_model
 from training.monitoring.console import duration
@@ -46,6 +52,7 @@ LIBRARY_BYTES = 64 * 2**20  # a CPU's math libraries with their threads and scra
 # PaLM 46 % (Chowdhery et al., 2022, arXiv 2204.02311); small models and short rows stay below.
 UTILISATION = 0.4
 UNCHECKED = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+FITS = 0.9  # share of a device's memory that a step may need by the estimate; the allocator and the context take more
 # torch logs a traceback for an operation that fake tensors lack. Our own line says what that means.
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
@@ -64,12 +71,17 @@ def fake_tensors() -> Iterator[None]:
             os.environ[UNCHECKED] = before
 
 
-def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
-    """Print what this launch would train and need; the model is built without weights (main process prints)."""
+def build_without_weights(config: TrainConfig, device: torch.device, tokenizer: Any) -> Objective:
+    """The objective that this recipe trains on `device`, on the meta device."""
     with torch.device("meta"):
         model = build_model(config.model, tokenizer, objective_module(config.objective.name).AUTO_MODEL, weights=False)
     check_length(model, config.data.sequence_length)
-    objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
+    return build_objective(model, config.objective, config.model.attention, config.kernels, device)
+
+
+def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
+    """Print what this launch would train and need; the model is built without weights (main process prints)."""
+    objective = build_without_weights(config, accelerator.device, tokenizer)
     if accelerator.is_main_process:
         print(
             *describe_launch(accelerator, data.plan),
@@ -110,12 +122,9 @@ def dry_run_report(
     precision = precision_of(mixed_precision, resolve_matmul_precision(config.matmul_precision, device))
     processes, evaluation_rows = plan.num_processes, config.evaluation.per_device_batch_size
     try:
-        memory = estimate_memory(
-            objective, resized(example, plan.micro_batch, longest, share), config.optimizer, num_processes=processes,
-            accumulation=plan.accumulation, mixed_precision=mixed_precision, device=device.type,
-        )  # fmt: skip
-        if ranks_per_copy > 1:
-            memory = share_out(memory, objective.model, ranks_per_copy, 4 if mixed_precision == "no" else 2)
+        memory = estimate_step(
+            objective, example, config, plan, plan.micro_batch, mixed_precision, device.type, ranks_per_copy
+        )
         evaluation = estimate_evaluation_activations(
             objective, resized(example, evaluation_rows, longest, share), mixed_precision=mixed_precision,
             device=device.type,
@@ -141,6 +150,51 @@ def dry_run_report(
         seconds = estimate_time(flops * max_steps, speed, processes)
         lines.append(f"  {'this machine':<15} {duration(seconds):>10}; {speed / 1e12:.2g} TFLOP/s measured")
     return lines
+
+
+def estimate_step(
+    objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan, micro_batch: int,
+    mixed_precision: str, device: str, ranks: int,
+) -> dict[str, int]:  # fmt: skip
+    """`estimate_memory` of a step that computes the plan's global batch in micro-batches of `micro_batch` rows; `ranks`
+    share each parameter."""
+    longest = config.data.sequence_length if config.data.layout == "padded" else None
+    memory = estimate_memory(
+        objective, resized(example, micro_batch, longest, plan.context_parallel_size), config.optimizer,
+        num_processes=plan.num_processes, accumulation=plan.micro_batch * plan.accumulation // micro_batch,
+        mixed_precision=mixed_precision, device=device,
+    )  # fmt: skip
+    return share_out(memory, objective.model, ranks, 4 if mixed_precision == "no" else 2) if ranks > 1 else memory
+
+
+def find_fitting_micro_batch(
+    config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any
+) -> str | None:
+    """What a step of this launch needs, what the device has, and the largest micro-batch that fits, in words.
+
+    The global batch stays. By estimates on fake tensors, which need no memory of the device; seconds each. None if the
+    model cannot be estimated.
+    """
+    plan, device = data.plan, accelerator.device
+    total, share = memory_bytes(device), plan.micro_batch * plan.accumulation
+    try:
+        objective = build_without_weights(config, device, tokenizer)
+        needed = None
+        for size in [size for size in range(plan.micro_batch, 0, -1) if share % size == 0]:
+            memory = estimate_step(
+                objective, data.example, config, plan, size, accelerator.mixed_precision, device.type,
+                ranks_per_copy(accelerator),
+            )  # fmt: skip
+            step = sum(memory.values())
+            if needed is None:
+                needed = f"a micro-batch of {size} needs about {readable(step)}, and this device has {readable(total)}"
+            elif step < FITS * total:
+                return (
+                    f"{needed}; --batch.per_device_batch_size {size} needs {readable(step)}, with the same global batch"
+                )
+    except Exception:  # an operation needs values, which fake tensors lack
+        return None
+    return f"{needed}; no smaller micro-batch fits: try model.activation_checkpointing true or a shorter data.sequence_length"
 
 
 def count_step_flops(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> int:

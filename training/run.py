@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 
 from training.data import TrainingData
+from training.dry_run import find_fitting_micro_batch
 from training.hardware import peak_flops_per_second, peak_memory_bytes
 from training.launch import describe_launch
 from training.model import check_tokenizer
@@ -30,6 +32,7 @@ from utils.cli import UserError, at_exit
 from utils.config import TrainConfig
 from utils.data.loaders import end_workers
 from utils.evaluation import Evaluation
+from utils.files import short
 from utils.model.build import count_parameters
 from utils.pretrained import tokenizer_of
 
@@ -61,6 +64,7 @@ class Run:
         self._warm = self._logged = self._launched
         self._clock = Clock()
         self._hinted = False  # about a loss that does not move
+        self._doing = "starting"
 
     def begin(
         self, model: Any, optimizer: Any, scheduler: Any, average: Any, about: tuple[list[str], int | None] | None
@@ -71,6 +75,7 @@ class Run:
         cannot hold the checkpoints to come.
         """
         accelerator, config, data = self.accelerator, self.config, self.data
+        at_exit.enter_context(self._explaining_memory())
         if self.checkpoint:
             load_training_state(self.checkpoint, accelerator, optimizer, scheduler, average)
         if is_sharded(accelerator):
@@ -110,8 +115,24 @@ class Run:
 
     def beat(self, doing: str) -> None:
         """Tell the watchdog what begins now, in one word."""
+        self._doing = doing
         self._clock.turn(doing)
         self.watchdog.beat(self.state.optimizer_step + (doing in ("fetching", "training")), doing)
+
+    @contextmanager
+    def _explaining_memory(self) -> Iterator[None]:
+        """A step that runs out of memory ends the run with one line: what it needs, and which micro-batch would fit."""
+        try:
+            yield
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            out_of_memory = isinstance(error, MemoryError) or should_reduce_batch_size(error)
+            if self._doing != "training" or not out_of_memory:
+                raise
+            found = find_fitting_micro_batch(self.config, self.accelerator, self.data, self.tokenizer)
+            raise UserError(
+                f"step {self.state.optimizer_step + 1} ran out of memory: {found or short(error)}; "
+                "to continue from the last checkpoint, add --checkpoint.resume auto"
+            ) from error
 
     @contextmanager
     def looking(self, save: Callable[..., None]) -> Iterator[None]:
