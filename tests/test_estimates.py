@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import call, script
+from conftest import SMALL, call, error_line, flags, metrics, script
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -35,6 +36,7 @@ from training.dry_run import (
     estimate_memory,
     estimate_time,
     fake_batch,
+    find_fitting_micro_batch,
     resized,
 )
 from training.hardware import HARDWARE, fast_bf16, measure_flops_per_second, precision_of
@@ -326,8 +328,6 @@ def test_nothing_is_computed_changed_or_drawn() -> None:
     assert all(parameter.grad is None and not parameter._backward_hooks for parameter in objective.parameters())
     for name, value in objective.state_dict().items():
         assert torch.equal(value, before[name])
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
     with FakeTensorMode():
         fake, inputs = fake_copy(objective, "cpu").train(), fake_batch(PACKED, "cpu")
         assert isinstance(fake(**inputs), FakeTensor)
@@ -500,3 +500,45 @@ def test_a_model_that_cannot_compute_gets_no_estimate_instead_of_a_traceback(sma
                "--model.overrides", "{relative_attention_num_buckets: 0}", "--output", tmp_path / "run"]  # fmt: skip
     code, out, err = call("train.py", *options, "--dry_run")
     assert code == 0 and "no estimate for this model: " in out, err
+
+
+# ---- A step that runs out of memory
+
+
+@pytest.mark.parametrize(
+    ("total", "advice"), [(10**12, "--batch.per_device_batch_size 4 "), (1, "model.activation_checkpointing true")]
+)
+def test_a_step_without_memory_ends_with_the_micro_batch_that_would_fit(total, advice, dataset, tmp_path, monkeypatch):
+    forward, steps = Objective.forward, []
+
+    def fail_at_the_third(self: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        if self.training and not isinstance(targets, FakeTensor):
+            steps.append(len(targets))
+            if len(steps) == 3:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+        return forward(self, targets, **inputs)
+
+    monkeypatch.setattr(Objective, "forward", fail_at_the_third)
+    monkeypatch.setattr("training.dry_run.memory_bytes", lambda device: total)
+    output = tmp_path / "run"
+    line = error_line("train.py", *flags(SMALL | {"data.dataset": dataset, "output": output}))
+    assert "step 3 ran out of memory" in line and "micro-batch of 8 needs" in line and advice in line
+    assert steps == [8, 8, 8] and len(metrics(output)) >= 2
+
+
+@pytest.mark.parametrize(("total", "size"), [(50, 4), (25, 2), (12, 1)])
+def test_the_largest_micro_batch_that_fits_divides_the_share(total, size, monkeypatch):
+    objective, plan = objective_of(LLAMA, device="meta"), plan_batches(8, 8, 1)
+    monkeypatch.setattr("training.dry_run.build_without_weights", lambda *_: objective)
+    monkeypatch.setattr("training.dry_run.memory_bytes", lambda device: total)
+    monkeypatch.setattr("training.dry_run.estimate_step", lambda *a: {"activations": 10 * a[4]})
+    monkeypatch.setattr("training.dry_run.ranks_per_copy", lambda _: 1)
+    launch = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    found = find_fitting_micro_batch(TrainConfig(), launch, SimpleNamespace(plan=plan, example=PACKED), None)
+    assert f"--batch.per_device_batch_size {size} " in found
+
+
+def test_an_error_of_another_kind_stays_as_it_is(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run.Run.vote", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("train.py", *flags(SMALL | {"data.dataset": dataset, "output": tmp_path / "run"}))

@@ -194,7 +194,7 @@ def find_fitting_micro_batch(
                 )
     except Exception:  # an operation needs values, which fake tensors lack
         return None
-    return f"{needed}; no smaller micro-batch fits: try model.activation_checkpointing true or a shorter data.sequence_length"
+    return f"{needed}; no smaller one fits: try model.activation_checkpointing true or a shorter data.sequence_length"
 
 
 def count_step_flops(objective: Objective, example: BatchShapes, config: TrainConfig, plan: BatchPlan) -> int:
