@@ -483,11 +483,11 @@ def test_whether_bf16_is_fast_is_what_the_processor_says(monkeypatch) -> None:
     """By what torch would say on machines of each kind; it does know these names."""
     if platform.machine() == "x86_64" and hasattr(torch.cpu, "get_capabilities"):
         assert {"avx512_bf16", "amx_bf16"} <= torch.cpu.get_capabilities().keys()
-    for flags in (["avx512_bf16"], ["amx_bf16"], ["bf16"], []):
+    for names in (["avx512_bf16"], ["amx_bf16"], ["bf16"], []):
         said = {"architecture": "any", "avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}
-        said |= dict.fromkeys(flags, True)
+        said |= dict.fromkeys(names, True)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda said=said: said, raising=False)
-        assert fast_bf16(torch.device("cpu")) == bool(flags), flags
+        assert fast_bf16(torch.device("cpu")) == bool(names), names
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # torch 2.9
     assert not fast_bf16(torch.device("cpu"))
     for generation, fast in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
