@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --output gpu.jsonl     # needs data/demo: python prepare_data.py
     python benchmarks/gpu.py --tiny                 # the same parts with tiny sizes, also on a CPU: do they run?
 
-Each part is its own process with a time limit, and its figures go to --output before the next part begins. After an
+Each part is its own process with a time limit (none with --tiny), and its figures go to --output before the next part begins. After an
 interruption the same command continues; remove the file to begin again. A part that this machine or this version
 cannot run is skipped, and the table says why. Prints a table and one JSON object.
 
@@ -275,7 +275,7 @@ def measure(name: str, part: Part, arguments: argparse.Namespace) -> dict[str, A
         env=environment(**launch), start_new_session=True,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=part.limit)
+        output, _ = process.communicate(timeout=None if arguments.tiny else part.limit)
     except subprocess.TimeoutExpired:
         return {"failed": f"not done in {part.limit} s"}
     finally:
@@ -289,7 +289,8 @@ def measure(name: str, part: Part, arguments: argparse.Namespace) -> dict[str, A
 
 def run_child(arguments: argparse.Namespace) -> None:
     part = PARTS[arguments.child]
-    arguments.shape, arguments.precision, arguments.options = part.shape, part.precision, part.options
+    arguments.shape, arguments.precision = part.shape, part.precision
+    arguments.options = {"output": arguments.folder / arguments.child.replace(" ", "_")} | part.options
     contestant = part.contestant.partition("-")[0]
     (OURS | race.CONTESTANTS)[contestant](part.contestant, Meter(arguments), arguments)
 
