@@ -7,10 +7,11 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from exporting import Format, check_formats, failed, missing_libraries, table, write_formats
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import NonNegativeFloat, UserError, parse_config, parse_sections, run_script
 from utils.pretrained import check_adapters
@@ -28,6 +29,9 @@ class ExportConfig:
     """Largest difference allowed between the logits of the checkpoint and those of the reloaded export."""
     weights: Literal["trained", "average"] = "trained"
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
+    formats: list[Format] = field(default_factory=lambda: ["safetensors"])
+    """Files to write: safetensors, gguf (f32) or gguf-f16, -bf16, -q8_0, -q5_0, -q4_0, onnx, onnx-int8. A reader of each
+    format opens its file in a fresh process and must say what the checkpoint says."""
 
     @property
     def pointers(self) -> tuple[str, ...]:
@@ -37,6 +41,10 @@ class ExportConfig:
     def problems(self) -> list[str]:
         if not self.output:
             return ["output is empty; name a folder"]
+        if not self.formats:
+            return ["formats is empty; name one, such as safetensors"]
+        if missing := missing_libraries(self.formats):
+            return missing
         check_adapters(find_checkpoint(self.checkpoint, *self.pointers))
         return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
 
@@ -86,13 +94,15 @@ def main(config: ExportConfig) -> None:
         merged: Any = model
         if hasattr(model, "merge_and_unload"):
             merged = copy.deepcopy(merged).merge_and_unload()
-        add_special_tokens(merged, tokenizer_of(processor))
+        tokenizer = tokenizer_of(processor)
+        add_special_tokens(merged, tokenizer)
         if merged.config.model_type == "whisper":
             suit_whisper_pipeline(merged, processor)
+        auto_model = saved_class(merged.config)
+        check_formats(config.formats, merged, tokenizer, auto_model.__name__)
         merged.save_pretrained(work)
         processor.save_pretrained(work)
         # Loaded as by anyone else, without options for precision or attention.
-        auto_model = saved_class(merged.config)
         inputs = build_probe(merged, processor)
         difference, _ = largest_logit_difference(merged, auto_model.from_pretrained(work).eval(), inputs)
         merging, size = largest_logit_difference(model, merged, inputs)  # rounding only; 0 without adapters
@@ -118,6 +128,14 @@ def main(config: ExportConfig) -> None:
             raise UserError(
                 f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
             )
+        rows = write_formats(
+            config.formats, merged, tokenizer, checkpoint, work, auto_model.__name__, output.name
+        )
+        print(table(rows))
+        if faults := failed(rows):
+            raise UserError(f"{' | '.join(faults)}; nothing was written")
+        report["files"] = rows
+        (work / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         follow_umask(work)
         if output.exists():
             raise UserError(f"{output} has appeared meanwhile; remove it, or choose another --output")
