@@ -65,11 +65,16 @@ def write_formats(
     for format in dict.fromkeys("gguf-f32" if format == "gguf" else format for format in formats):
         started = time.perf_counter()
         files = _write(format, model, tokenizer, folder, causal, name)
-        row = {"format": format, "file": str(files[0].relative_to(folder)), "bytes": sum(f.stat().st_size for f in files)}
+        row = {
+            "format": format,
+            "file": str(files[0].relative_to(folder)),
+            "bytes": sum(f.stat().st_size for f in files),
+        }
         row["seconds"] = round(time.perf_counter() - started, 1)
         target = folder if format == "safetensors" else files[0]
-        found.append(row | check_file(format, target, questions, model.config.model_type))
-        row["seconds_of_receipt"] = round(time.perf_counter() - started - row["seconds"], 1)
+        started = time.perf_counter()
+        row |= check_file(format, target, questions, model.config.model_type)
+        found.append(row | {"seconds_of_receipt": round(time.perf_counter() - started, 1)})
     if "safetensors" not in formats:
         for path in folder.glob("model*.safetensors*"):
             path.unlink()

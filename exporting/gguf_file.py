@@ -61,7 +61,9 @@ def name_pre_tokenizer(tokenizer: Any) -> str:
     name, ignore_merges = PRE_TOKENIZERS.get(steps, ("", False))
     normal_form = (state["normalizer"] or {"type": None})["type"]
     if not name or normal_form not in (("NFC", None) if name == "qwen2" else (None,)):
-        raise UserError(f"gguf: llama.cpp has no pre-tokenizer like this tokenizer's ({', '.join(steps)}, {normal_form})")
+        raise UserError(
+            f"gguf: llama.cpp has no pre-tokenizer like this tokenizer's ({', '.join(steps)}, {normal_form})"
+        )
     if state["model"].get("ignore_merges", False) != ignore_merges:
         raise UserError(f"gguf: llama.cpp's {name} has ignore_merges {ignore_merges}, unlike the tokenizer")
     return name
@@ -194,5 +196,3 @@ def write_modelfile(tokenizer: Any, path: Path, file: str) -> None:
     for id in stop_token_ids(tokenizer):
         lines.append(f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(id)}"')
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-

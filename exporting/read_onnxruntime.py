@@ -1,6 +1,6 @@
 """A graph's own reader: onnxruntime, with the tokenizer of the folder by `tokenizers`. Runs as a process of its own:
 
-    python -P exporting/read_onnxruntime.py FOLDER/onnx/model.onnx questions.json answers.json
+python -P exporting/read_onnxruntime.py FOLDER/onnx/model.onnx questions.json answers.json
 """
 
 import json

@@ -1,6 +1,6 @@
 """An exported folder's own reader for safetensors: transformers, as anyone opens it. Runs as a process of its own:
 
-    python -P exporting/read_transformers.py FOLDER questions.json answers.json
+python -P exporting/read_transformers.py FOLDER questions.json answers.json
 """
 
 import json

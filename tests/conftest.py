@@ -46,6 +46,7 @@ CONFIGS = {
     "train": "TrainConfig",
     "export": "ExportConfig",
     "evaluate": "EvaluateConfig",
+    "chat": "ChatConfig",
 }
 
 # As in a user's shell; `nohup` and background jobs ignore these, and so would every process that a test starts.
