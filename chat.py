@@ -33,8 +33,9 @@ class ChatConfig:
     @property
     def folder(self) -> Path:
         path = Path(self.model)
-        is_export = (path / "config.json").is_file() and not (path / "state.json").is_file()
-        return path if is_export else find_checkpoint(path)
+        return (
+            path if (path / "config.json").is_file() and not (path / "state.json").is_file() else find_checkpoint(path)
+        )
 
     def problems(self) -> list[str]:
         check_adapters(self.folder)
@@ -70,9 +71,8 @@ def main(config: ChatConfig) -> None:
             print(COMMANDS)
         elif chat and line.strip():
             messages = [*record["messages"], {"role": "user", "content": line}]
-            answer = write(
-                model, tokenizer, chat_ids(tokenizer, messages, add_generation_prompt=True), temperature, config
-            )
+            ids = chat_ids(tokenizer, messages, add_generation_prompt=True)
+            answer = write(model, tokenizer, ids, temperature, config)
             record["messages"] = [*messages, {"role": "assistant", "content": answer}]
         elif not chat:
             text = record["text"] + line
@@ -95,9 +95,7 @@ def save(record: dict[str, Any], file: str) -> None:
 
 
 class Printer(TextStreamer):
-    """Prints an answer word by word, and keeps it."""
-
-    text = ""
+    text = ""  # the answer, which it prints word by word
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text

@@ -1,0 +1,265 @@
+"""Formats of export.py, and the receipts: what the readers say, and the faults that they find."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, call, error_line
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import exporting
+from exporting import check_formats, gguf_file, read_onnxruntime, read_transformers, receipts
+from exporting.onnx_graph import keep_bos, write_onnx
+from utils.cli import UserError
+from utils.model.build import add_special_tokens
+
+CHAT = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end>{% endfor %}<turn>"
+OTHER_CHAT = CHAT.replace("<turn>{{", "<turn> {{")
+WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+LLAMA = {**WIDTH, "intermediate_size": 48, "num_key_value_heads": 2}
+
+
+def build_tokenizer(pre_tokenizer=None, model=None, chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    """Bytes and some merges; a name for eos that llama.cpp does not know by itself."""
+    backend = Tokenizer(model or models.BPE())
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<stop>", "<turn>", "<end>"]
+    settings = {"vocab_size": 400, "special_tokens": special, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    kind = trainers.UnigramTrainer if isinstance(model, models.Unigram) else trainers.BpeTrainer
+    text = (ROOT / "sample_data" / "README.md").read_text(encoding="utf-8")
+    backend.train_from_iterator([text, "1984 1984 3,141 3,141 won't"], kind(show_progress=False, **settings))
+    backend.post_processor = processors.TemplateProcessing(single="<stop> $A", special_tokens=[("<stop>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<stop>", eos_token="<stop>", chat_template=chat_template,
+        extra_special_tokens=["<turn>", "<end>"],
+    )  # fmt: skip
+
+
+def build(name: str, tokenizer: PreTrainedTokenizerFast):
+    """A model with larger weights than a new one's, so that its log-probabilities depend on all of them."""
+    torch.manual_seed(0)
+    rows = {"vocab_size": len(tokenizer) + 3}  # more rows than tokens
+    if name == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **rows))
+    elif name == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**LLAMA, head_dim=16, tie_word_embeddings=False, **rows))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=False, **rows))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+    add_special_tokens(model, tokenizer)
+    return model.eval()
+
+
+def ask(model, tokenizer) -> receipts.Questions:
+    rows = [tokenizer(text)["input_ids"][:24] for text in receipts.TEXTS.values()]
+    return receipts.ask_checkpoint(model, tokenizer, rows, "AutoModelForCausalLM", True)
+
+
+def check_gguf(tmp_path: Path, model, tokenizer, precision="f32", written_by=None) -> dict:
+    """The receipt of a file that was written with the tokenizer `written_by`."""
+    path = tmp_path / f"model-{precision}.gguf"
+    gguf_file.write_gguf(model, written_by or tokenizer, path, precision, "test")
+    return receipts.check_file(f"gguf-{precision}", path, ask(model, tokenizer), model.config.model_type)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_llama_cpp_says_what_the_model_says(tmp_path, name):
+    tokenizer = build_tokenizer()
+    row = check_gguf(tmp_path, build(name, tokenizer), tokenizer)
+    assert row["faults"] == [] and row["receipt"] == "passed" and "llama.cpp" in row["reader"]
+    assert row["texts_with_equal_ids"] == 4 and row["chat_template"] == "equal" and row["stops"]
+    assert row["positions"] == 4 * 23 and row["max_log_probability_difference"] < (1e-2 if name == "gpt2" else 1e-4)
+    assert row["perplexity"] == pytest.approx(row["perplexity_before"], rel=1e-3)
+
+
+def plant_gguf(fault: str, monkeypatch) -> PreTrainedTokenizerFast:
+    """Break the writer; returns the tokenizer that it is given."""
+    if fault == "a doubled bos":  # the model's own tokenizer adds one; this one's template adds another
+        tokenizer = build_tokenizer(chat_template="<stop>" + CHAT)
+        return tokenizer
+    if fault == "the pre-tokenizer":
+        monkeypatch.setattr(gguf_file, "name_pre_tokenizer", lambda tokenizer: "smollm")
+    if fault == "a transposed weight":
+        arrange = gguf_file.arrange
+        turn = lambda name, tensor, config: arrange(name, tensor.T if "o_proj" in name else tensor, config)  # noqa: E731
+        monkeypatch.setattr(gguf_file, "arrange", turn)
+    if fault == "no permutation":
+        monkeypatch.setattr(gguf_file, "arrange", lambda name, tensor, config: tensor)
+    if fault == "no eos":
+        monkeypatch.setattr("gguf.GGUFWriter.add_eos_token_id", lambda self, id: self.add_uint32("x", id))
+    return build_tokenizer(chat_template=OTHER_CHAT if fault == "the template" else CHAT)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("a doubled bos", "ids of the chat"), ("the pre-tokenizer", "ids of the English text"),
+     ("a transposed weight", "log-probabilities differ"), ("no permutation", "log-probabilities differ"),
+     ("no eos", "does not end the text"), ("the template", "the chat template writes")],
+)  # fmt: skip
+def test_a_fault_in_a_gguf_file_is_found(tmp_path, monkeypatch, fault, said):
+    tokenizer = build_tokenizer()
+    row = check_gguf(tmp_path, build("llama", tokenizer), tokenizer, written_by=plant_gguf(fault, monkeypatch))
+    assert any(said in line for line in row["faults"]) and row["receipt"].startswith("failed"), row
+
+
+def test_rounded_weights_are_held_to_the_perplexity(tmp_path):
+    tokenizer = build_tokenizer()
+    model = build("llama", tokenizer)
+    row = check_gguf(tmp_path, model, tokenizer, "q8_0")
+    change = abs(row["perplexity"] / row["perplexity_before"] - 1)
+    assert row["max_log_probability_difference"] > 1e-4 and bool(row["faults"]) == (change > 0.01)
+
+
+def test_what_llama_cpp_cannot_read_is_refused():
+    tokenizer = build_tokenizer()
+    model = build("llama", tokenizer)
+    model.config.hidden_act = "gelu"
+    with pytest.raises(UserError, match="hidden_act"):
+        check_formats(["gguf"], model, tokenizer, "AutoModelForCausalLM")
+    model.config.hidden_act = "silu"
+    with pytest.raises(UserError, match="Unigram"):
+        gguf_file.name_pre_tokenizer(build_tokenizer(model=models.Unigram()))
+    with pytest.raises(UserError, match="pre-tokenizer"):
+        gguf_file.name_pre_tokenizer(build_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)))
+    digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    assert gguf_file.name_pre_tokenizer(build_tokenizer(pre_tokenizers.Sequence(digits))) == "smollm"
+    model = T5ForConditionalGeneration(T5Config(vocab_size=9, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8))
+    for format in ("gguf", "onnx"):
+        with pytest.raises(UserError, match=format):
+            check_formats([format], model, tokenizer, "AutoModelForSeq2SeqLM")
+
+
+def plant_in_folder(fault: str, folder: Path) -> None:
+    """Break an exported folder's tokenizer or settings."""
+    state = json.loads((folder / "tokenizer.json").read_text())
+    if fault == "a doubled bos":
+        state["post_processor"]["single"].insert(0, state["post_processor"]["single"][0])
+    if fault == "the pre-tokenizer":
+        state["pre_tokenizer"]["use_regex"] = False
+    if fault == "no eos":
+        settings = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    if fault == "the template":
+        (folder / "chat_template.jinja").write_text(OTHER_CHAT)
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+
+
+FAULTS = [
+    (None, None), ("a doubled bos", "ids of the English text"), ("the pre-tokenizer", "ids of the"),
+    ("a transposed weight", "log-probabilities differ"), ("no eos", "does not end the text"),
+    ("the template", "the chat template"),
+]  # fmt: skip
+
+
+def compare(read, target: Path, questions: receipts.Questions, format: str, tmp_path: Path) -> list[str]:
+    """What differs, by a reader in this process."""
+    (tmp_path / "asked.json").write_text(json.dumps(questions.asked))
+    read(str(target), str(tmp_path / "asked.json"), str(tmp_path / "answers.json"))
+    return receipts.compare(format, json.loads((tmp_path / "answers.json").read_text()), questions, "llama")["faults"]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """A folder with weights and a graph, and the questions; nothing writes to it."""
+    folder, tokenizer = tmp_path_factory.mktemp("graph") / "export", build_tokenizer()
+    model = build("llama", tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    keep_bos(folder, tokenizer)
+    write_onnx(model, folder / "onnx" / "model.onnx", has_cache=True)
+    return folder, ask(model, tokenizer)
+
+
+@pytest.mark.parametrize(("fault", "said"), FAULTS)
+def test_a_fault_in_a_folder_is_found(graph, tmp_path, fault, said):
+    """By transformers and by onnxruntime; without a fault both agree with the model."""
+    folder = shutil.copytree(graph[0], tmp_path / "export")
+    plant_in_folder(fault or "", folder)
+    if fault == "a transposed weight":
+        transpose_weights(folder)
+    for read, target, format in (
+        (read_transformers.main, folder, "safetensors"),
+        (read_onnxruntime.main, folder / "onnx" / "model.onnx", "onnx"),
+    ):
+        faults = compare(read, target, graph[1], format, tmp_path)
+        assert any(said in line for line in faults) if said else faults == [], (format, faults)
+
+
+def transpose_weights(folder: Path) -> None:
+    """The square matrix of a block's output, in both files."""
+    import numpy as np
+    import onnx
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    weights[name] = weights[name].T.contiguous()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    graph = onnx.load(folder / "onnx" / "model.onnx")
+    square = next(part for part in graph.graph.initializer if list(part.dims) == [32, 32])
+    array = onnx.numpy_helper.to_array(square)
+    square.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(array.T), square.name))
+    onnx.save(graph, folder / "onnx" / "model.onnx")
+
+
+def test_the_graph_has_the_names_that_transformers_js_knows(graph):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(graph[0] / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    assert list(shapes)[:3] == ["input_ids", "attention_mask", "past_key_values.0.key"]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert [value.name for value in session.get_outputs()][:2] == ["logits", "present.0.key"]
+    assert json.loads((graph[0] / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+def test_an_export_holds_the_files_and_their_receipts(finished_run, tmp_path):
+    options = ["--checkpoint", finished_run, "--output", tmp_path / "export", "--formats", "[safetensors, gguf]"]
+    code, out, err = call("export.py", *options)
+    assert code == 0, err
+    rows = json.loads((tmp_path / "export" / "export_report.json").read_text())["files"]
+    assert [row["file"] for row in rows] == ["model.safetensors", "model-f32.gguf"]
+    assert [row["receipt"] for row in rows] == ["passed", "passed"] and out.count("passed") == 2
+    assert rows[0]["max_log_probability_difference"] == 0.0 and rows[0]["bytes"] > 10_000
+    assert (tmp_path / "export" / "Modelfile").read_text().startswith("FROM ./model-f32.gguf")
+    assert not list((tmp_path / "export").glob(".*"))
+
+
+def test_a_failed_receipt_writes_nothing(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file, "arrange", lambda name, tensor, config: tensor)
+    options = ["--checkpoint", finished_run, "--output", tmp_path / "export", "--formats", "[gguf]"]
+    code, _, err = call("export.py", *options)
+    assert code == 2 and "model-f32.gguf: log-probabilities differ" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_one_early_line(finished_run, tmp_path, monkeypatch):
+    options = ["--checkpoint", finished_run, "--output", tmp_path / "export"]
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    assert "pip install -e '.[gguf]'" in error_line("export.py", *options, "--formats", "[gguf-q8_0]")
+    assert "pip install -e '.[onnx]'" in error_line("export.py", *options, "--formats", "[onnx]")
+    assert "formats is empty" in error_line("export.py", *options, "--formats", "[]")
+
+
+def test_a_missing_reader_is_named(tmp_path, monkeypatch):
+    tokenizer = build_tokenizer()
+    questions = ask(build("llama", tokenizer), tokenizer)
+    monkeypatch.setattr(receipts, "find_spec", lambda name: None)
+    row = receipts.check_file("gguf-f32", tmp_path / "model-f32.gguf", questions, "llama")
+    assert row["receipt"].startswith("not run: install xllamacpp")
