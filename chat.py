@@ -2,7 +2,7 @@
 
     python chat.py --model exports/demo
 
-With a chat template the model answers, else it continues the text. Type \\n for a new line; Ctrl-C stops an answer.
+With a chat template the model answers, else it continues the text. \\n is a new line; Ctrl-C stops an answer.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import find_checkpoint
-from utils.cli import NonNegativeFloat, PositiveInt, Seed, UserError, parse_config, run_script
+from utils.cli import NonNegativeFloat, PositiveInt, UserError, parse_config, run_script
 from utils.pretrained import chat_ids, check_adapters, read_tokenizer
 
 COMMANDS = "/reset starts anew, /temperature NUMBER, /save FILE appends a record for prepare_data.py; Ctrl-D ends"
@@ -27,8 +27,6 @@ class ChatConfig:
     """Sampling temperature. 0 takes the likeliest token."""
     max_new_tokens: PositiveInt = 128
     """Longest answer, in tokens."""
-    seed: Seed = 1234
-    """Seed of the sampled text."""
 
     @property
     def folder(self) -> Path:
@@ -55,7 +53,6 @@ def main(config: ChatConfig) -> None:
     if saved_class(model.config) is not AutoModelForCausalLM:
         raise UserError(f"{config.model}: {type(model).__name__} does not continue a text")
     model.to(torch.accelerator.current_accelerator() or "cpu").eval()  # type: ignore[arg-type]
-    torch.manual_seed(config.seed)
     chat, temperature = tokenizer.chat_template is not None, config.temperature
     record: dict[str, Any] = {"messages": []} if chat else {"text": ""}  # as prepare_data.py reads it
     print(f"{config.folder} {'answers' if chat else 'continues your text'}. {COMMANDS}.")

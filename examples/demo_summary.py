@@ -31,3 +31,4 @@ Expect the form of an entry and some grammar, but no sense: {run["parameters"] /
 {run["tokens_seen"] / 1e6:.2f} million tokens. Next: "Train on your own text" in README.md.""")
 if not run["finished"]:
     print(f"Training was stopped ({run['reason']}); `make demo` continues it.")
+print("Talk to it: python chat.py --model exports/demo")
