@@ -129,7 +129,8 @@ def main(config: ExportConfig) -> None:
                 f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
             )
         rows = write_formats(config.formats, merged, tokenizer, checkpoint, work, auto_model.__name__, output.name)
-        print(table(rows))
+        if rows:
+            print(table(rows))
         if faults := failed(rows):
             raise UserError(f"{' | '.join(faults)}; nothing was written")
         report["files"] = rows

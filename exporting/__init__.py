@@ -79,7 +79,8 @@ def write_formats(
         for path in folder.glob("model*.safetensors*"):
             path.unlink()
     if "onnx" not in formats:
-        (folder / "onnx" / "model.onnx").unlink(missing_ok=True)  # onnx-int8 is made from it
+        for path in folder.glob("onnx/model.onnx*"):  # onnx-int8 is made from it
+            path.unlink()
     return found
 
 
@@ -99,7 +100,7 @@ def _write(format: str, model: Any, tokenizer: Any, folder: Path, causal: bool, 
             write_onnx(model, path, causal)
         if precision == "int8":
             quantize_onnx(path, path := path.with_name("model_quantized.onnx"))
-        return [path]
+        return [path, *path.parent.glob(f"{path.name}.data")]
     return sorted(folder.glob("model*.safetensors"))
 
 
@@ -110,17 +111,30 @@ def failed(rows: list[dict[str, Any]]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as lines of a table for the console."""
-    head = ("file", "size", "seconds", "reader", "ids", "log-prob. diff.", "perplexity", "greedy", "stop", "receipt")
+    head = (
+        "file",
+        "size",
+        "seconds",
+        "reader",
+        "ids",
+        "positions",
+        "log-prob. diff.",
+        "perplexity",
+        "greedy",
+        "stop",
+        "receipt",
+    )
     lines = [head]
     for row in rows:
         size = (row["file"], readable(row["bytes"]), f"{row['seconds']:.1f}")
         if "reader" not in row:
-            lines.append((*size, *"------", row["receipt"]))
+            lines.append((*size, *"-------", row["receipt"]))
             continue
         greedy = f"{row['greedy_tokens_equal']}/{row['greedy_tokens']}" if "greedy_tokens" in row else "-"
         stop = {True: "yes", False: "no", None: "-"}[row.get("stops")]
         perplexity = f"{row['perplexity_before']:.2f} → {row['perplexity']:.2f}"
-        figures = (f"{row['texts_with_equal_ids']}/4", f"{row['max_log_probability_difference']:.1e}", perplexity)
+        difference = f"{row['max_log_probability_difference']:.1e}"
+        figures = (f"{row['texts_with_equal_ids']}/4", str(row["positions"]), difference, perplexity)
         lines.append((*size, row["reader"], *figures, greedy, stop, row["receipt"].partition(":")[0]))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from utils.files import UserError, short
 
+LARGEST_FILE = 1_900_000_000  # bytes of weights; a file of this format ends at 2 GB, and more goes beside it
 BATCH, NEW, PAST, ALL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
@@ -82,7 +83,8 @@ def write_onnx(model: Any, path: Path, has_cache: bool) -> None:
         with _quiet():
             torch.onnx.export(
                 wrapper.eval(), arguments, str(path), input_names=inputs, output_names=outputs, dynamo=True,
-                dynamic_shapes=tuple(dynamic.values()) if not has_cache else dynamic, external_data=False,
+                dynamic_shapes=tuple(dynamic.values()) if not has_cache else dynamic,
+                external_data=sum(weight.nbytes for weight in model.parameters()) > LARGEST_FILE,
                 optimize=True, verbose=False,
             )  # fmt: skip
     except Exception as error:  # torch's exporter and transformers' models raise many types

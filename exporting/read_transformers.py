@@ -30,17 +30,21 @@ def main(folder: str, questions_path: str, answers_path: str) -> None:
             for row in questions["rows"]
         ]
     if questions["shift"]:
-        prompt = torch.tensor([questions["prompt"]])
-        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
-        written = model.generate(prompt, max_new_tokens=questions["new_tokens"], **options)
-        answers["greedy"] = written[0, prompt.shape[1] :].tolist()
-        # A bias of 1000 forces the token, which must end the text: one new token, not two.
-        answers["stops"] = [
-            model.generate(prompt, max_new_tokens=2, sequence_bias=[[[id], 1000.0]], **options).shape[1]
-            == prompt.shape[1] + 1
-            for id in questions["stop_ids"]
-        ]
+        # Not by `generate`: the folder may set a repetition penalty, or beams.
+        stops = model.generation_config.eos_token_id
+        stops = stops if isinstance(stops, list) else [stops]
+        answers["greedy"] = write(model, questions["prompt"], questions["new_tokens"], stops)
+        answers["stops"] = [id in stops for id in questions["stop_ids"]]
     Path(answers_path).write_text(json.dumps(answers), encoding="utf-8")
+
+
+@torch.no_grad()
+def write(model: Any, prompt: list[int], count: int, stops: list[int]) -> list[int]:
+    """The likeliest tokens, one at a time, until a stop token."""
+    written: list[int] = []
+    while len(written) < count and not (written and written[-1] in stops):
+        written.append(int(model(input_ids=torch.tensor([prompt + written])).logits[0, -1].argmax()))
+    return written
 
 
 def target_log_probabilities(logits: torch.Tensor, row: list[int], shift: int) -> list[float]:

@@ -62,7 +62,7 @@ def ask_checkpoint(model: Any, tokenizer: Any, rows: list[list[int]], opens_with
     if template is not None:
         chat = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
         chat_ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    prompt = rows[0][:PROMPT_TOKENS]
+    prompt = rows[0][: min(PROMPT_TOKENS, longest_sequence(model) // 2)]
     asked = {
         "opens_with": opens_with, "threads": torch.get_num_threads(), "shift": shift, "texts": list(TEXTS.values()),
         "messages": None if template is None else MESSAGES, "chat": chat, "rows": rows, "prompt": prompt,

@@ -24,7 +24,7 @@ SLOW = {"torch", "transformers", "accelerate", "datasets", "pandas", "matplotlib
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--model.hiden_size", "3"]], ids=["help", "typo"])
-@pytest.mark.parametrize("name", ["prepare_data.py", "train.py", "export.py", "evaluate.py"])
+@pytest.mark.parametrize("name", ["prepare_data.py", "train.py", "export.py", "evaluate.py", "chat.py"])
 def test_help_and_typos_answer_before_the_slow_imports(name, arguments):
     """A fresh process has imported few modules by then, and none of those that take seconds."""
     result = run(sys.executable, "-X", "importtime", name, *arguments, check=False)

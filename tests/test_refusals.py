@@ -156,7 +156,7 @@ def test_wrong_values_of_benchmarks_and_examples_are_one_line(command, words, sm
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["train.py", "prepare_data.py", "export.py", "evaluate.py"])
+@pytest.mark.parametrize("name", ["train.py", "prepare_data.py", "export.py", "evaluate.py", "chat.py"])
 def test_any_console_can_show_the_help(name):
     """Fresh processes: the encoding is read at the start. The texts hold characters that ASCII lacks."""
     done = run(sys.executable, name, "--help", PYTHONIOENCODING="ascii")
