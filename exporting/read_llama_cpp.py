@@ -39,7 +39,9 @@ def main(path: str, questions_path: str, answers_path: str) -> None:
     if questions["messages"] is not None:
         answers["chat"] = post("/apply-template", messages=questions["messages"])["prompt"]
         answers["chat_ids"] = tokenize(answers["chat"], special=False)
-    # `ignore_eos`: llama.cpp gives no probabilities where it stops. Those that it gives are from before that bias.
+    # llama.cpp gives no probabilities with an end of text or half a character, so a letter is forced. The probabilities
+    # are from before that bias.
+    letter = tokenize("a", special=False)[0]
     answers["log_probabilities"] = []
     deadline = time.monotonic() + SECONDS
     for row in questions["rows"]:
@@ -48,7 +50,7 @@ def main(path: str, questions_path: str, answers_path: str) -> None:
             if time.monotonic() > deadline:
                 break
             found = post("/completion", prompt=row[:position], n_predict=1, n_probs=questions["vocabulary"],
-                         temperature=0.0, cache_prompt=True, ignore_eos=True)  # fmt: skip
+                         temperature=0.0, cache_prompt=True, logit_bias=[[letter, 1000.0]])  # fmt: skip
             top = found["completion_probabilities"][0]["top_logprobs"]
             answers["log_probabilities"][-1].append(
                 next((token["logprob"] for token in top if token["id"] == row[position]), None)
