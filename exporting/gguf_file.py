@@ -176,8 +176,9 @@ def _add_tokenizer(gguf: Any, writer: Any, model: Any, tokenizer: Any) -> None:
     for name in ("bos", "eos", "pad"):
         if (id := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(id)
-    if others := [id for id in stop_token_ids(tokenizer) if id != tokenizer.eos_token_id]:
-        writer.add_eot_token_id(others[0])  # the end of a turn
+    others = [id for id in stop_token_ids(tokenizer) if id != tokenizer.eos_token_id]
+    for add, id in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):  # the end of a turn
+        add(id)
     if tokenizer.chat_template is not None:
         writer.add_chat_template(tokenizer.chat_template)
 
