@@ -250,7 +250,7 @@ MUTANTS = [
            "test_old_checkpoints_go_and_the_best_stays"),
     # ---- Objectives
     Mutant("the middle is filled in before the suffix is known",
-           "arrange", "[(before, one), prefix, (behind, one), suffix, (fill, one), middle, (eos, one)]",
+           "fill_in_the_middle.py:arrange", "[(before, one), prefix, (behind, one), suffix, (fill, one), middle, (eos, one)]",
            "[(before, one), prefix, (fill, one), middle, (behind, one), suffix, (eos, one)]",
            "test_the_rearranged_pieces_make_up_the_text"),
     Mutant("T5's sentinels stand behind their spans",

@@ -150,7 +150,8 @@ def plant_in_folder(fault: str, folder: Path) -> None:
     if fault == "a doubled bos":
         state["post_processor"]["single"].insert(0, state["post_processor"]["single"][0])
     if fault == "the pre-tokenizer":
-        state["pre_tokenizer"]["use_regex"] = False
+        digits = {"type": "Digits", "individual_digits": True}
+        state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, state["pre_tokenizer"]]}
     if fault == "no eos":
         settings = json.loads((folder / "generation_config.json").read_text())
         (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
