@@ -43,7 +43,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
             yield from ((str(node.module), alias.name) for alias in node.names)
         if isinstance(node, ast.Import):
             dotted = [alias.name.rpartition(".") for alias in node.names if alias.name.partition(".")[0] in ROOMS]
-            yield from ((module, name) for module, _, name in dotted)
+            yield from ((module, name) for module, _, name in dotted if module)
 
 
 def file_of(module: str) -> Path:
