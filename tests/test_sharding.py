@@ -60,7 +60,7 @@ def launch(way: str, output: Path, dataset: Path, precision: str = "no", **optio
     result = run(*LAUNCH, "--config_file", file, name, *flags(settings), GLOO_SOCKET_IFNAME="lo")
     kind = "FSDP" if "fsdp" in (ROOT / "accelerate_configs" / f"{WAYS[way][0]}.yaml").read_text() else "MULTI"
     assert re.search(
-        rf"launch: {WAYS[way][1]} process\(es\) on cpu, {kind}", result.stdout
+        rf"launch +{WAYS[way][1]} process\(es\) on cpu, {kind}", result.stdout
     )  # not silently something else
     assert ("which share each row" in result.stdout) == way.startswith("context")
     return metrics(output)
@@ -181,7 +181,7 @@ def test_two_machines_are_two_launchers(processes, whole_runs, dataset, tmp_path
     ]  # fmt: skip
     outputs = [launcher.communicate(timeout=300)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0, 0], outputs
-    assert f"launch: {2 * processes} process(es) on cpu, MULTI_CPU" in outputs[0]
+    assert f"{2 * processes} process(es) on cpu, MULTI_CPU" in outputs[0]
     assert train_losses(metrics(tmp_path / "run")) == pytest.approx(
         train_losses(metrics(whole_runs["adamw"])), abs=1e-4
     )
