@@ -21,18 +21,16 @@ from utils.files import UserError, read_json, replace_text
 # L4, RTX 4090: images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf,
 #   appendices A and C. A100: www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
 #   nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf. H100: resources.nvidia.com/en-us-tensor-core/
-#   nvidia-tensor-core-gpu-datasheet. H200: www.nvidia.com/en-us/data-center/h200 (the processor of the H100).
+#   nvidia-tensor-core-gpu-datasheet.
 HARDWARE: dict[str, dict[str, float]] = {
     "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12, "memory": 24},
     "RTX 4090": {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12, "memory": 24},
     "A100 80GB": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80},
     "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
-    "H200 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 141},
 }
 # The names that CUDA gives these cards. The H100 as a PCIe card is slower, and is measured.
 CARD_NAMES = {
     "L4": r"\bL4\b", "RTX 4090": r"RTX 4090$", "A100 80GB": r"\bA100\b", "H100 SXM": r"\bH100 80GB HBM",
-    "H200 SXM": r"\bH200$",
 }  # fmt: skip
 MATMUL_SECONDS = 0.5
 
