@@ -67,6 +67,7 @@ LENGTHS = (1, 64, 131, 192, 320)  # 64 mod 128, one token, a prime
 TOLERANCE = 1e-4  # of the largest number, in fp32
 SHARE_EXPECTED = 0.6  # of the vendor's peak, which square matrix products should reach
 TRIAL_BYTES = 64 * 2**20
+SECONDS_TO_SUM = 120  # a fresh process imports torch, and opens its GPU
 
 
 class Slow(Exception):
@@ -201,10 +202,19 @@ def check_sum_over_devices(device: torch.device) -> str:
     # CUDA does not survive a fork; without it a forked process starts at once.
     method = "spawn" if device.type == "cuda" else "fork"
     arguments = (ranks, port, device.type)
+    group = torch.multiprocessing.start_processes(average_on_rank, arguments, ranks, join=False, start_method=method)
+    deadline = time.monotonic() + SECONDS_TO_SUM
     try:
-        torch.multiprocessing.start_processes(average_on_rank, arguments, ranks, start_method=method)
-    except Exception as error:  # a rank's traceback; its last line says what is wrong
+        while not group.join(timeout=1):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the ranks did not end in {SECONDS_TO_SUM} s; look at NCCL_DEBUG=INFO and the firewall"
+                )
+    except torch.multiprocessing.ProcessRaisedException as error:  # its last line says what is wrong
         raise UserError(str(error).strip().splitlines()[-1]) from None
+    finally:
+        for process in group.processes:
+            process.kill()
     return f"{ranks} ranks agree"
 
 
@@ -221,6 +231,7 @@ def average_on_rank(rank: int, ranks: int, port: int, kind: str) -> None:
     expected = torch.full_like(layer.weight, (ranks + 1) / 2)
     if not torch.equal(layer.weight.grad, expected):  # type: ignore[arg-type]
         raise RuntimeError(f"rank {rank} has {float(layer.weight.grad[0, 0])}, not {float(expected[0, 0])}")  # type: ignore[index]
+    del wrapped  # before the group; the other way round gloo may wait for ever
     torch.distributed.destroy_process_group()
 
 

@@ -2,11 +2,12 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import script
+from conftest import as_ranks, script
 from torch import nn
 
 from examples import doctor
@@ -70,10 +71,6 @@ def fail_at_64_modulo_128(monkeypatch):
     monkeypatch.setattr(attention._BlockedAttention, "backward", staticmethod(spoiled))
 
 
-def do_not_sum(monkeypatch):
-    monkeypatch.setattr(doctor, "DistributedDataParallel", nn.Sequential)
-
-
 def write_less(monkeypatch):
     replace = os.replace
 
@@ -91,13 +88,12 @@ FAULTS = [
     ("micro-batches", average_the_loss),
     ("checkpointing", draw_from_an_own_generator),
     ("awkward lengths", fail_at_64_modulo_128),
-    ("sum over devices", do_not_sum),
     ("disk", write_less),
 ]
 
 
 def test_every_check_has_a_fault():
-    assert {name for name, _ in FAULTS} == {*doctor.CHECKS, "disk"}
+    assert {name for name, _ in FAULTS} | {"sum over devices"} == {*doctor.CHECKS, "disk"}
 
 
 @pytest.mark.parametrize(("name", "plant"), FAULTS, ids=[name for name, _ in FAULTS])
@@ -106,6 +102,22 @@ def test_the_doctor_finds_a_planted_fault(name, plant, small_trial, tmp_path, mo
         plant(planted)
         assert state(name, tmp_path) == "WRONG"
     assert state(name, tmp_path) == "ok"
+
+
+def as_a_rank(plant: str) -> None:
+    """Forks the ranks; this process has computed nothing yet."""
+    if plant == "no sum":
+        doctor.DistributedDataParallel = nn.Sequential
+    if plant == "no answer":
+        doctor.SECONDS_TO_SUM, doctor.average_on_rank = 2, lambda *_: time.sleep(1000)
+    print(*doctor.examine(doctor.check_sum_over_devices, CPU))
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"), [("none", "ok"), ("no sum", "not 1.5"), ("no answer", "WRONG the ranks")]
+)
+def test_ranks_that_do_not_sum_or_do_not_answer_are_found(plant, found):
+    assert found in script(*as_ranks("test_doctor"), plant).stdout
 
 
 def test_a_wrong_result_ends_with_an_error_and_a_slow_one_does_not(monkeypatch, tmp_path, capsys):
