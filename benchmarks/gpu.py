@@ -56,25 +56,25 @@ class Part:
 
 VARLEN = {"model.attention": "varlen"}
 PARTS = {
-    "124m packed eager": Part("documents"),
-    "124m packed regional": Part("documents", launch=REGIONAL, limit=90),
-    "124m packed varlen": Part("documents", launch=REGIONAL, options=VARLEN, limit=90),
-    "124m one eager": Part("plainloop"),
-    "124m one regional": Part("plainloop", launch=REGIONAL, limit=90),
-    "124m one whole": Part("plainloop", launch=WHOLE, limit=120),
-    "124m no_trainer": Part("no_trainer-bf16"),
-    "124m trainer": Part("trainer-bf16"),
-    "124m nanogpt": Part("nanogpt-bf16", limit=90),
-    "1b packed eager": Part("documents", "1b", 75),
-    "1b packed regional": Part("documents", "1b", 90, REGIONAL),
-    "1b packed varlen": Part("documents", "1b", 90, REGIONAL, VARLEN),
-    "1b trainer": Part("trainer-bf16", "1b", 75),
-    "124m one fp16": Part("plainloop", precision="fp16", cuda=True),
-    "124m one fp8": Part("plainloop", precision="fp8", launch=REGIONAL),
-    "124m one muon": Part("plainloop", options={"optimizer.name": "muon"}),
-    "124m head": Part("head"),
-    "kill and resume": Part("resume", limit=120),
-    "fsdp2 save and resume": Part("fsdp2", limit=150, cuda=True),
+    "124m-packed-eager": Part("documents"),
+    "124m-packed-regional": Part("documents", launch=REGIONAL, limit=90),
+    "124m-packed-varlen": Part("documents", launch=REGIONAL, options=VARLEN, limit=90),
+    "124m-one-eager": Part("plainloop"),
+    "124m-one-regional": Part("plainloop", launch=REGIONAL, limit=90),
+    "124m-one-whole": Part("plainloop", launch=WHOLE, limit=120),
+    "124m-no_trainer": Part("no_trainer-bf16"),
+    "124m-trainer": Part("trainer-bf16"),
+    "124m-nanogpt": Part("nanogpt-bf16", limit=90),
+    "1b-packed-eager": Part("documents", "1b", 75),
+    "1b-packed-regional": Part("documents", "1b", 90, REGIONAL),
+    "1b-packed-varlen": Part("documents", "1b", 90, REGIONAL, VARLEN),
+    "1b-trainer": Part("trainer-bf16", "1b", 75),
+    "124m-one-fp16": Part("plainloop", precision="fp16", cuda=True),
+    "124m-one-fp8": Part("plainloop", precision="fp8", launch=REGIONAL),
+    "124m-one-muon": Part("plainloop", options={"optimizer.name": "muon"}),
+    "124m-head": Part("head"),
+    "kill-and-resume": Part("resume", limit=120),
+    "fsdp2-save-and-resume": Part("fsdp2", limit=150, cuda=True),
 }  # 25 minutes if each part reached its limit; fp8 is skipped
 
 
@@ -327,7 +327,7 @@ def main() -> None:
                     with arguments.output.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"part": name} | results[name]) + "\n")
             print(f"{name:<24}{spell(results[name])}", flush=True)
-    trainer, best = (results.get(name, {}).get("tokens_per_second") for name in ("124m trainer", "124m one regional"))
+    trainer, best = (results.get(name, {}).get("tokens_per_second") for name in ("124m-trainer", "124m-one-regional"))
     ratio = best / trainer if trainer and best else None
     print(json.dumps({"tiny": arguments.tiny, "ratio_trainer": ratio, "parts": results}))
 

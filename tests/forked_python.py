@@ -24,8 +24,10 @@ forwarded = {
     signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 }
 try:
+    if arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
+        raise RuntimeError("only a fresh interpreter takes options of its own")
     job = Forked(arguments, cwd=Path.cwd(), env=dict(os.environ), stdin=0, stdout=1, stderr=2)
-except RuntimeError:  # the server refused: start a fresh interpreter
+except RuntimeError:  # or the server refused: start a fresh interpreter
     for signum, handler in forwarded.items():
         signal.signal(signum, handler)
     os.execv(sys.executable, [sys.executable, *arguments])

@@ -25,7 +25,8 @@ SMOKE = {
         "kills bit_equal losses_equal steps seconds",
     ),
     "gpu": (
-        "--tiny --dataset {dataset} --output {folder}/gpu.jsonl",
+        "--tiny --dataset {dataset} --output {folder}/gpu.jsonl --parts 124m-packed-eager 124m-packed-regional 124m-one-regional "
+        "124m-trainer 124m-nanogpt 1b-packed-eager 124m-head kill-and-resume",
         "ratio_trainer parts.124m_packed_eager.mfu parts.124m_packed_regional.first_step_seconds parts.124m_trainer.mfu "
         "parts.124m_nanogpt.tokens_per_second parts.1b_packed_eager.peak_memory_bytes parts.kill_and_resume.step",
     ),

@@ -113,9 +113,7 @@ def as_a_rank(plant: str) -> None:
     print(*doctor.examine(doctor.check_sum_over_devices, CPU))
 
 
-@pytest.mark.parametrize(
-    ("plant", "found"), [("none", "ok"), ("no sum", "not 1.5"), ("no answer", "WRONG the ranks")]
-)
+@pytest.mark.parametrize(("plant", "found"), [("none", "ok"), ("no sum", "not 1.5"), ("no answer", "WRONG the ranks")])
 def test_ranks_that_do_not_sum_or_do_not_answer_are_found(plant, found):
     assert found in script(*as_ranks("test_doctor"), plant).stdout
 

@@ -46,34 +46,33 @@ def make_copy(folder: Path, max_steps: int | None) -> Path:
 
 
 def run_in(copy: Path, commands: list[str]) -> dict[str, str]:
-    """command → its stdout. A shell runs `make`, the first launch with a file and the first without; all else is forked."""
+    """command → its stdout. A shell runs the first launch with a file, the first without, and `make`, whose own processes
+    are forked as all others are."""
     outputs: dict[str, str] = {}
-    # Make the test's environment active for `make`, which then keeps its torch.
-    prefix = Path(sys.prefix)
-    extra = {"VIRTUAL_ENV": str(prefix), "PATH": f"{prefix / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    stamps = [prefix / ".plainloop-installed", prefix / ".plainloop-installed-test"]
-    new_stamps = [stamp for stamp in stamps if not stamp.exists()]
-    try:
-        for stamp in stamps:
-            stamp.touch()  # skip `make`'s first step: everything is installed, or this test could not run
-        by_shell = {
-            (words[0], "--config_file" in words): command
-            for command in reversed(commands) if (words := command.split())[0] != "python"
-        }  # fmt: skip
-        for command in commands:
-            words = shlex.split(command)
-            launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]
-            if command in by_shell.values():
-                done = run("bash", "-c", command, cwd=copy, **extra)
-            else:
-                precision = "bf16" if "bf16" in launch else "no"
-                processes = 2 if "accelerate_configs/cpu_2_processes.yaml" in launch else 1
-                options = words[len(launch) :]
-                done = script(*options, cwd=copy, processes=processes, ACCELERATE_MIXED_PRECISION=precision)
-            outputs[command] = done.stdout
-    finally:
-        for stamp in new_stamps:
-            stamp.unlink(missing_ok=True)
+    environment = copy / "environment"  # an active one for `make`
+    python = environment / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{ROOT / "tests" / "forked_python.py"}" "$@"\n')
+    python.chmod(0o755)
+    for stamp in (".plainloop-installed", ".plainloop-installed-test"):
+        (environment / stamp).touch()  # skip `make`'s first step: everything is installed, or this test could not run
+    path = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    extra = {"VIRTUAL_ENV": str(environment), "PLAINLOOP_PYTHON": str(python), "PATH": path}
+    by_shell = {
+        (words[0], "--config_file" in words): command
+        for command in reversed(commands) if (words := command.split())[0] != "python"
+    }  # fmt: skip
+    for command in commands:
+        words = shlex.split(command)
+        launch = words[: words.index("train.py")] if words[0] == "accelerate" else words[:1]
+        if command in by_shell.values():
+            done = run("bash", "-c", command, cwd=copy, **extra)
+        else:
+            precision = "bf16" if "bf16" in launch else "no"
+            processes = 2 if "accelerate_configs/cpu_2_processes.yaml" in launch else 1
+            options = words[len(launch) :]
+            done = script(*options, cwd=copy, processes=processes, ACCELERATE_MIXED_PRECISION=precision)
+        outputs[command] = done.stdout
     return outputs
 
 

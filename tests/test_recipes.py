@@ -21,6 +21,7 @@ SHORT = [
     "--batch.global_batch_size", "4", "--schedule.warmup_steps", "1", "--schedule.num_epochs", "null",
     "--tracking.trackers", "[]", "--tracking.log_every_steps", "1", "--checkpoint.every_steps", "2",
     "--tracking.sample_every_steps", "4", "--tracking.sample_max_new_tokens", "8",
+    "--model.hidden_size", "64", "--model.num_hidden_layers", "2",
 ]  # fmt: skip
 
 

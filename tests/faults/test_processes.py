@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import Accelerator
@@ -114,7 +115,11 @@ def test_signals(case, dataset, tmp_path):
     """24 and 26: all ranks save the same step and end in order; each loader has workers, which get the signal too."""
     signum, target = SIGNALS[case]
     output = tmp_path / "run"
-    with training([*LAUNCH_TWO, *command(output, dataset, **ENDLESS, data__num_workers=1)], output) as started:
+    arguments = command(output, dataset, **ENDLESS, data__num_workers=1)
+    launched: dict[str, Any] = {"processes": 2}
+    if target == "launcher":
+        arguments, launched = [*LAUNCH_TWO, *arguments], {}
+    with training(arguments, output, **launched) as started:
         started.wait_for_step(5)
         send(started.seen[0] if target == "launcher" else started.ranks[int(target)], signum)
         code = started.end()
