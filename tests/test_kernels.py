@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, call, flags, metrics, run, train, train_losses
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.activations import NewGELUActivation
 
@@ -21,7 +25,7 @@ from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import FastDropout, use_kernels
 from utils.kernels.attention import blocked_attention, sdpa_attention_forward
-from utils.kernels.head_loss import head_loss
+from utils.kernels.head_loss import head_loss, rows_at_once
 from utils.objectives import Objective, build_objective, has_linear_head
 
 CPU = torch.device("cpu")
@@ -466,3 +470,54 @@ def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run, data
         torch.set_float32_matmul_precision(before)
     assert float(error) < 1e-6
     assert "fp32 products high\n" in (tmp_path / "run" / "training.log").read_text()
+
+
+class BytesMoved(TorchDispatchMode):
+    """Bytes that the operations read and write, each tensor once per operation; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = func.is_view or func is torch.ops.aten.detach.default or "empty" in func.name()
+        if not views:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+# GB per step by the head, with 2^24 logits and 512 rows at a time, and as sized for a device of 80 GB.
+HEADS_OF_MODELS = {
+    "124M at 32 × 1024": (32 * 1024, 768, 50_304, 1.5),
+    "1B at 8 × 2048": (8 * 2048, 2048, 128_256, 3.0),
+    "8B at 1 × 8192": (8192, 4096, 128_256, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_MODELS)
+def test_the_head_moves_fewer_bytes_on_a_device_with_much_memory(name, monkeypatch):
+    tokens, width, entries, least = HEADS_OF_MODELS[name]
+    moved = []
+    for rows in (min(512, 2**24 // entries), rows_at_once(torch.device("cuda"), entries)):
+        monkeypatch.setattr("utils.kernels.head_loss.rows_at_once", lambda device, entries, rows=rows: rows)
+        with FakeTensorMode():
+            hidden = torch.empty(tokens, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            head = nn.Linear(width, entries, bias=False, device="cuda")
+            targets = torch.empty(tokens, dtype=torch.int64, device="cuda")
+            with BytesMoved() as counter:
+                head_loss(hidden, head, targets).backward()
+        moved.append(counter.total)
+    print(f"{name}: {moved[0] / 1e9:.0f} GB, then {moved[1] / 1e9:.0f}")
+    assert moved[0] > least * moved[1]
+
+
+def test_a_cpu_and_a_small_card_hold_fewer_logits(monkeypatch):
+    assert rows_at_once(CPU, 8192) == 512
+    assert rows_at_once(CPU, 128_256) == 2**24 // 128_256
+    assert rows_at_once(torch.device("cuda"), 50_304) == 2**28 // 50_304
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = types.SimpleNamespace(total_memory=8 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert rows_at_once(torch.device("cuda"), 1000) == 60_000

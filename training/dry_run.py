@@ -274,7 +274,7 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
         whole.context = None  # under context parallelism it holds a process group, and rows are in parts
         fake, inputs = fake_copy(whole, "cpu").train(), fake_batch(batch, "cpu")
         model = without_adapters(fake.model)
-        if model.config._attn_implementation in ("blocked", "context_parallel"):  # they compute less
+        if model.config._attn_implementation in ("blocked", "varlen", "context_parallel"):  # they compute less
             model.set_attn_implementation("sdpa")
         with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
             fake(**inputs).backward()

@@ -11,6 +11,8 @@ from utils.data.packing import IGNORED
 # Rows whose logits are held at a time, and the most logits at a time (fp32: 64 MB). On a CPU more rows would not fit
 # its caches, and fewer would make its products slow.
 ROWS_AT_ONCE, LOGITS_AT_ONCE = 512, 1 << 24
+# On CUDA each chunk reads the weights and their gradient from the device's memory, so few large chunks move less.
+LOGITS_ON_CUDA, SHARE_OF_MEMORY = 1 << 28, 0.03
 
 
 def head_loss(
@@ -30,6 +32,17 @@ def head_loss(
         return _HeadLoss.apply(hidden, head.weight, head.bias, targets, label_smoothing, z_loss, dtype, with_gradients)  # type: ignore[no-any-return]
 
 
+def rows_at_once(device: torch.device, entries: int) -> int:
+    """Rows whose logits over `entries` are held at a time. On CUDA their fp32 numbers take 3 % of the device's memory at
+    most; where this machine has no such device, as in a dry run for another one, a large card is assumed."""
+    if device.type != "cuda":
+        return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // entries))
+    logits = LOGITS_ON_CUDA
+    if torch.cuda.is_available():
+        logits = min(logits, int(SHARE_OF_MEMORY * torch.cuda.get_device_properties(device).total_memory) // 4)
+    return max(1, logits // entries)
+
+
 def product_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The type that autocast gives matrix products of `tensor`."""
     kind = tensor.device.type
@@ -42,7 +55,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor,
         label_smoothing: float, z_loss: float, dtype: torch.dtype, with_gradients: bool,
     ) -> torch.Tensor:  # fmt: skip
-        rows = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // weight.shape[0]))
+        rows = rows_at_once(hidden.device, weight.shape[0])
         inputs, matrix = hidden.to(dtype), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         d_hidden = torch.empty_like(hidden) if with_gradients else None
@@ -82,6 +95,8 @@ class _HeadLoss(torch.autograd.Function):
             part = part.to(wide) * has_target
             if d_weight is not None and wide == d_weight.dtype:
                 d_weight.addmm_(d_logits.T, part)
+            elif d_weight is not None and d_weight.is_cuda:  # the sum stays in fp32 inside of the product
+                d_weight = torch.addmm(d_weight, d_logits.T, part, out_dtype=torch.float32)
             elif d_weight is not None:
                 d_weight += d_logits.T @ part
             if d_bias is not None:

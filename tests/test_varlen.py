@@ -1,0 +1,162 @@
+"""Attention over documents laid end to end: the numbers of documents alone, without a mask."""
+
+import numpy as np
+import pytest
+import torch
+from test_kernels import build
+from transformers import masking_utils
+
+from utils.config import KernelConfig, ObjectiveConfig
+from utils.data.packing import IGNORED, document_places
+from utils.kernels.varlen import kernel_fault
+from utils.objectives import build_objective
+
+CPU = torch.device("cpu")
+LENGTH = 60
+# The documents of four rows: a single token first, last and in between, and a whole row.
+ROWS = [(1, 59), (30, 1, 29), (60,), (7, 52, 1)]
+CHANGES = {
+    "llama": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 12, "num_hidden_layers": 6},
+    "mistral": {"sliding_window": 12},
+    "modernbert": {"local_attention": 20},
+}
+MODELS = ["llama", "gpt2", "qwen3", "gemma3_text", "mistral", "bert", "modernbert"]
+
+
+def objective_of(architecture: str, attention: str):
+    name = "masked" if "bert" in architecture else "causal"
+    changes = CHANGES.get(architecture, {})
+    return build_objective(build(architecture, **changes), ObjectiveConfig(name=name), attention, KernelConfig(), CPU)
+
+
+def packed() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    positions = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in ROWS])
+    ids = torch.randint(5, 101, positions.shape)
+    targets = torch.randint(0, 101, positions.shape)
+    targets[:, ::9] = IGNORED
+    return with_places({"input_ids": ids, "position_ids": positions, "targets": targets})
+
+
+def with_places(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    places = document_places({name: values.numpy() for name, values in batch.items()})
+    return batch | {"cu_seqlens": torch.from_numpy(places)}
+
+
+def loss_and_gradients(objective, batches: list[dict[str, torch.Tensor]]) -> tuple[float, list[torch.Tensor]]:
+    objective.zero_grad()
+    losses = [objective(**batch) for batch in batches]
+    sum(losses).backward()
+    found = [p.grad if p.grad is not None else torch.zeros(()) for p in objective.parameters()]
+    return float(sum(losses).detach()), [gradient.clone() for gradient in found]
+
+
+def assert_equal(found, expected) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    largest = max(float(gradient.abs().max()) for gradient in expected[1])
+    for left, right in zip(found[1], expected[1], strict=True):
+        assert float((left - right).abs().max()) <= 1e-5 * max(float(right.abs().max()), 0.01 * largest)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_packed_rows_have_the_loss_and_gradients_of_their_documents_alone(architecture, monkeypatch):
+    batch, alone = packed(), []
+    for row, sizes in enumerate(ROWS):
+        for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
+            part = {name: batch[name][row : row + 1, start : start + size] for name in ("input_ids", "targets")}
+            alone.append(part)
+    expected = loss_and_gradients(objective_of(architecture, "sdpa"), alone)
+    objective = objective_of(architecture, "varlen")
+    made = []
+    for name in ("sdpa_mask", "find_packed_sequence_indices"):
+        original = getattr(masking_utils, name)
+        monkeypatch.setattr(masking_utils, name, lambda *a, original=original, **k: made.append(1) or original(*a, **k))
+    assert_equal(loss_and_gradients(objective, [batch]), expected)
+    assert not made
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "modernbert"])
+def test_padded_rows_have_the_loss_and_gradients_that_a_mask_gives(architecture):
+    batch = packed()
+    del batch["position_ids"], batch["cu_seqlens"]
+    batch["attention_mask"] = (torch.arange(LENGTH) < torch.tensor([60, 1, 33, 59])[:, None]).long()
+    batch["targets"][batch["attention_mask"] == 0] = IGNORED
+    expected = loss_and_gradients(objective_of(architecture, "sdpa"), [batch])
+    assert_equal(loss_and_gradients(objective_of(architecture, "varlen"), [with_places(batch)]), expected)
+
+
+def test_the_places_of_documents_are_those_of_a_loop_and_their_number_is_a_power_of_two():
+    places = packed()["cu_seqlens"].tolist()
+    begins = [60 * row + sum(sizes[:number]) for row, sizes in enumerate(ROWS) for number in range(len(sizes))]
+    assert places == begins + [240] * (16 - len(begins))
+    assert packed()["cu_seqlens"].dtype == torch.int32
+
+
+def test_varlen_attention_never_guesses_where_documents_are():
+    objective, batch = objective_of("llama", "varlen"), packed()
+    del batch["cu_seqlens"]
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        objective(**batch)
+
+
+def test_samples_and_predictions_are_those_of_sdpa():
+    prompt = torch.tensor([[0, 0, 0, 7, 8, 9], [11, 12, 13, 14, 15, 16]])
+    given = {"attention_mask": (prompt > 0).long(), "do_sample": False, "max_new_tokens": 12}
+    texts, logits = [], []
+    for attention in ("sdpa", "varlen"):
+        objective = objective_of("llama", attention).eval()
+        texts.append(objective.generate(prompt, **given).tolist())
+        batch = packed()
+        del batch["targets"], batch["cu_seqlens"]
+        logits.append(objective.logits(**batch))
+    assert texts[0] == texts[1]
+    assert torch.equal(*logits)
+    assert objective.model.config._attn_implementation == "varlen"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "word"),
+    [
+        ("gpt2", {"attn_pdrop": 0.1}, "dropout"),
+        ("gemma2", {}, "own attention"),
+        ("llama", {"head_dim": 12}, "multiples of 8"),
+        ("gpt_oss", {}, "own attention"),
+    ],
+)
+def test_a_model_that_varlen_attention_cannot_serve_is_refused(architecture, changes, word):
+    from utils.cli import UserError
+
+    model = build(architecture, **changes)
+    with pytest.raises(UserError, match=word):
+        build_objective(model, ObjectiveConfig(), "varlen", KernelConfig(), CPU)
+    assert model.config._attn_implementation != "varlen"
+
+
+def test_a_kernel_with_other_numbers_is_found(monkeypatch):
+    """In place of a GPU's kernel: one that leaks across documents."""
+    config = build("llama").config
+    assert kernel_fault(config, CPU, torch.bfloat16) is None
+    from utils.kernels import varlen
+
+    original = varlen.varlen.varlen_attn
+
+    def leaky(query, key, value, places, *rest, **options):
+        if query.dtype == torch.bfloat16:
+            places = places[[0, -1]]
+        return original(query, key, value, places, places, *rest[1:], **options)
+
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", leaky)
+    assert "other numbers" in kernel_fault(config, CPU, torch.bfloat16)
+
+
+def test_a_whole_compile_is_one_graph_with_the_same_numbers():
+    objective, batch = objective_of("llama", "varlen"), packed()
+    objective.chunked_head = False
+    expected = loss_and_gradients(objective, [batch])
+    torch._dynamo.reset()
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    objective.zero_grad()
+    loss = compiled(**batch)
+    loss.backward()
+    assert_equal((float(loss.detach()), [p.grad for p in objective.parameters()]), expected)
