@@ -450,7 +450,7 @@ def test_the_precision_of_products_is_chosen_by_the_processor(has, expected, mon
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert resolve_matmul_precision("auto", CPU) == expected
-    assert resolve_matmul_precision("auto", torch.device("cuda")) == "highest"
+    assert resolve_matmul_precision("auto", torch.device("cuda")) == "high"  # TF32
     for name in ("highest", "high", "medium"):
         assert resolve_matmul_precision(name, CPU) == name
 

@@ -160,3 +160,19 @@ def test_a_whole_compile_is_one_graph_with_the_same_numbers():
     loss = compiled(**batch)
     loss.backward()
     assert_equal((float(loss.detach()), [p.grad for p in objective.parameters()]), expected)
+
+
+def test_a_run_with_varlen_attention_compiled_block_by_block_trains_as_one_with_sdpa(small_dataset, tmp_path):
+    """As the files for GPUs compile: the checkpoint has the model's own names, and a sample is written."""
+    from conftest import SMALL, flags, metrics, script, train_losses
+
+    settings = SMALL | {"data.dataset": small_dataset, "schedule.max_steps": 3, "tracking.sample_every_steps": 3}
+    regional = {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
+    found = []
+    for attention, extra in (("sdpa", {}), ("varlen", regional)):
+        output = tmp_path / attention
+        script("train.py", *flags(settings | {"model.attention": attention, "output": output}), **extra)
+        found.append(train_losses(metrics(output)))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    saved = [path.read_text() for path in (tmp_path / "varlen").rglob("config.json")]
+    assert saved and "varlen" not in "".join(saved)

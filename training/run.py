@@ -171,9 +171,13 @@ class Run:
         """Log what an evaluation, which has just ended, found, and how long it took."""
         self.tracker.log(metrics | {"perf/eval_seconds": self._clock.so_far()}, self.state.optimizer_step)
 
-    def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
-        """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
-        return self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
+    def vote(self, loss: torch.Tensor, norm: torch.Tensor, num_targets: torch.Tensor) -> tuple[float, float, int]:
+        """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests.
+
+        The third number is `num_targets`, which all ranks know. It comes with the others, in a step's one wait."""
+        count = num_targets.to("cpu", non_blocking=True)  # complete when the vote has waited for the device
+        loss_sum, grad_norm = self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
+        return loss_sum, grad_norm, int(count)
 
     def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`.
