@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, flags, metrics, script, train_losses
 from test_kernels import build
 from transformers import masking_utils
 
+from utils.cli import UserError
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED, document_places
+from utils.kernels import varlen
 from utils.kernels.varlen import kernel_fault
 from utils.objectives import build_objective
 
@@ -125,8 +128,6 @@ def test_samples_and_predictions_are_those_of_sdpa():
     ],
 )
 def test_a_model_that_varlen_attention_cannot_serve_is_refused(architecture, changes, word):
-    from utils.cli import UserError
-
     model = build(architecture, **changes)
     with pytest.raises(UserError, match=word):
         build_objective(model, ObjectiveConfig(), "varlen", KernelConfig(), CPU)
@@ -137,8 +138,6 @@ def test_a_kernel_with_other_numbers_is_found(monkeypatch):
     """In place of a GPU's kernel: one that leaks across documents."""
     config = build("llama").config
     assert kernel_fault(config, CPU, torch.bfloat16) is None
-    from utils.kernels import varlen
-
     original = varlen.varlen.varlen_attn
 
     def leaky(query, key, value, places, *rest, **options):
@@ -164,8 +163,6 @@ def test_a_whole_compile_is_one_graph_with_the_same_numbers():
 
 def test_a_run_with_varlen_attention_compiled_block_by_block_trains_as_one_with_sdpa(small_dataset, tmp_path):
     """As the files for GPUs compile: the checkpoint has the model's own names, and a sample is written."""
-    from conftest import SMALL, flags, metrics, script, train_losses
-
     settings = SMALL | {"data.dataset": small_dataset, "schedule.max_steps": 3, "tracking.sample_every_steps": 3}
     regional = {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
     found = []

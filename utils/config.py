@@ -412,8 +412,9 @@ class TrainConfig:
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: highest; but medium on a CPU
-    with AVX-512 and without AMX, where it selects a faster library that rounds no more."""
+    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: high on CUDA, which
+    is TF32; medium on a CPU with AVX-512 and without AMX, where it selects a faster library that rounds no more; else
+    highest."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

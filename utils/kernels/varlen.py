@@ -7,6 +7,7 @@ the work. On a CPU a plain loop over the documents computes the same, to check a
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,7 +124,7 @@ def use_on_cpu() -> None:
 def _documents(places: torch.Tensor, window: list[int]) -> Iterator[tuple[slice, torch.Tensor]]:
     """The places of each document of n tokens, and which queries do not read which keys, (n, n)."""
     bounds = places.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         columns = torch.arange(end - start)

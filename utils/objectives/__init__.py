@@ -59,9 +59,10 @@ def build_objective(
     use_kernels(without_adapters(model), attention, kernels, device)
     built = Objective(model, objective, chunked_head=kernels.chunked_head and has_linear_head(model))
     wanted = attention == "varlen" or (attention == "auto" and device.type == "cuda" and mixed_precision != "no")
-    if wanted and not next(model.parameters()).is_meta:  # a dry run has no numbers to compare, and plans with sdpa
-        if (fault := use_varlen(built, device, mixed_precision)) and attention == "varlen":
-            raise UserError(f"model.attention varlen: {fault}; use auto")
+    planned = next(model.parameters()).is_meta  # a dry run has no numbers to compare, and plans with sdpa
+    fault = use_varlen(built, device, mixed_precision) if wanted and not planned else None
+    if fault and attention == "varlen":
+        raise UserError(f"model.attention varlen: {fault}; use auto")
     return built
 
 
