@@ -180,7 +180,7 @@ def check_split(device: torch.device) -> str:
 
 def check_checkpointing(device: torch.device) -> str:
     """Activation checkpointing repeats the forward pass with the same dropout."""
-    dropout = dict.fromkeys(FURTHER["gpt2"], 0.1)
+    dropout: dict[str, Any] = dict.fromkeys(FURTHER["gpt2"], 0.1)
     found: list[list[torch.Tensor]] = []
     for recompute in (False, True):
         objective = build_small("gpt2", "auto", KernelConfig(), device, **dropout)

@@ -52,7 +52,7 @@ def varlen_attention(
     dtype = product_dtype(value)  # rotary positions leave query and key in fp32 even under autocast
     parts = [part.transpose(1, 2).reshape(batch * length, -1, size).to(dtype) for part in (query, key, value)]
     output: Any = varlen.varlen_attn(
-        *parts, cu_seqlens, cu_seqlens, length, length, scale=size**-0.5 if scaling is None else scaling,
+        parts[0], parts[1], parts[2], cu_seqlens, cu_seqlens, length, length, scale=size**-0.5 if scaling is None else scaling,
         window_size=(window, 0 if causal else window), enable_gqa=groups != heads,
     )  # fmt: skip
     return output.view(batch, length, heads, size), None
@@ -102,8 +102,8 @@ def kernel_fault(config: Any, device: torch.device, dtype: torch.dtype) -> str |
     try:
         for place, kind in ((device, dtype), (torch.device("cpu"), torch.float32)):
             query, key, value, gradient = (tensor.to(place, kind) for tensor in tensors)
-            inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-            output: Any = varlen.varlen_attn(*inputs, *[places.to(place)] * 2, 191, 191, **options)
+            inputs, ends = [tensor.requires_grad_() for tensor in (query, key, value)], places.to(place)
+            output: Any = varlen.varlen_attn(query, key, value, ends, ends, 191, 191, **options)
             found.append([output, *torch.autograd.grad(output, inputs, gradient)])
     except RuntimeError as error:
         return str(error).splitlines()[0]
