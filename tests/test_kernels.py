@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, call, flags, metrics, run, train, train_losses
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
@@ -24,7 +25,7 @@ from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import FastDropout, use_kernels
 from utils.kernels.attention import blocked_attention, sdpa_attention_forward
-from utils.kernels.head_loss import _HeadLoss, head_loss, rows_at_once
+from utils.kernels.head_loss import _compiled_score, _HeadLoss, head_loss, rows_at_once
 from utils.objectives import Objective, build_objective, has_linear_head
 
 CPU = torch.device("cpu")
@@ -408,6 +409,29 @@ def test_steps_on_the_fast_path_are_those_on_the_plain_one(architecture, dataset
     )
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_where_a_launch_compiles_on_a_gpu_the_head_is_compiled_by_itself(smoothing, z_loss, monkeypatch):
+    """A CPU in its place: the same numbers, and a model compiled whole has no chunk of logits in its graphs."""
+    monkeypatch.setattr("utils.kernels.head_loss.ROWS_AT_ONCE", 16)
+    objective = build_objective(build("llama"), ObjectiveConfig(label_smoothing=smoothing, z_loss=z_loss), "auto",
+                                KernelConfig(), CPU).train()  # fmt: skip
+    ids = torch.randint(5, 101, (4, 20))
+    targets = ids.roll(-1, 1).masked_fill(ids % 7 == 0, IGNORED)
+    loss = objective(targets, input_ids=ids)
+    expected = [loss.detach(), *gradients(loss, objective.model)]
+    monkeypatch.setattr("utils.kernels.head_loss.COMPILED_APART", ("cpu",))
+    objective.head_backend = "aot_eager"
+    _compiled_score.cache_clear()
+    torch._dynamo.reset()
+    graphs = EagerAndRecordGraphs()
+    loss = torch.compile(objective, backend=graphs)(targets, input_ids=ids)
+    assert largest_difference([loss.detach(), *gradients(loss, objective.model)], expected) < 1e-5
+    shapes = [node.meta["example_value"].shape for graph in graphs.graphs for node in graph.graph.nodes
+              if isinstance(node.meta.get("example_value"), torch.Tensor)]  # fmt: skip
+    assert shapes and not [shape for shape in shapes if shape[-1:] == (101,)]
+    assert _compiled_score.cache_info().currsize == 1
+
+
 def test_dropout_leaves_the_compiled_graph_whole():
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     objective = build_objective(build("gpt2", **dropout), ObjectiveConfig(), "auto", KernelConfig(), CPU).train()
@@ -505,7 +529,7 @@ def test_the_head_moves_fewer_bytes_on_a_device_with_much_memory(name, monkeypat
         weight = torch.empty(entries, width, device="meta", requires_grad=True)
         targets = torch.empty(tokens, dtype=torch.int64, device="meta")
         with BytesMoved() as counter:
-            _HeadLoss.apply(hidden, weight, None, targets, 0.0, 0.0, torch.bfloat16, True).backward()
+            _HeadLoss.apply(hidden, weight, None, targets, 0.0, 0.0, torch.bfloat16, True, None).backward()
         moved.append(counter.total)
     print(f"{name}: {moved[0] / 1e9:.0f} GB, then {moved[1] / 1e9:.0f}")
     assert moved[0] > least * moved[1]

@@ -1,10 +1,14 @@
 """Attention over documents laid end to end: the numbers of documents alone, without a mask."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, flags, metrics, script, train_losses
+from accelerate.utils import compile_regions
+from conftest import SMALL, call, flags, metrics, script, train_losses
 from test_kernels import build
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from utils.cli import UserError
@@ -173,3 +177,68 @@ def test_a_run_with_varlen_attention_compiled_block_by_block_trains_as_one_with_
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     saved = [path.read_text() for path in (tmp_path / "varlen").rglob("config.json")]
     assert saved and "varlen" not in "".join(saved)
+
+
+class MasksMade(TorchDispatchMode):
+    """The types of tensors with a number for every pair of positions, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        pairs = isinstance(result, torch.Tensor) and result.shape[-2:] == (LENGTH, LENGTH) and result.dim() == 4
+        if pairs and result.is_floating_point() and not func.is_view:
+            self.types.append(result.dtype)
+        return result
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_where_varlen_cannot_serve_all_layers_share_one_mask_in_the_precision_of_the_products(architecture):
+    """As on a GPU; torch's own way is to convert a boolean mask in every layer."""
+    name = "masked" if architecture == "bert" else "causal"
+    device, kernels, batch = torch.device("cuda"), KernelConfig(), packed()
+    model = build(architecture, **CHANGES.get(architecture, {}))
+    objective = build_objective(model, ObjectiveConfig(name=name), "sdpa", kernels, device)
+    layers = model.config.num_hidden_layers
+    assert_equal(
+        loss_and_gradients(objective, [batch]), loss_and_gradients(objective_of(architecture, "sdpa"), [batch])
+    )
+    for attention, expected in (("sdpa_shared_mask", 1), ("sdpa", layers)):
+        model.set_attn_implementation(attention)
+        with torch.autocast("cpu", torch.bfloat16), MasksMade() as made:
+            objective(**batch).backward()
+        if attention == "sdpa_shared_mask" or architecture == "llama":  # an encoder's mask is ours
+            assert made.types == [torch.bfloat16] * expected
+
+
+def test_evaluate_takes_varlen_attention_where_it_is_the_default_and_writes_without(
+    finished_run, tmp_path, monkeypatch
+):
+    found, used = [], []
+    attend = varlen.varlen.varlen_attn
+    monkeypatch.setattr(varlen.varlen, "varlen_attn", lambda *a, **k: used.append(len(a[3])) or attend(*a, **k))
+    for name, default in (("sdpa", False), ("varlen", True)):
+        monkeypatch.setattr("evaluate.varlen_is_default", lambda *_, default=default: default)
+        report = tmp_path / f"{name}.json"
+        code, _, errors = call("evaluate.py", "--model", finished_run, "--prompt", "a", "--report", report)
+        assert code == 0, errors
+        found.append(json.loads(report.read_text()))
+        assert bool(used) == default
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+    assert found[1]["text"] == found[0]["text"]
+
+
+@pytest.mark.parametrize("attention", ["varlen", "sdpa_shared_mask"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "bert"])
+def test_blocks_compile_without_a_break_and_give_the_same_numbers(architecture, attention):
+    """As the files for GPUs compile them; `fullgraph` raises at a break."""
+    objective, batch = objective_of(architecture, "varlen"), packed()
+    objective.model.set_attn_implementation(attention)
+    expected = loss_and_gradients(objective, [batch])
+    torch._dynamo.reset()
+    compiled = compile_regions(objective, backend="aot_eager", fullgraph=True)
+    blocks = [module for module in compiled.modules() if isinstance(module, torch._dynamo.OptimizedModule)]
+    assert len(blocks) >= objective.model.config.num_hidden_layers
+    assert_equal(loss_and_gradients(compiled, [batch]), expected)

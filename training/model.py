@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from training.data import TrainingData
@@ -60,6 +61,8 @@ def build_training_objective(
         accelerator.ddp_handler.find_unused_parameters = True  # else DDP raises in the second step
     if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
+    if (dynamo := accelerator.state.dynamo_plugin).backend != DynamoBackend.NO:
+        objective.head_backend = dynamo.backend.value.lower()
     keep_sums_in_fp32(accelerator)
     return objective
 

@@ -28,6 +28,7 @@ from utils.config import KernelConfig, ModelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED, document_places
 from utils.files import short
 from utils.kernels import use_kernels
+from utils.kernels.attention import as_numbers
 from utils.kernels.head_loss import head_loss
 from utils.kernels.varlen import kernel_fault, masked_attention, use_on_cpu, varlen
 from utils.model.adapters import without_adapters
@@ -49,6 +50,10 @@ def build_processor(name: str, config: ModelConfig, tokenizer: Any) -> Any:
     return tokenizer if build is None else build(config, tokenizer)
 
 
+# Devices for which varlen attention is the default: torch has its kernel only for these.
+HAVE_VARLEN = ("cuda",)
+
+
 def build_objective(
     model: nn.Module, objective: ObjectiveConfig, attention: str, kernels: KernelConfig, device: torch.device,
     mixed_precision: str = "no",
@@ -58,12 +63,17 @@ def build_objective(
     `mixed_precision`: accelerate's. Varlen attention needs bf16 or fp16 on a GPU, and batches with `cu_seqlens`."""
     use_kernels(without_adapters(model), attention, kernels, device)
     built = Objective(model, objective, chunked_head=kernels.chunked_head and has_linear_head(model))
-    wanted = attention == "varlen" or (attention == "auto" and device.type == "cuda" and mixed_precision != "no")
+    wanted = attention == "varlen" or (attention == "auto" and varlen_is_default(device, mixed_precision))
     planned = next(model.parameters()).is_meta  # a dry run has no numbers to compare, and plans with sdpa
     fault = use_varlen(built, device, mixed_precision) if wanted and not planned else None
     if fault and attention == "varlen":
         raise UserError(f"model.attention varlen: {fault}; use auto")
     return built
+
+
+def varlen_is_default(device: torch.device, mixed_precision: str) -> bool:
+    """Whether `auto` is varlen attention, for a model that it serves."""
+    return device.type in HAVE_VARLEN and mixed_precision != "no"
 
 
 def use_varlen(objective: "Objective", device: torch.device, mixed_precision: str) -> str | None:
@@ -77,7 +87,10 @@ def use_varlen(objective: "Objective", device: torch.device, mixed_precision: st
         return "this torch has no torch.nn.attention.varlen"
     if text_config(model.config) is not model.config:
         return f"{type(model).__name__} reads more than text"
-    if model.config._attn_implementation not in ("sdpa", "blocked") or model.config.is_encoder_decoder:
+    if (
+        model.config._attn_implementation not in ("sdpa", "sdpa_shared_mask", "blocked")
+        or model.config.is_encoder_decoder
+    ):
         return f"{type(model).__name__} has its own attention"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
     if device.type != "cpu" and dtype == torch.float32:
@@ -117,6 +130,7 @@ class Objective(nn.Module):
         """`chunked_head`: only for a model with `has_linear_head`."""
         super().__init__()
         self.model, self.config, self.chunked_head = model, config or ObjectiveConfig(), chunked_head
+        self.head_backend: str | None = None  # torch.compile's for the head's loss
         self.context: Any = None  # set where ranks share the positions of a row; its `masks` go to the attention
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
@@ -141,7 +155,7 @@ class Objective(nn.Module):
             backbone = without_adapters(self.model).base_model
             hidden = backbone(**inputs).last_hidden_state.flatten(0, 1)  # (B × T, D)
             head = self.model.get_output_embeddings()  # type: ignore[operator]
-            return head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss)
+            return head_loss(hidden, head, targets, label_smoothing=smoothing, z_loss=z_loss, backend=self.head_backend)
         logits = self.model(**inputs).logits.float().flatten(0, 1)
         loss = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing)
         if z_loss:
@@ -174,8 +188,9 @@ class Objective(nn.Module):
         return self.logits(**inputs).argmax(-1)
 
     def generate(self, *inputs: torch.Tensor, **options: Any) -> torch.Tensor:
-        """transformers' `generate`, as a method that FSDP gathers the parameters for."""
-        with masked_attention(without_adapters(self.model)):
+        """transformers' `generate`, as a method that FSDP gathers the parameters for. A compiled model runs as it is: a
+        text has a new length with every token, and torch would compile again and again."""
+        with masked_attention(without_adapters(self.model)), torch.compiler.set_stance("force_eager"):
             return self.model.generate(*inputs, **options)  # type: ignore[operator]
 
     def tie_weights(self) -> None:
@@ -222,12 +237,10 @@ def _logits_are_the_heads(model: Any) -> bool:
 
 
 def document_mask(position_ids: torch.Tensor) -> torch.Tensor:
-    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T) fp32; a document begins at each 0. It is
-    added to the scores: 0 where two positions belong to one document, else the lowest fp32 number. Of a boolean mask
-    eager attention would add 0 and 1, and documents would silently see each other."""
+    """The attention mask of packed rows for an encoder, (B, T) → (B, 1, T, T); a document begins at each 0. Numbers to
+    add to the scores: of a boolean mask eager attention would add 0 and 1, and documents would silently see each other."""
     documents = (position_ids == 0).cumsum(-1)
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return torch.where(same, 0.0, torch.finfo(torch.float32).min)
+    return as_numbers(documents[:, None, :, None] == documents[:, None, None, :])
 
 
 def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -237,7 +250,7 @@ def encoder_masks(position_ids: torch.Tensor, config: Any) -> torch.Tensor | dic
         return mask
     columns = torch.arange(position_ids.shape[1], device=position_ids.device)
     far = (columns[:, None] - columns).abs() > config.sliding_window
-    return {"full_attention": mask, "sliding_attention": mask.masked_fill(far, torch.finfo(torch.float32).min)}
+    return {"full_attention": mask, "sliding_attention": mask.masked_fill(far, torch.finfo(mask.dtype).min)}
 
 
 def count_targets(batch: dict[str, torch.Tensor]) -> torch.Tensor:
