@@ -79,6 +79,7 @@ config = parse_config(EvaluateConfig, __doc__) if __name__ == "__main__" else No
 
 import lzma
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils.answers import score_answers, write_answers
 from utils.config import ObjectiveConfig, ScoringConfig
-from utils.data.loaders import Layout, build_evaluation_loader, build_layout
+from utils.data.loaders import Layout, build_evaluation_loader, build_layout, with_places
 from utils.evaluation import evaluate, generate_text
 from utils.files import finite, read_json, read_yaml
 from utils.model.build import (
@@ -99,7 +100,7 @@ from utils.model.build import (
     pad_token_id,
     saved_class,
 )
-from utils.objectives import Objective, objective_module
+from utils.objectives import Objective, objective_module, use_varlen, varlen_is_default
 
 NON_GENERATIVE = ("masked", "span_corruption", "captioning", "transcription")
 EXAMPLES = 4  # answers to print
@@ -228,9 +229,14 @@ def score(
         tokens, run.data.layout if run else by_default, length, pad_token_id=pad_token_id(tokenizer),
         vocab_size=len(tokenizer),
     )  # fmt: skip
+    built, attention = Objective(model, objective), model.config._attn_implementation
+    launch = (accelerator.device, accelerator.mixed_precision)
+    if varlen_is_default(*launch) and use_varlen(built, *launch) is None:
+        collate = partial(with_places, collate)
     loader = build_evaluation_loader(layout, collate, config.batch_size)
-    prepared, loader = accelerator.prepare(Objective(model, objective), loader)
+    prepared, loader = accelerator.prepare(built, loader)
     result = evaluate(accelerator, prepared, loader)
+    model.set_attn_implementation(attention)  # what follows generates text, for which varlen has no cache
     scores: dict[str, Any] = {"loss": result.loss, "perplexity": result.perplexity, "target_tokens": result.num_tokens}
     if tokens.media is not None:
         scores |= answer(config, accelerator.unwrap_model(prepared).model, collate, layout, tokenizer)

@@ -36,7 +36,7 @@ from accelerate.utils import (
 
 from training.data import TrainingData
 from training.dry_run import describe_objective, print_dry_run
-from training.hardware import resolve_matmul_precision
+from training.hardware import avoid_faulty_attention, resolve_matmul_precision
 from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
 from training.model import build_training_objective
 from training.monitoring.guards import check_update
@@ -147,8 +147,8 @@ def main(config: TrainConfig) -> None:
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm or math.inf)
 
         # ---- The vote: an all-reduce after which all ranks know the same loss, and whether one of them is asked to stop.
-        loss, grad_norm = run.vote(loss_sum / num_targets, norm)
-        targets, scaled = int(num_targets), accelerator.scaler is not None
+        loss, grad_norm, targets = run.vote(loss_sum / num_targets, norm, num_targets)
+        scaled = accelerator.scaler is not None
         fault = check_update(state, config.guards, loss, grad_norm, targets=targets, scaled=scaled)
         if fault is None:
             optimizer.step()
@@ -182,8 +182,8 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
     )  # fmt: skip
     accelerator = Accelerator(
         cpu=use_cpu,
-        # DDP's buffers are the gradients, instead of a copy of them.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        # DDP's buckets are the gradients, instead of a copy of them. The model's own buffers are the same on all ranks.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         # The loop accumulates by itself. Without the plugin a variable of the launch would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
@@ -191,6 +191,7 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
     )
     check_launch(accelerator, plan, config)
     torch.set_float32_matmul_precision(resolve_matmul_precision(config.matmul_precision, accelerator.device))
+    avoid_faulty_attention(accelerator.device, config.data.sequence_length, config.data.layout)
     return accelerator, plan
 
 
@@ -200,6 +201,7 @@ def orderly_end(accelerator: Accelerator) -> Iterator[None]:
     yield
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+    gc.unfreeze()
     gc.collect()
     gc.freeze()  # else Python searches all objects again at its exit, for a second
     accelerator.end_training()

@@ -240,7 +240,7 @@ def main(options: argparse.Namespace, folder: Path) -> int:
     if options.sharded:  # on CPUs, where accelerate does not allow FSDP
         file, script = folder / "fsdp2.yaml", "tests/unlocked_train.py"
         values = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
-        file.write_text(yaml.safe_dump(values | {"use_cpu": True, "mixed_precision": "no"}))
+        file.write_text(yaml.safe_dump(values | {"use_cpu": True, "mixed_precision": "no", "dynamo_config": {}}))
 
     def command(output: Path) -> list[str]:
         settings = OPTIONS | {"schedule.max_steps": steps, "data.dataset": dataset, "output": output}

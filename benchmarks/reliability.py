@@ -35,7 +35,7 @@ MODEL: dict[str, Any] = STEPS_ONLY | {
     "batch.global_batch_size": 4, "data.sequence_length": 256, "evaluation.per_device_batch_size": 8,
 }  # fmt: skip
 GUARDED = "step // 10 % 2 == 0"
-VOTE = "loss, grad_norm = run.vote(loss_sum / num_targets, norm)\n"
+VOTE = "loss, grad_norm, targets = run.vote(loss_sum / num_targets, norm, num_targets)\n"
 BARE = "loss, grad_norm = float(loss_sum / num_targets), float(norm)\n"
 CHANGES = (
     ("from training.options import", f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nfrom training.options import"),

@@ -6,12 +6,16 @@ import json
 import re
 import shutil
 import sys
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, call, flags, metrics, run, train, train_losses
 from torch import nn
+from torch._dynamo.testing import EagerAndRecordGraphs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.activations import NewGELUActivation
 
@@ -21,7 +25,7 @@ from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED
 from utils.kernels import FastDropout, use_kernels
 from utils.kernels.attention import blocked_attention, sdpa_attention_forward
-from utils.kernels.head_loss import head_loss
+from utils.kernels.head_loss import _compiled_score, _HeadLoss, head_loss, rows_at_once
 from utils.objectives import Objective, build_objective, has_linear_head
 
 CPU = torch.device("cpu")
@@ -405,6 +409,29 @@ def test_steps_on_the_fast_path_are_those_on_the_plain_one(architecture, dataset
     )
 
 
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 1e-2)])
+def test_where_a_launch_compiles_on_a_gpu_the_head_is_compiled_by_itself(smoothing, z_loss, monkeypatch):
+    """A CPU in its place: the same numbers, and a model compiled whole has no chunk of logits in its graphs."""
+    monkeypatch.setattr("utils.kernels.head_loss.ROWS_AT_ONCE", 16)
+    objective = build_objective(build("llama"), ObjectiveConfig(label_smoothing=smoothing, z_loss=z_loss), "auto",
+                                KernelConfig(), CPU).train()  # fmt: skip
+    ids = torch.randint(5, 101, (4, 20))
+    targets = ids.roll(-1, 1).masked_fill(ids % 7 == 0, IGNORED)
+    loss = objective(targets, input_ids=ids)
+    expected = [loss.detach(), *gradients(loss, objective.model)]
+    monkeypatch.setattr("utils.kernels.head_loss.COMPILED_APART", ("cpu",))
+    objective.head_backend = "aot_eager"
+    _compiled_score.cache_clear()
+    torch._dynamo.reset()
+    graphs = EagerAndRecordGraphs()
+    loss = torch.compile(objective, backend=graphs)(targets, input_ids=ids)
+    assert largest_difference([loss.detach(), *gradients(loss, objective.model)], expected) < 1e-5
+    shapes = [node.meta["example_value"].shape for graph in graphs.graphs for node in graph.graph.nodes
+              if isinstance(node.meta.get("example_value"), torch.Tensor)]  # fmt: skip
+    assert shapes and not [shape for shape in shapes if shape[-1:] == (101,)]
+    assert _compiled_score.cache_info().currsize == 1
+
+
 def test_dropout_leaves_the_compiled_graph_whole():
     dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
     objective = build_objective(build("gpt2", **dropout), ObjectiveConfig(), "auto", KernelConfig(), CPU).train()
@@ -446,7 +473,7 @@ def test_the_precision_of_products_is_chosen_by_the_processor(has, expected, mon
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has, raising=False)
     assert resolve_matmul_precision("auto", CPU) == expected
-    assert resolve_matmul_precision("auto", torch.device("cuda")) == "highest"
+    assert resolve_matmul_precision("auto", torch.device("cuda")) == "high"  # TF32
     for name in ("highest", "high", "medium"):
         assert resolve_matmul_precision(name, CPU) == name
 
@@ -466,3 +493,53 @@ def test_the_chosen_precision_is_in_use_and_rounds_no_product(finished_run, data
         torch.set_float32_matmul_precision(before)
     assert float(error) < 1e-6
     assert "fp32 products high\n" in (tmp_path / "run" / "training.log").read_text()
+
+
+class BytesMoved(TorchDispatchMode):
+    """Bytes that the operations read and write, each tensor once per operation; views move nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        views = func.is_view or func is torch.ops.aten.detach.default or "empty" in func.name()
+        if not views:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+            self.total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+# GB per step by the head, with 2^24 logits and 512 rows at a time, and as sized for a device of 80 GB.
+HEADS_OF_MODELS = {
+    "124M at 32 × 1024": (32 * 1024, 768, 50_304, 1.5),
+    "1B at 8 × 2048": (8 * 2048, 2048, 128_256, 3.0),
+    "8B at 1 × 8192": (8192, 4096, 128_256, 3.0),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_MODELS)
+def test_the_head_moves_fewer_bytes_on_a_device_with_much_memory(name, monkeypatch):
+    tokens, width, entries, least = HEADS_OF_MODELS[name]
+    moved = []
+    for rows in (min(512, 2**24 // entries), rows_at_once(torch.device("cuda"), entries)):
+        monkeypatch.setattr("utils.kernels.head_loss.rows_at_once", lambda device, entries, rows=rows: rows)
+        hidden = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        weight = torch.empty(entries, width, device="meta", requires_grad=True)
+        targets = torch.empty(tokens, dtype=torch.int64, device="meta")
+        with BytesMoved() as counter:
+            _HeadLoss.apply(hidden, weight, None, targets, 0.0, 0.0, torch.bfloat16, True, None).backward()
+        moved.append(counter.total)
+    print(f"{name}: {moved[0] / 1e9:.0f} GB, then {moved[1] / 1e9:.0f}")
+    assert moved[0] > least * moved[1]
+
+
+def test_a_cpu_and_a_small_card_hold_fewer_logits(monkeypatch):
+    assert rows_at_once(CPU, 8192) == 512
+    assert rows_at_once(CPU, 128_256) == 2**24 // 128_256
+    assert rows_at_once(torch.device("cuda"), 50_304) == 2**28 // 50_304
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = types.SimpleNamespace(total_memory=8 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert rows_at_once(torch.device("cuda"), 1000) == 60_000

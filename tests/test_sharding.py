@@ -46,6 +46,8 @@ def launch_file(way: str, folder: Path, precision: str = "no") -> Path:
         "num_machines": 1,
         "main_process_port": 0,
     }
+    if "dynamo_config" in values:
+        values["dynamo_config"]["dynamo_backend"] = "AOT_EAGER"  # the same graphs, but no compiler runs
     if parallelism:
         values["parallelism_config"] = parallelism
     path = folder / f"{way}.yaml"
@@ -170,6 +172,7 @@ def test_two_machines_are_two_launchers(processes, whole_runs, dataset, tmp_path
     settings = SMALL | OPTIONS | {"output": tmp_path / "run", "data.dataset": dataset}
     values = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
     values |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2 * processes, "main_process_port": port}
+    values["dynamo_config"] = {}
     (tmp_path / "machines.yaml").write_text(yaml.safe_dump(values))
     launchers = [
         subprocess.Popen(

@@ -59,7 +59,8 @@ def cluster(tmp_path: Path) -> dict[str, str]:
 def two_nodes(cluster: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of a job on two nodes with one GPU each, for which a CPU process stands in."""
     values = yaml.safe_load((ROOT / "accelerate_configs/multi_node.yaml").read_text())
-    (tmp_path / "machines.yaml").write_text(yaml.safe_dump(values | {"use_cpu": True, "mixed_precision": "no"}))
+    values |= {"use_cpu": True, "mixed_precision": "no", "dynamo_config": {}}
+    (tmp_path / "machines.yaml").write_text(yaml.safe_dump(values))
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "LAUNCH": str(tmp_path / "machines.yaml")}
     return cluster | job | {"GLOO_SOCKET_IFNAME": "lo"}
 

@@ -83,6 +83,10 @@ class TrainingData:
             fixed_length=self.config.data.pad_to == "max_length",
         )  # fmt: skip
 
+    def add_places(self) -> None:
+        """Let the loaders built from here on say where documents are, for varlen attention."""
+        self._collate = partial(loaders.with_places, self._collate)
+
     def train_loader(self, state: TrainState) -> DataLoader | StreamLoader:
         """Endless micro-batches from where `state` stands, `plan.accumulation` of them per step."""
         config, plan = self.config, self.plan

@@ -239,11 +239,12 @@ def describe_objective(
         lines.append(f"work: not counted for this model: {short(error)}")
     if new:
         lines.append(describe_initialization(model))
+    matmul, on_cuda = torch.get_float32_matmul_precision(), data.accelerator.device.type == "cuda"
     lines.append(
         f"kernels: attention {model.config._attn_implementation}, head "
         f"{'chunked' if objective.chunked_head else 'with all logits'}"
         f"{', activation fused' if GELUTanh in modules else ''}{', dropout fast' if FastDropout in modules else ''}, "
-        f"fp32 products {torch.get_float32_matmul_precision()}"
+        f"fp32 products {matmul}{' (TF32)' if on_cuda and matmul != 'highest' else ''}"
     )
     return lines, flops
 
@@ -274,7 +275,7 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
         whole.context = None  # under context parallelism it holds a process group, and rows are in parts
         fake, inputs = fake_copy(whole, "cpu").train(), fake_batch(batch, "cpu")
         model = without_adapters(fake.model)
-        if model.config._attn_implementation in ("blocked", "context_parallel"):  # they compute less
+        if model.config._attn_implementation in ("blocked", "varlen", "context_parallel"):  # they compute less
             model.set_attn_implementation("sdpa")
         with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
             fake(**inputs).backward()

@@ -52,11 +52,22 @@ def resolve_matmul_precision(name: str, device: torch.device) -> str:
 
     With "medium" torch leaves fp32 products on a CPU with AVX-512 to oneDNN, twice as fast as MKL on AMD and as exact;
     only with AMX would it round to bf16. Without AVX-512 it changes nothing (torch, aten/src/ATen/native/mkldnn).
+    On CUDA "high" is TF32: factors are rounded to 10 bits, sums are fp32.
     """
     if name != "auto":
         return name
+    if device.type == "cuda":
+        return "high"
     has = cpu_capabilities()
     return "medium" if device.type == "cpu" and has.get("avx512_bw") and not has.get("amx_bf16") else "highest"
+
+
+def avoid_faulty_attention(device: torch.device, sequence_length: int, layout: str) -> None:
+    """Turn cuDNN's attention off where rows may have a length of 64 mod 128: with a mask, torch's gradients may then be
+    NaN on H100 and H200 (pytorch/pytorch issue 196678, in torch 2.13)."""
+    may_occur = layout == "padded" or sequence_length % 128 == 64
+    if device.type == "cuda" and may_occur and torch.__version__ >= "2.13":
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def precision_of(mixed_precision: str, matmul_precision: str) -> str:

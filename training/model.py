@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import nn
 
 from training.data import TrainingData
@@ -14,7 +15,7 @@ from training.parallel.context_parallel import use_context_parallel
 from training.parallel.sharding import keep_sums_in_fp32
 from utils.cli import UserError
 from utils.config import TrainConfig
-from utils.data.packing import IGNORED
+from utils.data.packing import IGNORED, document_places
 from utils.files import short
 from utils.model.adapters import without_adapters
 from utils.model.build import DECODERS, evaluating, longest_sequence, text_config
@@ -33,14 +34,21 @@ def build_training_objective(
     check_length(model, config.data.sequence_length)
     packed, has_media = "position_ids" in data.example, "media" in data.manifest
     try:
-        objective = build_objective(model, config.objective, config.model.attention, config.kernels, accelerator.device)
+        precision = accelerator.mixed_precision if data.context_group is None else "no"  # it has its own attention
+        objective = build_objective(
+            model, config.objective, config.model.attention, config.kernels, accelerator.device, precision
+        )
+        if without_adapters(model).config._attn_implementation == "varlen":
+            data.add_places()
         if objective_module(config.objective.name).AUTO_MODEL in DECODERS:
             check_future_is_hidden(objective)
         if packed:
             check_documents_stay_apart(objective)
         with evaluating(objective):
             width = None if has_media else 16
-            loss = objective(**{name: values[:, :width].to(model.device) for name, values in data.example.items()})
+            example = {name: values[:, :width] for name, values in data.example.items()}
+            example = example if has_media else add_places(example)
+            loss = objective(**{name: values.to(model.device) for name, values in example.items()})
     except UserError:
         raise
     except Exception as error:  # each class has its own limits
@@ -53,6 +61,8 @@ def build_training_objective(
         accelerator.ddp_handler.find_unused_parameters = True  # else DDP raises in the second step
     if data.context_group is not None:
         use_context_parallel(objective, data.context_group)
+    if (dynamo := accelerator.state.dynamo_plugin).backend != DynamoBackend.NO:
+        objective.head_backend = dynamo.backend.value.lower()
     keep_sums_in_fp32(accelerator)
     return objective
 
@@ -148,6 +158,11 @@ def random_ids(model: Any, rows: int, columns: int) -> torch.Tensor:
     return (ids + (ids == config.pad_token_id)) % vocabulary
 
 
+def add_places(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`batch`, in the host's memory, with `cu_seqlens`, which only varlen attention reads."""
+    return batch | {"cu_seqlens": torch.from_numpy(document_places({k: v.numpy() for k, v in batch.items()}))}
+
+
 def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
     """The gradient of the loss with respect to the embedded tokens, (B, T, D)."""
     model: Any = objective.model
@@ -161,6 +176,7 @@ def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: to
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding) and module.weight is weight]
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
+        inputs = add_places(inputs)
         loss = objective(targets.to(model.device), **{name: values.to(model.device) for name, values in inputs.items()})
     finally:
         for hook in hooks:

@@ -1,5 +1,6 @@
 """The apparatus of a run: its folder and state, what a person sees of it, stop requests, heartbeats, checkpoints."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ from utils.files import short
 from utils.model.build import count_parameters
 from utils.pretrained import tokenizer_of
 
+BATCHES_PER_POLL = 16  # of an evaluation on a GPU
 END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
 
 
@@ -111,6 +113,7 @@ class Run:
             self.tracker.warn(warning)
         if self.checkpoint:
             self.tracker.say(f"resumed from {self.checkpoint} at step {self.state.optimizer_step}")
+        gc.freeze()  # what lives as long as the run: else Python searches it in some steps, which takes a tenth of a second
 
     def beat(self, doing: str) -> None:
         """Tell the watchdog what begins now, in one word."""
@@ -157,23 +160,30 @@ class Run:
         self.tracker.progress("evaluating", done, total)
 
     def poll(self, done: int, total: int) -> None:
-        """`show_evaluation`; raises `StopAsked` on all ranks (which all call) if one is to stop."""
+        """`show_evaluation`; raises `StopAsked` on all ranks (which all call) if one is to stop. On a GPU it asks only once
+        in a while, because asking waits for the device."""
         self.show_evaluation(done, total)
-        self.stops.poll()
+        if done % (1 if self.accelerator.device.type == "cpu" else BATCHES_PER_POLL) == 0:
+            self.stops.poll()
 
     def sample(self, write: Callable[[], str | None]) -> None:
         """Append what `write` returns to the samples (all ranks call)."""
         self.beat("sampling")
-        self.tracker.sample(write, self.state.optimizer_step)
+        with self.accelerator.autocast():
+            self.tracker.sample(write, self.state.optimizer_step)
         self.tracker.say(f"sampled in {self._clock.so_far():.1f} s; see {self.folder / 'samples.md'}")
 
     def log_evaluation(self, metrics: dict[str, float]) -> None:
         """Log what an evaluation, which has just ended, found, and how long it took."""
         self.tracker.log(metrics | {"perf/eval_seconds": self._clock.so_far()}, self.state.optimizer_step)
 
-    def vote(self, loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
-        """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests."""
-        return self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
+    def vote(self, loss: torch.Tensor, norm: torch.Tensor, num_targets: torch.Tensor) -> tuple[float, float, int]:
+        """All-reduce: the loss summed over the ranks, the gradient norm, which all ranks share, and stop requests.
+
+        The third number is `num_targets`, which all ranks know. It comes with the others, in a step's one wait."""
+        count = num_targets.to("cpu", non_blocking=True)  # complete when the vote has waited for the device
+        loss_sum, grad_norm = self.stops.vote(loss, full_tensor(norm) / self.accelerator.num_processes)
+        return loss_sum, grad_norm, int(count)
 
     def skip(self, fault: str, micro_batches: list[dict[str, torch.Tensor]]) -> None:
         """Record an update that is not made, with its texts (all ranks call); `UserError` at the limits of `guards`.

@@ -163,7 +163,9 @@ class StreamLoader:
                 batch = {name: np.stack([row[name] for row in rows[micro_batch]]) for name in rows[0]}
                 collated = self.collate(batch, RowGenerators(self.seed, draws[micro_batch]))
                 tensors = {name: torch.from_numpy(values) for name, values in collated.items()}
-                yield send_to_device(tensors, self.device)
+                if self.device.type == "cuda":  # else the copy would wait for the device
+                    tensors = {name: values.pin_memory() for name, values in tensors.items()}
+                yield send_to_device(tensors, self.device, non_blocking=True)
             self.samples_seen += self.plan.global_batch_size
 
     def state(self) -> dict[str, Any]:

@@ -173,9 +173,11 @@ class ModelConfig:
     """Round the number of embedding rows up to a multiple of this. 64 or 128 suit matrix units."""
     initialization: Literal["model", "normal", "gpt2"] = "model"
     """model: the architecture's own. normal: N(0, 0.02), biases 0, norms 1. gpt2: residual projections / √(number)."""
-    attention: Literal["auto", "blocked", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "blocked", "varlen", "sdpa", "eager"] = "auto"
     """blocked: in training, on rows below 1,024 positions, skip keys that a block of queries may not see; else sdpa.
-    sdpa: torch's fused attention. eager: plain products. auto: blocked on a CPU, else sdpa; eager as a last resort."""
+    varlen: flash attention within each document, without a mask; for fp16 and bf16 without attention dropout. sdpa:
+    torch's fused attention. eager: plain products. auto: blocked on a CPU, varlen on CUDA where it serves the model,
+    else sdpa; eager as a last resort."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
     activation_checkpointing_every: PositiveInt = 1
@@ -410,8 +412,9 @@ class TrainConfig:
     dry_run: bool = False
     """Print parameters, memory, FLOPs and time of the run, on this launch and on named hardware, and stop."""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: highest; but medium on a CPU
-    with AVX-512 and without AMX, where it selects a faster library that rounds no more."""
+    """torch.set_float32_matmul_precision: how far fp32 matrix products may round. auto: high on CUDA, which
+    is TF32; medium on a CPU with AVX-512 and without AMX, where it selects a faster library that rounds no more; else
+    highest."""
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -94,7 +94,9 @@ class StopRequests:
         self.longest_gap_seconds = max(self.longest_gap_seconds, now - (self._last_time or now))
         self._last_time = now
         device = self.accelerator.device
-        flags = torch.tensor(self._flags(), dtype=torch.float32, device=device)
+        # From pinned memory, else the host would wait for the device here and again for the sums.
+        flags = torch.tensor(self._flags(), dtype=torch.float32, pin_memory=device.type == "cuda")
+        flags = flags.to(device, non_blocking=True)
         # With offloaded parameters the gradient norm is in the host's memory.
         values = torch.cat([*(figure.to(device).float().reshape(1) for figure in figures), flags])
         sums = self.accelerator.reduce(values, "sum").tolist()

@@ -45,7 +45,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, fused: bool = Tru
     """The optimizer of `model`'s trainable parameters, with weight decay on matrices only.
 
     `fused` uses torch's fused kernels where the optimizer has them. Turn it off if gradients are scaled (fp16): a fused
-    step skips an overflow by itself, and accelerate then cannot tell that it was skipped.
+    step skips an overflow by itself, and accelerate then cannot tell that it was skipped. In its place come torch's
+    operations on lists of tensors (`foreach`): without either torch updates one tensor after the other.
     """
     check_optimizer(config)
     return OPTIMIZERS[config.name].build(model, config, fused)
@@ -55,7 +56,7 @@ def build_adamw(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch
     """AdamW: Loshchilov and Hutter, 2019 (arXiv 1711.05101)."""
     import torch
 
-    return torch.optim.AdamW(decay_groups(model, config), **adamw_options(config), fused=fused)
+    return torch.optim.AdamW(decay_groups(model, config), **adamw_options(config), fused=fused, foreach=not fused)
 
 
 def build_muon(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
@@ -72,7 +73,7 @@ def build_muon(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.
         [{"params": hidden}], lr=config.learning_rate, weight_decay=config.weight_decay, momentum=config.momentum,
         nesterov=True, adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
-    return MuonAdamW(muon, torch.optim.AdamW(groups, **adamw_options(config), fused=fused))
+    return MuonAdamW(muon, torch.optim.AdamW(groups, **adamw_options(config), fused=fused, foreach=not fused))
 
 
 def build_adafactor(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:
@@ -87,7 +88,7 @@ def build_sgd(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.o
     import torch
 
     options: dict[str, Any] = {"lr": config.learning_rate, "momentum": config.momentum, "nesterov": config.momentum > 0}
-    return torch.optim.SGD(decay_groups(model, config), **options, fused=fused)
+    return torch.optim.SGD(decay_groups(model, config), **options, fused=fused, foreach=not fused)
 
 
 def build_adamw_8bit(model: nn.Module, config: OptimizerConfig, fused: bool) -> torch.optim.Optimizer:

@@ -15,13 +15,19 @@ from torch.utils.data import DataLoader
 
 from utils.cli import UserError
 from utils.data.order import PADDING_SAMPLE, EvaluationBatchSampler, TrainBatchSampler
-from utils.data.packing import Batch, BestFitLayout, PackedLayout, PaddedLayout, document_windows
+from utils.data.packing import Batch, BestFitLayout, PackedLayout, PaddedLayout, document_places, document_windows
 from utils.data.token_dataset import TokenDataset
 
 Layout = PackedLayout | PaddedLayout
 # (rows as a layout gives them, a random generator per row) → what the model reads, and `targets`.
 Collator = Callable[[Batch, Sequence[np.random.Generator]], Batch]
 EVALUATION_SEED = 0  # independent of the run's seed: the evaluations of all runs hide the same tokens
+
+
+def with_places(collate: Collator, rows: Batch, generators: Sequence[np.random.Generator]) -> Batch:
+    """What `collate` makes of rows, and `cu_seqlens`, the places of their documents, for varlen attention."""
+    batch = collate(rows, generators)
+    return batch | {"cu_seqlens": document_places(batch)}
 
 
 def build_layout(

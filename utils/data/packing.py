@@ -70,6 +70,24 @@ class PackedLayout:
         return batch
 
 
+def document_places(batch: Batch) -> np.ndarray:
+    """Where the documents of a batch of (B, T) begin and where the last one ends, with its rows end to end: (N,) int32.
+
+    Documents begin where `position_ids` restart; in padded rows, at a row's begin and at that of its padding. N is a
+    power of two, so that few sizes occur; the end is repeated, which means documents without tokens.
+    """
+    rows, length = batch["input_ids"].shape
+    if "position_ids" in batch:
+        begins = batch["position_ids"] == 0
+    else:
+        mask = batch.get("attention_mask", np.ones((rows, length), np.int64))
+        begins = np.diff(mask, axis=1, prepend=-1) != 0
+    found = np.flatnonzero(begins)
+    places = np.full(1 << len(found).bit_length(), rows * length, np.int32)
+    places[: len(found)] = found
+    return places
+
+
 class BestFitLayout(PackedLayout):
     """Whole documents; one longer than T is cut into full rows and a rest, which is placed like a whole document.
 

@@ -15,8 +15,8 @@ def use_kernels(model: Any, attention: str, config: KernelConfig, device: torch.
     """Choose the attention of `model`, built with its default for auto and blocked, and replace activations and dropout
     by faster equivalents on `device`. `UserError` for an attention that the model lacks."""
     wanted = attention == "blocked" or (attention == "auto" and device.type == "cpu")
-    if wanted and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("blocked")
+    if model.config._attn_implementation == "sdpa" and (wanted or device.type != "cpu"):
+        model.set_attn_implementation("blocked" if wanted else "sdpa_shared_mask")
     if attention == "blocked" and model.config._attn_implementation != "blocked":
         raise UserError(f"model.attention blocked: {type(model).__name__} has its own attention; use auto or eager")
     for module in list(model.modules()):

@@ -124,12 +124,20 @@ def scale_kept(values: torch.Tensor, kept: torch.Tensor, probability: float) -> 
 def additive_mask(*, dtype: torch.dtype, device: torch.device, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask for `sdpa`, as numbers to add to the scores; made once for all layers."""
     mask = sdpa_mask(dtype=dtype, device=device, **kwargs)
-    if mask is None:
-        return None
-    dtype = product_dtype(torch.empty(0, dtype=dtype, device=device))
-    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+    return None if mask is None else as_numbers(mask, dtype)
+
+
+def as_numbers(reads: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A boolean mask as numbers to add to the scores: 0 where it is true, else the lowest number of the type that
+    autocast gives products of `dtype`."""
+    zero = torch.zeros((), dtype=dtype, device=reads.device)
+    zero = zero.to(product_dtype(zero))
+    return torch.where(reads, zero, torch.finfo(zero.dtype).min)
 
 
 # transformers silently drops every mask for an attention without its own mask function.
 AttentionInterface.register("blocked", blocked_attention)
 AttentionMaskInterface.register("blocked", additive_mask)
+# Of a boolean mask torch would make such numbers anew in every layer, and keep all of them for the backward pass.
+AttentionInterface.register("sdpa_shared_mask", sdpa_attention_forward)
+AttentionMaskInterface.register("sdpa_shared_mask", additive_mask)

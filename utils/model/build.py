@@ -41,7 +41,7 @@ AUTO_MODELS = (
 # Those whose model predicts the next token of its own input.
 DECODERS = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
 # Values of `model.attention` that `use_kernels` applies when the device is known; before, the architecture's default.
-DEFERRED_ATTENTION = {"auto": None, "blocked": None}
+DEFERRED_ATTENTION = {"auto": None, "blocked": None, "varlen": None}
 # Our name of a size → further names in configuration classes, beyond transformers' own `attribute_map`.
 OTHER_NAMES = {"intermediate_size": ("n_inner", "d_ff", "ffn_dim"), "max_position_embeddings": ("n_positions",)}
 FURTHER_SIZES = ("num_key_value_heads", "head_dim", "d_kv", "num_decoder_layers")
