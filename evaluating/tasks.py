@@ -46,11 +46,13 @@ def run_tasks(tasks: Sequence[str], model: Any, tokenizer: Any, batch_size: int,
     with without_our_folder():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             found = lm_eval.simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks), bootstrap_iters=0,
+                task_manager=TaskManager(include_defaults=False),  # reading its thousands of tasks takes half a minute
                 random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
             )  # fmt: skip
         except Exception as error:  # a task may fail in any way

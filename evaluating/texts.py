@@ -18,7 +18,7 @@ from utils.data.token_dataset import TokenDataset, load_manifest, open_split
 from utils.model.build import covers_vocabulary
 from utils.pretrained import hide_special_tokens, read_tokenizer
 
-BLOCK = 2000  # characters of a text file that count as one unit
+BLOCK = 1000  # characters of a text file that count as one unit
 MAX_BLOCKS = 1000
 
 
