@@ -134,6 +134,7 @@ from utils.pretrained import tokenizer_of
 
 NON_GENERATIVE = ("masked", "span_corruption", "captioning", "transcription")
 NEXT_TOKEN = {"causal", "instruction", "fill_in_the_middle"}  # objectives whose models can be scored on plain text
+ANSWER_SCORES = ("exact_match", "word_f1", "word_error_rate")
 EXAMPLES = 4  # answers to print
 
 
@@ -198,10 +199,10 @@ def share_objective(objectives: list[ObjectiveConfig], text: Text) -> list[Objec
     names = {objective.name for objective in objectives}
     has_turns = text.stored is not None and text.stored.loss_mask is not None
     if len(names) > 1 and names <= NEXT_TOKEN:
-        shared = "instruction" if has_turns and "instruction" in names else "causal"
-        return [replace(objective, name=shared) for objective in objectives]
+        turns_only = has_turns and "instruction" in names
+        return [replace(each, name="instruction" if turns_only else "causal") for each in objectives]
     if text.stored is None and names == {"instruction"}:
-        return [replace(objective, name="causal") for objective in objectives]
+        return [replace(each, name="causal") for each in objectives]
     return objectives
 
 
@@ -246,7 +247,7 @@ def evaluate_model(
 
 def continue_prompt(config: EvaluateConfig, model: PreTrainedModel, tokenizer: Any, chat: bool) -> dict[str, Any]:
     """The prompt's continuation, and the speed of its generation, which includes reading the prompt."""
-    speed = {}
+    speed: dict[str, float] = {}
 
     def generate(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
         started = time.perf_counter()
@@ -315,7 +316,7 @@ def report(
         print(*lines_of(records, names), sep="\n")
         if number == 0:
             found |= {"scored": text.name, "bytes": text.num_bytes, **total}
-            found |= {key: value for key, value in first.items() if key in ("exact_match", "word_f1", "word_error_rate", "answers")}
+            found |= {key: first[key] for key in (*ANSWER_SCORES, "answers") if key in first}
         if config.compare_with_xz and has_bytes and text.documents is not None:
             compared[-1]["xz_bits_per_byte"] = xz_bits_per_byte(text.documents)
             found.setdefault("xz_bits_per_byte", compared[-1]["xz_bits_per_byte"])
@@ -338,9 +339,8 @@ def report(
 
 def print_answers(record: dict[str, Any], *, several: bool) -> None:
     if "exact_match" in record:
-        scores = {name: record[name] for name in ("exact_match", "word_f1", "word_error_rate")}
         print(f"{record['model']}: " if several else "", end="")
-        print(*(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items()), sep=", ")
+        print(*(f"{name.replace('_', ' ')} {record[name]:.3f}" for name in ANSWER_SCORES), sep=", ")
         for each in record["answers"][:EXAMPLES]:
             print(f"  {each['reference']!r}: {each['text']!r}")
 

@@ -93,9 +93,10 @@ def load(candidate: Candidate) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    where = {"pretrained_model_name_or_path": candidate.path.parent, "gguf_file": candidate.path.name}
+    read: Any = AutoModelForCausalLM.from_pretrained
+    file = {"gguf_file": candidate.path.name, "dtype": torch.float32}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, output_loading_info=True)
+        model, found = read(candidate.path.parent, **file, output_loading_info=True)
     except Exception as error:  # each architecture fails in its own way
         why = f"transformers cannot read this GGUF file: {short(error)}"
         raise UserError(f"{candidate.name}: {why}; evaluate the folder that it was made from") from None

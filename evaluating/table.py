@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from evaluating.intervals import CONFIDENCE, Difference, Interval, intervals_of_ratios
 from evaluating.models import Candidate
-from evaluating.scoring import Score
-from evaluating.texts import Text
+
+if TYPE_CHECKING:  # they import torch
+    from evaluating.scoring import Score
+    from evaluating.texts import Text
 
 # Options that do not change what a model learns.
 WITHOUT_EFFECT = ("output", "console", "max_minutes", "dry_run", "tracking.", "checkpoint.", "evaluation.")
 WIDEST = 40  # characters of an option's value
 
 
-def compare(text: Text, scores: Sequence[Score], has_bytes: bool, seed: int) -> list[dict[str, Any]]:
+def compare(text: "Text", scores: "Sequence[Score]", has_bytes: bool, seed: int) -> list[dict[str, Any]]:
     """A record for all of a text and one for each of its sources, with an entry per model. has_bytes: whether every
     token of the text is a target of every model, so that bits per byte can be given.
 
@@ -45,7 +47,7 @@ def compare(text: Text, scores: Sequence[Score], has_bytes: bool, seed: int) -> 
     return records
 
 
-def describe(score: Score, unit_bytes: np.ndarray | None) -> dict[str, Any]:
+def describe(score: "Score", unit_bytes: np.ndarray | None) -> dict[str, Any]:
     loss = score.loss
     entry = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf, "target_tokens": score.num_tokens}
     if unit_bytes is not None and unit_bytes.sum():
@@ -89,9 +91,7 @@ def spell(interval: list[float] | None, sign: str = "") -> str:
 
 def align(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def differing_options(candidates: Sequence[Candidate]) -> dict[str, list[Any]]:
@@ -112,6 +112,7 @@ def lines_of_options(options: dict[str, list[Any]], candidates: Sequence[Candida
     lines = [f"options of the run are not known: {', '.join(unknown)}"] if unknown else []
     if options:
         rows = [["option", *(candidate.name for candidate in candidates)]]
-        rows += [[name, *("-" if value is None else str(value)[:WIDEST] for value in values)] for name, values in options.items()]
+        for name, values in options.items():
+            rows.append([name, *("-" if value is None else str(value)[:WIDEST] for value in values)])
         return lines + align(rows)
     return lines if len(candidates) - len(unknown) < 2 else [*lines, "no option of the runs differs"]

@@ -41,7 +41,9 @@ def without_our_folder() -> Iterator[None]:
             sys.modules["evaluate"] = script
 
 
-def run_tasks(tasks: Sequence[str], model: Any, tokenizer: Any, batch_size: int, seed: int) -> dict[str, dict[str, Any]]:
+def run_tasks(
+    tasks: Sequence[str], model: Any, tokenizer: Any, batch_size: int, seed: int
+) -> dict[str, dict[str, Any]]:
     """Task → metric → the score of each of its documents, in order, and whether higher is better."""
     with without_our_folder():
         import lm_eval
@@ -82,10 +84,8 @@ def compare_tasks(found: list[dict[str, dict[str, Any]]], seed: int) -> list[dic
         for name, first in metrics.items():
             of_models = [scores[task][name] for scores in found]
             entries: list[dict[str, Any]] = [{"value": score["value"]} for score in of_models]
-            values = [score["documents"] for score in of_models]
-            # A metric that is no mean over documents, such as BLEU, has no interval here.
-            if all(each is not None and np.isclose(np.mean(each), score["value"]) for each, score in zip(values, of_models, strict=True)):
-                columns = np.array(values).T
+            if all(map(is_mean, of_models)):
+                columns = np.array([score["documents"] for score in of_models]).T
                 own, paired = intervals_of_ratios(columns, np.ones_like(columns), seed)
             else:
                 own = paired = [None] * len(found)
@@ -94,9 +94,14 @@ def compare_tasks(found: list[dict[str, dict[str, Any]]], seed: int) -> list[dic
                 if entry is not entries[0]:
                     better = first["higher_is_better"]
                     entry |= as_entry(Difference(entry["value"] - entries[0]["value"], difference, better))
-            size = None if values[0] is None else len(values[0])
+            size = None if first["documents"] is None else len(first["documents"])
             records.append({"task": task, "metric": name, "documents": size, "models": entries})
     return records
+
+
+def is_mean(score: dict[str, Any]) -> bool:
+    """Whether a score is the mean of its documents' scores. BLEU and its like are not, and have no interval here."""
+    return score["documents"] is not None and bool(np.isclose(np.mean(score["documents"]), score["value"]))
 
 
 def lines_of_tasks(records: list[dict[str, Any]], names: Sequence[str]) -> list[str]:

@@ -142,7 +142,7 @@ MUTANTS = [
            "generate_text", "ids[1 - positions :]", "ids[: positions - 1]",
            "test_of_a_long_prompt_the_end_counts"),
     Mutant("a scored text file ends without eos",
-           "encode_document", "len(ids) <= 1 or ids[-1] != tokenizer.eos_token_id", "len(ids) <= 1",
+           "encode_documents", "len(found) <= 1 or found[-1] != tokenizer.eos_token_id", "len(found) <= 1",
            "test_a_text_file_is_encoded_as_a_document_of_a_dataset"),
     Mutant("a bound holds for every number",
            "cli.py:find_problems", "COMPARISONS[sign](value, float(limit))", "True",

@@ -36,8 +36,8 @@ def foreign(tmp_path_factory) -> Path:
     """A GPT-2 with a tokenizer of its own that puts no token in front of a text."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<eot>"], initial_alphabet=alphabet, show_progress=False)
+    settings = {"vocab_size": 300, "special_tokens": ["<eot>"], "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **settings)
     backend.train_from_iterator([(ROOT / "README.md").read_text(encoding="utf-8")], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<eot>", eos_token="<eot>")
     torch.manual_seed(0)
@@ -80,7 +80,8 @@ def test_perplexity_is_that_of_transformers_alone(layout, processes, runs, small
     model = AutoModelForCausalLM.from_pretrained(runs[layout] / "checkpoints" / "best").eval()
     parts, place = [], 0
     for document in documents_of(small_dataset):
-        cuts = [0, *range(LENGTH - place % LENGTH if layout == "packed" else LENGTH, len(document), LENGTH), len(document)]
+        first = LENGTH - place % LENGTH if layout == "packed" else LENGTH
+        cuts = [0, *range(first, len(document), LENGTH), len(document)]
         for start, stop in itertools.pairwise(cuts):
             piece = document[start : stop + 1]
             if len(piece) > 1:
@@ -136,7 +137,8 @@ def test_a_long_document_is_scored_in_windows(runs, tmp_path):
     arguments = ["--model", runs["packed"], "--text_file", tmp_path / "long.txt", "--sequence_length", 32]
     report = evaluated(*arguments, "--stride", 8, folder=tmp_path)
     checkpoint = runs["packed"] / "checkpoints" / "best"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     losses = [losses_alone(model, ids[:33])]
     for start in range(8, len(ids) - 1 - (32 - 8), 8):
@@ -151,7 +153,7 @@ def simulated(generator: np.random.Generator, documents: int, difference: float)
     """Losses of documents of very different length and difficulty, of two models: sums (U, 2) and counts (U, 2)."""
     counts = np.ceil(generator.lognormal(4, 0.7, documents))
     hard = generator.normal(3, 0.5, documents)
-    own = generator.normal(0, 0.1, (documents, 2)) + [0, difference]
+    own = generator.normal([0, difference], 0.1, (documents, 2))
     noise = generator.normal(0, 2, (documents, 2)) / np.sqrt(counts)[:, None]
     return (hard[:, None] + own + noise) * counts[:, None], np.repeat(counts[:, None], 2, axis=1)
 
@@ -291,7 +293,7 @@ def test_a_gguf_file_is_scored_as_the_folder_that_it_was_made_from(tmp_path):
     (tmp_path / "no.gguf").write_bytes(b"none")
     assert "is not a GGUF file" in error_line("evaluate.py", tmp_path / "folder", tmp_path / "no.gguf")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(60))
-    assert "cut.gguf" in error_line("evaluate.py", tmp_path / "folder", tmp_path / "cut.gguf", "--text_file", "README.md")
+    assert "cut.gguf" in error_line("evaluate.py", tmp_path / "cut.gguf", "--text_file", "README.md")
 
 
 TASK = """
@@ -314,8 +316,9 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
     pytest.importorskip("lm_eval")
     lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()[:24]
     words = [json.loads(line)["text"].split() for line in lines]
-    questions = [{"question": " ".join(each[:4]), "choices": each[4:7], "answer": place % 3} for place, each in enumerate(words)]
-    questions = [each for each in questions if len(set(each["choices"])) == 3]
+    words = [each for each in words if len(set(each[4:7])) == 3]
+    questions = [{"question": " ".join(each[:4]), "choices": each[4:7], "answer": place % 3}
+                 for place, each in enumerate(words)]  # fmt: skip
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
     (tmp_path / "task.yaml").write_text(TASK.format(questions=tmp_path / "questions.jsonl"))
     report = evaluated(runs["packed"], foreign, "--tasks", f"[{tmp_path / 'task.yaml'}]", "--text_file", "README.md",
