@@ -296,35 +296,14 @@ def test_a_gguf_file_is_scored_as_the_folder_that_it_was_made_from(tmp_path):
     assert "cut.gguf" in error_line("evaluate.py", tmp_path / "cut.gguf", "--text_file", "README.md")
 
 
-TASK = """
-task: plainloop_test
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {questions}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-target_delimiter: " "
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-"""
-
-
 def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
-    """A task of a local YAML file: the answer is the choice that transformers alone finds likeliest."""
+    """The task of the examples: an answer is the choice that transformers alone finds likeliest."""
     pytest.importorskip("lm_eval")
-    lines = (ROOT / "sample_data" / "dictionaries.jsonl").read_text(encoding="utf-8").splitlines()[:24]
-    words = [json.loads(line)["text"].split() for line in lines]
-    words = [each for each in words if len(set(each[4:7])) == 3]
-    questions = [{"question": " ".join(each[:4]), "choices": each[4:7], "answer": place % 3}
-                 for place, each in enumerate(words)]  # fmt: skip
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
-    (tmp_path / "task.yaml").write_text(TASK.format(questions=tmp_path / "questions.jsonl"))
-    report = evaluated(runs["packed"], foreign, "--tasks", f"[{tmp_path / 'task.yaml'}]", "--text_file", "README.md",
-                       folder=tmp_path)  # fmt: skip
+    lines = (ROOT / "examples" / "task.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(line) for line in lines]
+    report = evaluated(runs["packed"], foreign, "--tasks", "[examples/task.yaml]", "--text_file", "README.md", folder=tmp_path)
     (record,) = report["tasks"]
-    assert record["task"] == "plainloop_test" and record["documents"] == len(questions) >= 20
+    assert record["task"] == "next_word" and record["documents"] == len(questions) == 60
     for folder, entry in zip((runs["packed"] / "checkpoints" / "best", foreign), record["models"], strict=True):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
         right = 0

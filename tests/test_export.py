@@ -170,7 +170,7 @@ def test_evaluate_scores_a_text_file(export, tmp_path):
         ("export.py", ["--checkpoint", "docs"], "is no run and no checkpoint"),
         ("evaluate.py", ["--model", "no/such"], "does not exist"),
         ("evaluate.py", ["--model", "docs"], "is no run and no checkpoint"),
-        ("evaluate.py", ["--dataset", "a", "--text_file", "b"], "dataset or text_file, not both"),
+        ("evaluate.py", ["--dataset", "a"], "dataset a does not exist"),
     ],
 )
 def test_mistakes_get_one_line(name, arguments, expected, tmp_path):
