@@ -93,13 +93,18 @@ def load(candidate: Candidate) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of tensors that do not fit has many lines
     read: Any = AutoModelForCausalLM.from_pretrained
     file = {"gguf_file": candidate.path.name, "dtype": torch.float32}
     try:
         model, found = read(candidate.path.parent, **file, output_loading_info=True)
     except Exception as error:  # each architecture fails in its own way
-        why = f"transformers cannot read this GGUF file: {short(error)}"
+        why = "its tensors have other shapes" if "ignore_mismatched_sizes" in str(error) else short(error)
+        why = f"transformers cannot read this GGUF file: {why}"
         raise UserError(f"{candidate.name}: {why}; evaluate the folder that it was made from") from None
+    finally:
+        logging.set_verbosity(verbosity)
     if missing := sorted(found["missing_keys"]):
         why = f"transformers finds no weights for {', '.join(missing[:3])} in this GGUF file"
         raise UserError(f"{candidate.name}: {why}; evaluate the folder that it was made from")

@@ -301,7 +301,9 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
     pytest.importorskip("lm_eval")
     lines = (ROOT / "examples" / "task.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line) for line in lines]
-    report = evaluated(runs["packed"], foreign, "--tasks", "[examples/task.yaml]", "--text_file", "README.md", folder=tmp_path)
+    report = evaluated(
+        runs["packed"], foreign, "--tasks", "[examples/task.yaml]", "--text_file", "README.md", folder=tmp_path
+    )
     (record,) = report["tasks"]
     assert record["task"] == "next_word" and record["documents"] == len(questions) == 60
     for folder, entry in zip((runs["packed"] / "checkpoints" / "best", foreign), record["models"], strict=True):
