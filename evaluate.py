@@ -163,8 +163,8 @@ def main(config: EvaluateConfig) -> None:
     if config.tasks and accelerator.num_processes > 1:
         raise UserError("--tasks runs in one process; start evaluate.py without a launcher")
 
-    processors = [models.load_processor(candidate) for candidate in candidates]
     own_objectives = [objective_options(candidate) for candidate in candidates]
+    processors = [models.load_processor(candidate) for candidate in candidates]
     decode = {objective.name for objective in own_objectives} <= NEXT_TOKEN
     texts = [read_dataset(folder, list(map(tokenizer_of, processors)), decode=decode) for folder in folders]
     texts += [read_file(Path(file)) for file in config.text_files]
