@@ -73,6 +73,7 @@ def locate(name: str) -> Candidate:
 def load_processor(candidate: Candidate) -> Any:
     """What makes the model's inputs: its tokenizer, or its processor for pictures or sounds."""
     if not is_gguf(candidate.path):
+        read_architecture(candidate)  # a tokenizer's class reads config.json too, but names its faults worse
         return read_processor(candidate.path)
     from transformers import AutoTokenizer
 

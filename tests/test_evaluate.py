@@ -310,11 +310,12 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
         right = 0
         for each in questions:
-            context, scores = tokenizer(each["question"], add_special_tokens=False)["input_ids"], []
+            context, scores = len(tokenizer(each["question"], add_special_tokens=False)["input_ids"]), []
             front = tokenizer("")["input_ids"][:1]
             for choice in each["choices"]:
                 whole = tokenizer(f"{each['question']} {choice}", add_special_tokens=False)["input_ids"]
-                scores.append(-float(losses_alone(model, [*front, *whole])[len(context) - 1 + len(front) :].sum()))
+                losses = losses_alone(model, [*front, *whole][-LENGTH - 1 :])  # the end of a long question counts
+                scores.append(-float(losses[context - len(whole) :].sum()))
             right += int(np.argmax(scores)) == each["answer"]
         assert entry["value"] == pytest.approx(right / len(questions))
     assert record["models"][1]["verdict"] in ("better", "worse", "cannot tell")
