@@ -119,6 +119,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from evaluating.intervals import LEAST_UNITS
 from evaluating.models import Candidate
 from evaluating.scoring import MOVING, NumberedLayout, Score, TokenLosses, numbered, score_units
 from evaluating.table import compare, differing_options, lines_of, lines_of_options
@@ -314,6 +315,8 @@ def report(
         print(f"{text.name}: {records[0]['units']:,} {scores[0].unit}, {total['target_tokens']:,} target tokens, "
               f"{text.num_bytes:,} bytes, {length} positions per row")  # fmt: skip
         print(*lines_of(records, names), sep="\n")
+        if records[0]["units"] < LEAST_UNITS:
+            print(f"no intervals and no verdicts: {scores[0].unit} are fewer than {LEAST_UNITS}; give a longer text")
         if number == 0:
             found |= {"scored": text.name, "bytes": text.num_bytes, **total}
             found |= {key: first[key] for key in (*ANSWER_SCORES, "answers") if key in first}
