@@ -15,9 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from evaluating.intervals import CONFIDENCE, intervals_of_ratios
-from evaluating.texts import block_edges, encode, read_file
+from evaluating.scoring import NumberedLayout, numbered
+from evaluating.texts import Text, block_edges, encode, read_file
+from utils.data.loaders import build_layout
+from utils.data.order import PADDING_SAMPLE
 from utils.data.packing import IGNORED, PaddedLayout
 from utils.data.token_dataset import TokenDataset, load_manifest, open_split
+from utils.objectives import causal
 
 LENGTH = 64  # of the rows of a small run
 
@@ -128,6 +132,28 @@ def test_windows_score_each_token_once_with_context(stride):
             assert context == document[place - len(context) : place].tolist()
             assert len(context) >= min(place, length - stride + 1)
     assert not found
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("name", ["packed", "best_fit", "padded", "windows"])
+def test_each_target_belongs_to_its_document(name, by_row):
+    """Every token of a document is the document's number, so a target names the unit that it must be counted for."""
+    sizes = np.array([5, 1, 40, 16, 0, 17, 3, 3, 90])
+    documents = [np.full(size, number, np.uint32) for number, size in enumerate(sizes)]
+    stride = 5 if name == "windows" else None
+    tokens = TokenDataset(documents, sizes)
+    layout = build_layout(tokens, name.replace("windows", "padded"), 16, pad_token_id=0, vocab_size=9, stride=stride)
+    text = Text("", 0, None, np.zeros(0), "documents", tokens, {})
+    rows = NumberedLayout(layout, text, encode(text, None, in_front=False), by_row=by_row)
+    batch = numbered(causal.collate)(rows.__getitems__([*range(len(rows)), PADDING_SAMPLE]), [])
+    scored = batch["targets"] != IGNORED
+    assert scored.sum() == (sizes - 1).clip(min=0).sum()
+    if by_row and name in ("packed", "best_fit"):
+        assert rows.unit == "rows" and rows.num_units == len(layout)
+        assert np.array_equal(batch["units"][:-1], np.arange(len(layout))[:, None].repeat(16, 1))
+    else:
+        assert rows.unit == "documents" and rows.num_units == len(sizes)
+        assert np.array_equal(batch["units"][scored], batch["targets"][scored])
 
 
 def test_a_long_document_is_scored_in_windows(runs, tmp_path):
