@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -28,14 +29,18 @@ def find_mistakes(tasks: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def without_our_folder() -> Iterator[None]:
-    """lm-eval takes some metrics from a library named `evaluate`, which must not be the script of that name."""
+def as_guest() -> Iterator[None]:
+    """What lm-eval needs and leaves behind is undone: it takes some metrics from a library named `evaluate`, which must not
+    be the script of that name, and it sets variables of the environment."""
+    environment = dict(os.environ)
     ours = str(Path(__file__).resolve().parent.parent)
     path, script = sys.path[:], sys.modules.pop("evaluate", None)
     sys.path[:] = [place for place in path if str(Path(place).resolve()) != ours]
     try:
         yield
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         sys.path[:] = path
         if script is not None:
             sys.modules["evaluate"] = script
@@ -45,7 +50,7 @@ def run_tasks(
     tasks: Sequence[str], model: Any, tokenizer: Any, batch_size: int, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Task → metric → the score of each of its documents, in order, and whether higher is better."""
-    with without_our_folder():
+    with as_guest():
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
