@@ -42,6 +42,7 @@ def as_guest() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         sys.path[:] = path
+        sys.modules.pop("evaluate", None)
         if script is not None:
             sys.modules["evaluate"] = script
 
