@@ -37,7 +37,7 @@ PATIENCE = 240.0  # seconds for what a busy machine may take long to do
 # Files of tests that take more than some ten CPU seconds, the longest first.
 LONGEST = [f"test_{name}.py" for name in (
     "processes", "readme", "checkpoints", "benchmarks", "train", "recipes", "streaming", "estimates", "prepare_faults", "kernels",
-    "hostile", "launch", "numbers", "makefile", "trackers", "context_parallel", "export", "shards", "fork_server",
+    "hostile", "launch", "numbers", "makefile", "trackers", "context_parallel", "export", "evaluate", "shards", "fork_server",
 )]  # fmt: skip
 VALIDATION_FRACTION = 0.01  # of the sample, in `dataset`
 WRITTEN = ("data", "runs", "exports")  # what the scripts write to unless they are told otherwise

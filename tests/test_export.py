@@ -14,7 +14,7 @@ from conftest import SMALL, call, error_line, flags, run, script, train
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
-from evaluate import encode_document
+from evaluating.texts import encode_documents
 from preparation.tokenizer.encoding import Encoder
 from utils.config import ModelConfig
 from utils.data.token_dataset import load_manifest, open_split
@@ -146,7 +146,7 @@ def test_a_text_file_is_encoded_as_a_document_of_a_dataset(template, dataset):
             single=template, special_tokens=special
         )
     for text in ("A hacker is", " \n", "", "x", "naïve 東京\n\n", "one<|endoftext|>two", "it ends<|endoftext|>"):
-        assert encode_document(text, tokenizer).tolist() == Encoder(tokenizer)([text])[0].tolist(), text
+        assert encode_documents([text], tokenizer)[0][0].tolist() == Encoder(tokenizer)([text])[0].tolist(), text
 
 
 def test_evaluate_scores_a_text_file(export, tmp_path):
@@ -170,7 +170,7 @@ def test_evaluate_scores_a_text_file(export, tmp_path):
         ("export.py", ["--checkpoint", "docs"], "is no run and no checkpoint"),
         ("evaluate.py", ["--model", "no/such"], "does not exist"),
         ("evaluate.py", ["--model", "docs"], "is no run and no checkpoint"),
-        ("evaluate.py", ["--dataset", "a", "--text_file", "b"], "dataset or text_file, not both"),
+        ("evaluate.py", ["--dataset", "a"], "dataset a does not exist"),
     ],
 )
 def test_mistakes_get_one_line(name, arguments, expected, tmp_path):

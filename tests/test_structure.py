@@ -18,7 +18,7 @@ from packaging.version import Version
 
 TRACKED = [ROOT / name for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines() if (ROOT / name).is_file()]
 PYTHON = [path for path in TRACKED if path.suffix == ".py"]
-ROOMS = ("utils", "training", "preparation", "exporting")
+ROOMS = ("utils", "training", "preparation", "exporting", "evaluating")
 LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 

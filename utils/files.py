@@ -24,11 +24,13 @@ def short(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def finite(record: dict[str, Any]) -> dict[str, Any]:
-    """`record` with null for infinity and NaN, which JSON does not have: other programs would not read the file."""
-    return {
-        name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in record.items()
-    }
+def finite(value: Any) -> Any:
+    """`value` of JSON with null for infinity and NaN, which JSON does not have: other programs would not read the file."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -32,17 +32,18 @@ def with_places(collate: Collator, rows: Batch, generators: Sequence[np.random.G
 
 def build_layout(
     tokens: TokenDataset, layout: str, sequence_length: int, *, pad_token_id: int, vocab_size: int,
-    fixed_length: bool = False,
+    fixed_length: bool = False, stride: int | None = None,
 ) -> Layout:  # fmt: skip
     """Rows of `sequence_length` positions, `layout` as in `DataConfig`. With `fixed_length`, padded rows have that many
-    positions too. `UserError` if there is nothing to predict, or a token id that is not below `vocab_size`."""
+    positions too; with a `stride`, those of a long document overlap. `UserError` if there is nothing to predict, or a
+    token id that is not below `vocab_size`."""
     if tokens.largest_id >= vocab_size:
         mismatch = f"the dataset holds token id {tokens.largest_id}, but its tokenizer has {vocab_size} entries"
         raise UserError(f"{mismatch}: the folder is damaged or mixes two datasets; prepare it again")
     if not any((lengths > 1).any() for _, lengths in document_windows(tokens)):
         raise UserError("no document of the dataset has a token to predict: each is one token long; prepare other text")
     if layout == "padded":
-        return PaddedLayout(tokens, sequence_length, pad_token_id, fixed_length=fixed_length)
+        return PaddedLayout(tokens, sequence_length, pad_token_id, fixed_length=fixed_length, stride=stride)
     return (BestFitLayout if layout == "best_fit" else PackedLayout)(tokens, sequence_length)
 
 

@@ -146,17 +146,25 @@ class BestFitLayout(PackedLayout):
 
 class PaddedLayout:
     """One document per row, or several rows for one longer than T; a batch is padded to its longest row. It is
-    `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64."""
+    `input_ids`, `targets` and `attention_mask` (1 on tokens, 0 on padding), each (B, longest) int64.
 
-    def __init__(self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False):
-        self.tokens, self.sequence_length = tokens, sequence_length
+    With a `stride` below T the rows of a document overlap: each begins `stride` tokens after the one before, and has
+    targets where that one has none. Every target then has at least T - stride tokens before it, or its whole document's.
+    """
+
+    def __init__(
+        self, tokens: TokenDataset, sequence_length: int, pad_token_id: int, *, fixed_length: bool = False,
+        stride: int | None = None,
+    ) -> None:  # fmt: skip
+        self.tokens, self.sequence_length, self.stride = tokens, sequence_length, stride or sequence_length
         self.pad_token_id, self.fixed_length = pad_token_id, fixed_length
         # A document of n tokens has n - 1 targets. rows[i] is the number of rows before document i.
         self.rows = np.zeros_like(tokens.offsets)
         self._num_inputs = 0
         for start, lengths in document_windows(tokens):
             targets = (lengths - 1).clip(min=0)
-            self.rows[start + 1 : start + 1 + len(lengths)] = -(-targets // sequence_length)
+            further = -(-(targets - sequence_length).clip(min=0) // self.stride)
+            self.rows[start + 1 : start + 1 + len(lengths)] = (targets > 0) + further
             self._num_inputs += int((targets + (targets % sequence_length > 0)).sum())
         np.cumsum(self.rows, out=self.rows)
 
@@ -165,14 +173,16 @@ class PaddedLayout:
 
     @property
     def utilisation(self) -> float:
-        """The share of positions that would hold a token if all rows were padded to T, at most 1."""
+        """The share of positions that would hold a token if all rows were padded to T, at most 1; for rows that do not
+        overlap."""
         return self._num_inputs / (len(self) * self.sequence_length)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """The rows `indices` (B,) as one batch."""
         length, offsets, rows = self.sequence_length, self.tokens.offsets, np.array(indices)
         documents = self.rows.searchsorted(rows, "right") - 1
-        starts = offsets[documents] + (rows - self.rows[documents]) * length
+        windows = rows - self.rows[documents]
+        starts = offsets[documents] + windows * self.stride
         sizes = np.minimum(offsets[documents + 1] - starts, length + 1)  # with the target of a full row's last position
         padding = rows == PADDING_SAMPLE
         starts[padding], sizes[padding] = self.tokens.num_tokens, 0
@@ -181,7 +191,8 @@ class PaddedLayout:
         spans = starts.tolist(), (starts + width + 1).tolist()
         buffer = self.tokens.gather(*spans).reshape(-1, width + 1).astype(np.int64)
         columns = np.arange(width)
-        has_target = columns + 1 < sizes[:, None]
+        is_new = (columns >= length - self.stride) | (windows == 0)[:, None]
+        has_target = (columns + 1 < sizes[:, None]) & is_new
         batch: Batch = {
             "input_ids": np.where(columns < sizes[:, None], buffer[:, :-1], self.pad_token_id),
             "targets": np.where(has_target, buffer[:, 1:], IGNORED),
