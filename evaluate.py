@@ -221,7 +221,9 @@ def score(
         objective = replace(objective, name="causal")
     objective = replace(objective, blank_media=config.blank_media or objective.blank_media)
     tokenizer, collate = tokenizer_of(processor), objective_module(objective.name).build_collator(objective, processor)
-    if tokens.media is not None and hasattr(collate, "check"):
+    if not hasattr(collate, "check"):  # a model of text alone reads the texts
+        tokens.media = None
+    if tokens.media is not None:
         collate.check(tokens, length, "validation")
     by_default = "packed" if tokens.media is None else "padded"
     layout = build_layout(

@@ -4,6 +4,7 @@ A document holds a placeholder token where a picture stands. What stands there i
 model's own processor: for most models, the placeholder as often as the picture has patches.
 """
 
+import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import AutoModelForImageTextToText, Idefics3Processor, LlavaPr
 from utils.cli import UserError
 from utils.config import ModelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED, Batch
-from utils.data.token_dataset import TokenDataset
+from utils.data.token_dataset import PICTURE_FORMATS, TokenDataset
 from utils.files import short
 from utils.model.build import build_architecture, image_token, pad_token_id, special_tokens
 from utils.pretrained import read_processor
@@ -131,7 +132,10 @@ class Captioning:
 
     def open(self, data: bytes) -> Image.Image:
         """The picture in RGB, the right side up, as transformers' pipelines open it."""
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        picture = open_picture(data)
+        with contextlib.suppress(Exception):  # damaged EXIF data, for which Pillow raises many types
+            picture = ImageOps.exif_transpose(picture)
+        picture = picture.convert("RGB")
         return Image.new("RGB", picture.size, "grey") if self.blank else picture
 
     def process(self, pictures: list[Image.Image]) -> tuple[list[np.ndarray], Batch]:
@@ -185,8 +189,14 @@ class Captioning:
         return int(marks.argmax()) if loss_mask is not None else len(ids) - int(marks[::-1].argmax())
 
 
+def open_picture(data: bytes) -> Image.Image:
+    """A picture of which only the header is read, in one of the formats that prepare_data.py accepts."""
+    return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+
+
 def size_of(data: bytes) -> tuple[int, int]:
     """Width and height of a picture, the right side up; its pixels are not decoded."""
-    picture = Image.open(io.BytesIO(data))
-    is_turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) >= 5
+    picture, is_turned = open_picture(data), False
+    with contextlib.suppress(Exception):  # as in `Captioning.open`
+        is_turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) >= 5
     return (picture.height, picture.width) if is_turned else picture.size

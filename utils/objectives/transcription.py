@@ -115,6 +115,7 @@ class Transcription:
             import soxr
 
             samples = soxr.resample(samples, rate, self.rate)
+        samples = np.pad(samples, (0, max(0, self.rate // 10 - len(samples))))  # Moonshine fails below 56 milliseconds
         return np.zeros_like(samples) if self.blank else samples
 
     def check(self, tokens: TokenDataset, sequence_length: int, split: str) -> None:
