@@ -15,7 +15,14 @@ import yaml
 from conftest import ROOT, call, error_line, metrics, script, train_losses
 from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 from training.optimization.optimizers import decay_groups
 from utils.answers import Answer, iter_prompts, read_prompt, score_answers, word_errors
@@ -205,6 +212,15 @@ def test_what_the_models_read_is_rgb_the_right_side_up_and_one_channel_at_their_
         ObjectiveConfig("transcription", blank_media=True), processor
     )
     assert not silent.decode(sound(1)).any() and len(silent.decode(sound(1))) == 8000
+
+
+def test_models_that_read_token_types_are_refused():
+    """Gemma 3 would not fail: it would mask its pictures like text."""
+    config = Gemma3Config(text_config=SIZES | {"vocab_size": 300, "head_dim": 16}, vision_config=VISION)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UserError, match="token types"):
+        Objective(model, ObjectiveConfig("captioning"))
 
 
 def test_a_dataset_cannot_have_another_program_run(datasets):

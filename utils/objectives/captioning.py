@@ -5,6 +5,7 @@ model's own processor: for most models, the placeholder as often as the picture 
 """
 
 import contextlib
+import inspect
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from utils.model.build import build_architecture, image_token, pad_token_id, spe
 from utils.pretrained import read_processor
 
 AUTO_MODEL = AutoModelForImageTextToText
-OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # a processor's outputs for the text
+TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
+OF_TEXT = {"input_ids", "attention_mask", *TOKEN_TYPES}  # a processor's outputs for the text
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, the sides are swapped
 
 
@@ -78,6 +80,16 @@ def build_idefics3_processor(architecture: Any, tokenizer: Any) -> Any:
     pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
     length = (side // patch) ** 2 // architecture.scale_factor**2
     return Idefics3Processor(pictures, tokenizer, image_seq_len=length, chat_template=tokenizer.chat_template)
+
+
+def check_model(model: Any) -> None:
+    """`UserError` for a model that reads token types. Without them some fail, and others (Gemma 3, PaliGemma) silently
+    mask a picture like text."""
+    if TOKEN_TYPES & inspect.signature(model.forward).parameters.keys():
+        raise UserError(
+            f"{type(model).__name__} tells pictures from text by token types, which objective.name captioning does not "
+            "give it; choose another model, such as Llava, Idefics3 or InternVL"
+        )
 
 
 PROCESSORS = {"llava": build_llava_processor, "idefics3": build_idefics3_processor}
