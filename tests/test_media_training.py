@@ -385,6 +385,14 @@ def test_of_modules_inside_each_other_the_inner_has_its_own_learning_rate(datase
     assert {rate[id(parameter)] for parameter in model.model.parameters() if id(parameter) not in towers} == {1e-3}
 
 
+@pytest.mark.parametrize("objective", ["captioning", "transcription"])
+def test_a_folder_of_text_alone_is_refused_in_one_line(objective, datasets, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(datasets / "image" / "tokenizer")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no processor"):
+        build_processor(objective, ModelConfig(pretrained=str(tmp_path)), tokenizer)
+
+
 def test_a_model_of_text_alone_is_scored_by_the_transcripts(datasets, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(datasets / "audio" / "tokenizer")
     LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "text")

@@ -1,7 +1,7 @@
 """Text with pictures: the next token, by a decoder that has read the pictures in the row before it.
 
-A document holds a placeholder token where a picture stands. What stands there in the model's input is asked of the
-model's own processor: for most models, the placeholder as often as the picture has patches.
+A document holds a placeholder token where a picture stands. The model's own processor says what stands there in the
+model's input: for most models, the placeholder as often as the picture has patches.
 """
 
 import contextlib
@@ -35,9 +35,15 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
     `UserError` if this architecture's cannot be built."""
     if config.pretrained is not None:
         processor = read_processor(config.pretrained)
-        if tokenizer.convert_tokens_to_ids(processor.image_token) != processor.image_token_id:
+        mark = getattr(processor, "image_token", None)
+        if mark is None or not hasattr(processor, "image_processor"):
             raise UserError(
-                f"model.pretrained {config.pretrained}: its processor's {processor.image_token} is another token in the "
+                f"model.pretrained {config.pretrained}: it has no processor with a token for pictures; choose another "
+                "model, or build a new one with this as its language_model (model.parts)"
+            )
+        if tokenizer.convert_tokens_to_ids(mark) != processor.tokenizer.convert_tokens_to_ids(mark):
+            raise UserError(
+                f"model.pretrained {config.pretrained}: its processor's {mark} is another token in the "
                 f"dataset; prepare the data with --tokenizer.pretrained {config.pretrained}"
             )
         processor.tokenizer = tokenizer

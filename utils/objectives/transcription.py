@@ -31,6 +31,8 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
     `UserError` if this architecture's cannot be built."""
     if config.pretrained is not None:
         processor = read_processor(config.pretrained)
+        if not hasattr(processor, "feature_extractor"):
+            raise UserError(f"model.pretrained {config.pretrained}: it has no processor for sounds; choose another model")
         processor.tokenizer = tokenizer
         return processor
     if config.architecture not in PROCESSORS:
