@@ -156,8 +156,8 @@ def sample_rows(rows: loaders.Layout, max_tokens: int | None) -> list[int] | Non
 
 
 def find_example(rows: loaders.CollatedRows, split: str) -> dict[str, torch.Tensor]:
-    """The first of `rows` that has a target, and a row of padding, as a batch; with media the first alone, because a row
-    need not have one picture. `UserError` if none has a target: training would never make a step, and an evaluation
+    """The first of `rows` that has a target, and a row of padding, as a batch; with media the first alone, because a
+    row need not have one picture. `UserError` if none has a target: training would never make a step, and an evaluation
     would have no loss."""
     for start in range(0, len(rows), 64):
         targets = rows.__getitems__(list(range(start, min(start + 64, len(rows)))))["targets"]

@@ -32,7 +32,8 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
     if config.pretrained is not None:
         processor = read_processor(config.pretrained)
         if not hasattr(processor, "feature_extractor"):
-            raise UserError(f"model.pretrained {config.pretrained}: it has no processor for sounds; choose another model")
+            why = "it has no processor for sounds; choose another model"
+            raise UserError(f"model.pretrained {config.pretrained}: {why}")
         processor.tokenizer = tokenizer
         return processor
     if config.architecture not in PROCESSORS:
