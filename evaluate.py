@@ -8,6 +8,7 @@ Several models are compared with the first. A model is a run, a checkpoint, an e
 or a GGUF file. One that reads pictures or sounds also answers each validation document, and is scored by its text.
 """
 
+import copy
 import itertools
 import json
 import sys
@@ -274,8 +275,10 @@ def score(
         raise UserError(f"--stride: a model of objective {objective.name} does not predict the next token only")
     tokenizer, collate = tokenizer_of(processor), objective_module(objective.name).build_collator(objective, processor)
     encoded = encode(text, tokenizer, in_front=bool(config.compare_with))
-    tokens = encoded.tokens
-    if tokens.media is not None and hasattr(collate, "check"):
+    tokens = copy.copy(encoded.tokens)
+    if not hasattr(collate, "check"):  # a model of text alone reads the texts
+        tokens.media = None
+    if tokens.media is not None:
         collate.check(tokens, length, "validation")
     layout = build_layout(
         tokens, layout_name if config.stride is None else "padded", length, pad_token_id=pad_token_id(tokenizer),

@@ -181,11 +181,12 @@ def main(config: PrepareConfig, engine: Engine = THIS_MACHINE) -> None:
             shutil.rmtree(partial, ignore_errors=True)
         stages.remove_unused()
     print(table(manifest))
-    objective = " --objective.name instruction" if conversations else ""
-    if kind := media_kind(sources):
-        name = "captioning" if kind == "image" else "transcription"
-        objective = f" --objective.name {name} --data.layout padded"
-    print(f"wrote {config.output}: train with `accelerate launch train.py --data.dataset {config.output}{objective}`")
+    options = " --objective.name instruction" if conversations else ""
+    if kind := media_kind(sources):  # whose models have no default sizes
+        size = "small/" if config.tokenizer.pretrained is None else ""
+        options = f" --config configs/{size}{'captioning' if kind == 'image' else 'transcription'}.yaml"
+    options += f" --data.dataset {config.output}"
+    print(f"wrote {config.output}: train with `accelerate launch train.py{options}`")
 
 
 @contextlib.contextmanager

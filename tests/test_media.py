@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import soundfile
+import yaml
 from conftest import ROOT, call, error_line
 from PIL import Image
 from transformers import AutoTokenizer
@@ -86,13 +87,21 @@ def text_of(tokens: list[str]) -> str:
     return "".join(tokens).replace("Ġ", " ")
 
 
+def grey_of_16_bits() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000).save(file, "PNG")
+    return file.getvalue()
+
+
 BAD_PICTURES = {
     "cut.png": (picture(1)[:-30], "damaged picture"),
     "bomb.png": (bomb(), "30,000 × 30,000 pixels"),
     "text.png": (b"this is no picture", "format is unknown"),
     "flipped.png": (bytes(byte ^ 255 if place == 60 else byte for place, byte in enumerate(picture(2))), "damaged"),
     "drawing.eps": (picture(3, kind="EPS"), "format is unknown"),  # Pillow would run another program for it
+    "x-ray.png": (grey_of_16_bits(), "8 bits"),  # as RGB, all but the lowest 256 levels are white
     "missing.png": (None, "no such file"),
+    "folder": (None, "no such file"),
     "../outside.png": (picture(4), "not in the folder"),
     "link.png": (None, "not in the folder"),
 }
@@ -133,6 +142,7 @@ def test_files_that_cannot_be_used_are_named_and_the_others_stay_as_they_are(tmp
             (folder / name).write_bytes(data)
     if "link.png" in bad:
         (folder / "link.png").symlink_to(tmp_path / "outside.png")
+        (folder / "folder").mkdir()
     prepare(tmp_path / "out", {"path": str(path), column: "file_name"})
     manifest = load_manifest(tmp_path / "out")
     broken = {record["why"]: record for record in manifest["read"]["broken_records"]}
@@ -323,6 +333,40 @@ def test_a_group_is_in_one_split(tmp_path):
     assert {split for splits in topics.values() for split in splits} == {"train", "validation"}
 
 
+def test_a_group_may_be_missing_or_half_a_character(tmp_path):
+    """An empty cell of a CSV file says no group, so such documents need not stay together."""
+    path = tmp_path / "a.csv"
+    path.write_text("text,topic\n" + "".join(f"document {number} of none,\n" for number in range(40)), encoding="utf-8")
+    records = ({"text": f"a second {number}", "topic": "\ud83d"} for number in range(9))
+    other = write_records(tmp_path / "b.jsonl", records)
+    entries = ({"path": str(file), "group_column": "topic"} for file in (path, other))
+    prepare(tmp_path / "out", *entries, deduplication__near_threshold="null")
+    splits = load_manifest(tmp_path / "out")["splits"]
+    assert splits["train"]["sources"]["a"]["documents"] and splits["validation"]["sources"]["a"]["documents"]
+    assert sorted(splits[split]["sources"]["b"]["documents"] for split in splits) == [0, 9]
+
+
+def test_a_lost_picture_of_a_saved_dataset_is_compared_with_the_pictures(tmp_path):
+    """Its record is a small share of the records, and its bytes of the bytes; beside the texts alone they are most."""
+    pictures = [{"bytes": picture(number)[: -30 if number == 7 else None], "path": None} for number in range(40)]
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    values = {"image": pictures, "text": [f"number {number}" for number in range(40)]}
+    datasets.Dataset.from_dict(values, features).save_to_disk(tmp_path / "saved")
+    prepare(tmp_path / "out", {"path": str(tmp_path / "saved"), "image_column": "image"}, max_broken_share=0.03)
+    assert load_manifest(tmp_path / "out")["read"]["broken"] == 1
+
+
+def test_pictures_that_records_name_are_not_left_out(tmp_path, monkeypatch):
+    path = write_records(
+        tmp_path / "in" / "a.jsonl", ({"image": f"./{n}.png", "text": f"number {n}"} for n in range(9))
+    )
+    for number in range(9):
+        path.with_name(f"{number}.png").write_bytes(picture(number))
+    monkeypatch.chdir(path.parent)
+    prepare(tmp_path / "out", {"path": ".", "image_column": "image"})
+    assert load_manifest(tmp_path / "out")["read"]["skipped"] == {}
+
+
 def test_cleaning_that_removes_a_mark_drops_the_document(tmp_path):
     rows = [{"image": picture(number), "text": f"{MARK} Number {number}." if number % 2 else f"Number {number}."}
             for number in range(20)]  # fmt: skip
@@ -444,8 +488,12 @@ def test_texts_cannot_have_columns_and_archives_no_paths(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "word"), [(3, "int"), ({"path": None}, "nothing"), (["a.png", 3], "int"), ([""], "nothing")]
-)
+    ("value", "word"),
+    [
+        (3, "int"), ({"path": None}, "nothing"), (["a.png", 3], "int"), ([""], "nothing"),
+        ("/9j/" * 1250, "text of 5,000 characters"),  # a picture in base64
+    ],
+)  # fmt: skip
 def test_values_that_name_no_file(tmp_path, value, word):
     (tmp_path / "a.png").write_bytes(picture(1))
     path = write_records(tmp_path / "a.jsonl", [{"text": "x", "image": value}])
@@ -512,7 +560,9 @@ def test_the_sample_pictures_and_sounds_are_what_their_readme_says():
 def test_the_report_shows_them(tmp_path):
     rows = [{"image": picture(number), "text": f"number {number}"} for number in range(20)]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    prepare(tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "image"})
+    out = prepare(tmp_path / "out", {"path": str(tmp_path / "a.parquet"), "image_column": "image"})
+    advice = out.partition("--config ")[2].split()[0]
+    assert yaml.safe_load((ROOT / advice).read_text(encoding="utf-8"))["objective"]["name"] == "captioning"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert 'src="data:image/png;base64,' in page and "8 × 6, PNG" in page and "img-src data:" in page

@@ -13,13 +13,21 @@ import soundfile
 import torch
 import yaml
 from conftest import ROOT, call, error_line, metrics, script, train_losses
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 
-from utils.answers import Answer, read_prompt, score_answers, word_errors
+from training.optimization.optimizers import decay_groups
+from utils.answers import Answer, iter_prompts, read_prompt, score_answers, word_errors
 from utils.cli import UserError
-from utils.config import ModelConfig, ObjectiveConfig
+from utils.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from utils.data.order import PADDING_SAMPLE
 from utils.data.packing import IGNORED, PaddedLayout
 from utils.data.token_dataset import open_split
@@ -186,6 +194,11 @@ def test_what_the_models_read_is_rgb_the_right_side_up_and_one_channel_at_their_
     Image.new("CMYK", (40, 20)).save(file, "JPEG", exif=exif)
     opened = collate.open(file.getvalue())
     assert opened.mode == "RGB" and opened.size == (20, 40)
+    for kind in ("PNG", "WEBP"):  # Pillow opens it and fails at its EXIF data
+        damaged = io.BytesIO()
+        Image.new("RGB", (40, 20)).save(damaged, kind, exif=b"damaged, no TIFF")
+        assert collate.open(damaged.getvalue()).size == (40, 20)
+        assert objective_module("captioning").size_of(damaged.getvalue()) == (40, 20)
     module = objective_module("captioning")
     assert module.size_of(file.getvalue()) == (20, 40) and module.size_of(picture("red")) == (24, 16)
     blank = module.build_collator(ObjectiveConfig("captioning", blank_media=True), collate.processor)
@@ -199,6 +212,48 @@ def test_what_the_models_read_is_rgb_the_right_side_up_and_one_channel_at_their_
         ObjectiveConfig("transcription", blank_media=True), processor
     )
     assert not silent.decode(sound(1)).any() and len(silent.decode(sound(1))) == 8000
+
+
+def test_models_that_read_token_types_are_refused():
+    """Gemma 3 would not fail: it would mask its pictures like text."""
+    config = Gemma3Config(text_config=SIZES | {"vocab_size": 300, "head_dim": 16}, vision_config=VISION)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(UserError, match="token types"):
+        Objective(model, ObjectiveConfig("captioning"))
+
+
+def test_a_dataset_cannot_have_another_program_run(datasets):
+    """Pillow would run Ghostscript for EPS, and prepare_data.py never stores it."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(file, "EPS")
+    for function in (build("llava", datasets)[1].open, objective_module("captioning").size_of):
+        with pytest.raises(UnidentifiedImageError):
+            function(file.getvalue())
+
+
+@pytest.mark.parametrize("name", ["whisper", "moonshine"])
+@torch.no_grad()
+def test_a_sound_of_a_sample_can_be_read(name, datasets):
+    layout, collate, _, _, objective = build(name, datasets)
+    file = io.BytesIO()
+    soundfile.write(file, np.full(1, 0.1), 16000, format="WAV")
+    rows = layout.__getitems__([0])
+    rows["media"][0] = [file.getvalue()]
+    assert objective(**tensors(collate(rows, []))).isfinite()
+
+
+def test_few_bytes_of_pictures_are_held_while_answers_are_written(datasets, monkeypatch):
+    """Rows in parts give the same prompts; each part but the last is as large as it may be."""
+    layout, collate, _, processor, _ = build("llava", datasets)
+    whole = list(iter_prompts(layout, collate, processor.tokenizer, None))
+    limit = 3 * 32 * 32 * 3 * 4  # three pictures
+    monkeypatch.setattr("utils.answers.BYTES_AT_ONCE", limit)
+    parts = list(iter_prompts(layout, collate, processor.tokenizer, None))
+    assert len(whole) == 1 and len(parts) > 2
+    assert {row: text for _, texts in parts for row, text in texts.items()} == whole[0][1]
+    assert all(prompts.keys() == texts.keys() and len(prompts) <= 3 for prompts, texts in parts)
+    assert sum(len(texts) for _, texts in iter_prompts(layout, collate, processor.tokenizer, 5)) == 5
 
 
 def test_documents_that_do_not_fit_are_refused_with_their_sizes(datasets):
@@ -320,18 +375,55 @@ def test_frozen_modules_stay_and_modules_may_have_their_own_learning_rate(datase
         assert "vision_tower" in line
 
 
+def test_of_modules_inside_each_other_the_inner_has_its_own_learning_rate(datasets):
+    model = build("llava", datasets)[2]
+    rates = {"model": 1e-3, "vision_tower": 1e-5}
+    groups = decay_groups(model, OptimizerConfig(learning_rates=rates))
+    rate = {id(parameter): group.get("lr") for group in groups for parameter in group["params"]}
+    towers = {id(parameter) for parameter in model.model.vision_tower.parameters()}
+    assert {rate[key] for key in towers} == {1e-5}
+    assert {rate[id(parameter)] for parameter in model.model.parameters() if id(parameter) not in towers} == {1e-3}
+
+
+@pytest.mark.parametrize("objective", ["captioning", "transcription"])
+def test_a_folder_of_text_alone_is_refused_in_one_line(objective, datasets, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(datasets / "image" / "tokenizer")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no processor"):
+        build_processor(objective, ModelConfig(pretrained=str(tmp_path)), tokenizer)
+
+
+def test_a_model_of_text_alone_is_scored_by_the_transcripts(datasets, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(datasets / "audio" / "tokenizer")
+    LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(tokenizer))).save_pretrained(tmp_path / "text")
+    tokenizer.save_pretrained(tmp_path / "text")
+    report = tmp_path / "report.json"
+    code, _, err = call(
+        "evaluate.py", "--model", tmp_path / "text", "--dataset", datasets / "audio", "--report", report
+    )
+    assert code == 0, err
+    found = json.loads(report.read_text())
+    assert found["target_tokens"] > 0 and "bits_per_byte" in found and "answers" not in found
+
+
 def test_parts_of_a_new_model_are_those_of_their_folders(datasets, tmp_path):
     _, _, model, processor, _ = build("llava", datasets)
     torch.manual_seed(7)
     tower = type(model.model.vision_tower)(model.config.vision_config)
     tower.save_pretrained(tmp_path / "tower")
+    # Published models have more rows than their tokenizers have tokens.
+    text = LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=len(processor.tokenizer) + 7, tie_word_embeddings=False))
+    text.save_pretrained(tmp_path / "text")
     config = ModelConfig(
-        architecture="llava", size=None, parts={"vision_tower": str(tmp_path / "tower")},
-        overrides={name: value for name, value in MODELS["llava"].items() if name != "vision_config"},
+        architecture="llava", size=None,
+        parts={"vision_tower": str(tmp_path / "tower"), "language_model": str(tmp_path / "text")},
+        overrides={name: value for name, value in MODELS["llava"].items() if not name.endswith("_config")},
     )  # fmt: skip
     built = build_model(config, processor.tokenizer, AutoModelForImageTextToText)
     for name, weight in tower.named_parameters():
         assert built.model.vision_tower.get_parameter(name).equal(weight), name
+    ids = torch.arange(5, 15)[None]
+    assert built.eval()(input_ids=ids).logits.equal(text.eval()(input_ids=ids).logits)
 
 
 def test_a_dataset_and_an_objective_that_do_not_fit_are_refused(datasets, dataset, tmp_path):

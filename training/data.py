@@ -160,9 +160,9 @@ def sample_rows(rows: loaders.Layout, max_tokens: int | None) -> list[int] | Non
 
 
 def find_example(rows: loaders.CollatedRows, split: str) -> dict[str, torch.Tensor]:
-    """The first of `rows` that has a target, and a row of padding, as a batch; with media the first alone, as its
-    pictures need not be one per row. `UserError` if none has: training
-    would never make a step, and an evaluation would have no loss."""
+    """The first of `rows` that has a target, and a row of padding, as a batch; with media the first alone, because a
+    row need not have one picture. `UserError` if none has a target: training would never make a step, and an evaluation
+    would have no loss."""
     for start in range(0, len(rows), 64):
         targets = rows.__getitems__(list(range(start, min(start + 64, len(rows)))))["targets"]
         for row in np.flatnonzero((targets != IGNORED).any(axis=1)):

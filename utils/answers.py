@@ -1,7 +1,7 @@
 """What a model writes about held-out pictures or sounds, and how far it agrees with the reference."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from utils.data.loaders import Layout, to_tensors
 from utils.data.packing import IGNORED, Batch
 from utils.model.build import evaluating, longest_sequence
 
-ROWS_AT_ONCE, ROWS_IN_MEMORY = 32, 256  # of a generation; of decoded pictures or sounds
+ROWS_AT_ONCE = 32  # of a generation
+BYTES_AT_ONCE = 256 << 20  # of decoded pictures or sounds; one picture may take 50 MB, cut into tiles
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,34 @@ def write_answers(
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # Whisper's `generate` warns of its own arguments
     try:
-        for start in range(0, len(layout), ROWS_IN_MEMORY):
-            prompts: dict[int, tuple[Batch, str]] = {}
-            for row in range(start, min(start + ROWS_IN_MEMORY, len(layout))):
-                if len(answers) + len(prompts) == at_most:
-                    break
-                prompt, reference = read_prompt(layout.__getitems__([row]), collate)
-                if prompt is not None and (text := tokenizer.decode(reference, skip_special_tokens=True).strip()):
-                    prompts[row] = (collate(prompt, []), text)
-            inputs = {row: prompt for row, (prompt, _) in prompts.items()}
-            texts = continue_prompts(model, inputs, tokenizer, max_new_tokens, generate)
-            answers += [Answer(row, reference, texts[row]) for row, (_, reference) in prompts.items()]
-            if len(answers) == at_most:
-                break
+        for prompts, references in iter_prompts(layout, collate, tokenizer, at_most):
+            texts = continue_prompts(model, prompts, tokenizer, max_new_tokens, generate)
+            answers += [Answer(row, reference, texts[row]) for row, reference in references.items()]
     finally:
         transformers_logging.set_verbosity(verbosity)
     return answers
+
+
+def iter_prompts(
+    layout: Layout, collate: Any, tokenizer: Any, at_most: int | None
+) -> Iterator[tuple[dict[int, Batch], dict[int, str]]]:
+    """Row → what the model reads, and row → the text that it should write, about BYTES_AT_ONCE at a time."""
+    prompts: dict[int, Batch] = {}
+    references: dict[int, str] = {}
+    found = held = 0
+    for row in range(len(layout)):
+        if found == at_most:
+            break
+        prompt, ids = read_prompt(layout.__getitems__([row]), collate)
+        if prompt is None or not (text := tokenizer.decode(ids, skip_special_tokens=True).strip()):
+            continue
+        prompts[row], references[row] = collate(prompt, []), text
+        found += 1
+        held += sum(values.nbytes for values in prompts[row].values())
+        if held >= BYTES_AT_ONCE:
+            yield prompts, references
+            prompts, references, held = {}, {}, 0
+    yield prompts, references
 
 
 @torch.no_grad()

@@ -28,9 +28,7 @@ class Selection:
     reasons: list[str]  # the meaning of each `code`; the first is "", for a document that is kept
     code: np.ndarray  # (N,) int16: why the document was dropped
     validation: np.ndarray  # (N,) bool: held out; False for dropped documents
-    cluster: (
-        np.ndarray
-    )  # (N,) int64: the representative of this document's near-duplicate cluster; itself if it has none
+    cluster: np.ndarray  # (N,) int64: the document that stands for its near-duplicate cluster; itself if it has none
     source: np.ndarray  # (N,) int16: number of the document's source
     chance: np.ndarray  # (N,) float32 in [0, 1): a hash of the text, for fractional weights
 
@@ -63,10 +61,10 @@ def select_documents(
 
     `cleaned` has the columns text, source and reason; `sketches` exact, digest (16 × uint8) and, for near duplicates,
     signature. With pictures, sounds or groups, `sketches` also has split (16 × uint8), which decides the split in place
-    of digest, and has_media: documents with media are no near duplicates of others, and nobody's evaluation text, as
-    their text alone does not make them alike. `lengths` (N,) are the bytes of each text; the longest of several near duplicates is kept. Training
-    documents must not contain `evaluation_texts` (batches) or the validation split. `map_texts` applies a function to
-    the texts of documents, given by their numbers (n,), and returns (n,) int64.
+    of digest, and has_media: documents with media are no near duplicates and are not searched for evaluation text,
+    because equal texts do not make them alike. `lengths` (N,) are the bytes of each text; the longest of several near
+    duplicates is kept. Training documents must not contain `evaluation_texts` (batches) or the validation split.
+    `map_texts` applies a function to the texts of documents, given by their numbers (n,), and returns (n,) int64.
     """
     found, numbers = _encode_dictionary(cleaned.data.column("reason"))
     reasons = ["", *sorted(reason for reason in found if reason), EXACT, SAME_WORDS, NEAR, CONTAMINATED]

@@ -165,7 +165,7 @@ def read_sources(
                     _count(record, counts, str(source.name))
             _write_rows(writer, schema, rows, source)
             counts["files"] += tally["files"]
-            counts["file_bytes"] += tally["bytes"] or figures["bytes"]
+            counts["file_bytes"] += tally["bytes"] or figures["bytes"] + figures.get("media_bytes", 0)
     (folder / "read.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
@@ -334,9 +334,10 @@ def find_media(source: SourceConfig, found: Found) -> Found:
         folder = _media_folder(source, unit)
         if unit is not None and folder is not None:
             for reference in _iter_references(source, unit):
-                with contextlib.suppress(ValueError):
-                    paths.add(str(resolve(reference, folder)))
-    left = [item for item in found.left if item[0] not in paths]
+                with contextlib.suppress(ValueError, OSError):
+                    if (path := resolve(reference, folder)).is_file():
+                        paths.add(os.path.normpath(path))
+    left = [item for item in found.left if os.path.normpath(item[0]) not in paths]
     return found._replace(left=left, media=sorted(paths))
 
 
@@ -902,7 +903,8 @@ def _add_columns(document: Document, record: dict[str, Any], place: str, source:
         value = record[source.group_column]
         if not isinstance(value, str | int | None):
             raise ValueError(f"column {source.group_column!r} holds {type(value).__name__}, not text or a number")
-        document = document._replace(group=None if value is None else str(value))
+        group = None if value in (None, "") else LONE_SURROGATE.sub("\ufffd", str(value))
+        document = document._replace(group=group)
     if (column := source.media_column) is None:
         return document
     try:

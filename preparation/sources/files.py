@@ -1,5 +1,6 @@
 """Which files a recipe reads, of which kind each is, and whether they have changed since the last run."""
 
+import contextlib
 import fnmatch
 import functools
 import os
@@ -17,7 +18,7 @@ from utils.files import hash_file
 from utils.pretrained import resolve_name
 
 # Raise a stage's number when its result changes, so that results of older code are not reused.
-VERSIONS = {"read": 3, "clean": 2, "sketch": 2, "select": 2, "tokenizer": 1, "encode": 2}
+VERSIONS = {"read": 4, "clean": 2, "sketch": 2, "select": 2, "tokenizer": 1, "encode": 2}
 WITHOUT_EFFECT = ("output", "num_proc", "check_hashes")  # options that do not change the result
 
 CODE_SUFFIXES = frozenset([
@@ -227,12 +228,18 @@ def _describe_media(
     times = int(hash_json(places, stats)[:12], 16)
     content = hashes.get((f"{root} (media)", num_bytes, times))
     if content is None or read_again:
-        contents = (hash_file(Path(path)) if stat else None for path, stat in zip(paths, stats, strict=True))
-        content = hash_json(list(zip(places, contents, strict=True)))
+        content = hash_json(list(zip(places, map(_hash_media, paths), strict=True)))
     return {
         "source": source, "name": f"{len(paths):,} files of pictures or sound", "path": f"{root} (media)",
         "bytes": num_bytes, "mtime_ns": times, "content": content,
     }  # fmt: skip
+
+
+def _hash_media(path: str) -> str | None:
+    """None for a file that cannot be read: only its record is broken."""
+    with contextlib.suppress(OSError):
+        return hash_file(Path(path))
+    return None
 
 
 def recipe_key(config: PrepareConfig, sources: list[SourceConfig], files: list[dict[str, Any]]) -> str:

@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
+from utils.data.token_dataset import PICTURE_FORMATS
+
 # Pillow and soundfile are imported where they are used: text needs neither.
 
 # Above the 50 million of most phones. Decoding takes up to 4 bytes per pixel: 256 MB at this limit.
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 30.0  # Whisper hears no more of a sound, so it would learn to write what it cannot hear
 MAX_BYTES = 256 << 20  # of a file
+MAX_PATH = 4096  # characters, as in Linux; a longer text is a file in base64
 THREADS = min(4, os.cpu_count() or 1)  # that decode at a time; each may hold a picture of MAX_PIXELS
-# Those that Pillow decodes by itself. It would run another program for EPS.
-PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 THUMBNAIL = 96  # pixels
 Record = TypeVar("Record")
 
@@ -61,6 +62,10 @@ def find_references(value: Any) -> list[bytes | str]:
         if not isinstance(item, bytes | str) or not item:
             what = "nothing" if item in (None, b"", "") else type(item).__name__
             raise ValueError(f"holds {what}, where bytes or the path of a file are expected")
+        if isinstance(item, str) and len(item) > MAX_PATH:
+            raise ValueError(
+                f"holds text of {len(item):,} characters, which is no path; store files or bytes, not base64"
+            )
         found.append(item)
     return found
 
@@ -142,6 +147,8 @@ def open_picture(data: bytes) -> Any:
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
     except Exception as error:  # each format fails in its own way
         raise ValueError(f"no picture that can be read ({_reason(error)})") from None
+    if picture.mode[0] in "IF":
+        raise ValueError("a picture of more than 8 bits per pixel of grey, which would become white; convert it to 8")
     if picture.width * picture.height > MAX_PIXELS:
         size = f"{picture.width:,} × {picture.height:,} pixels"
         raise ValueError(f"a picture of {size}; at most {MAX_PIXELS / 1e6:.0f} million are read")

@@ -117,15 +117,17 @@ def adamw_options(config: OptimizerConfig) -> dict[str, Any]:
 
 
 def decay_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Two parameter groups: with weight decay, and without. Two more for each module with a learning rate of its own."""
+    """Two parameter groups: with weight decay, and without. Two more for each module with a learning rate of its own; of
+    modules inside each other, the inner one's rate applies to it."""
     from utils.model.build import find_modules
 
     decays = (config.weight_decay, 0.0)
     groups: list[dict[str, Any]] = [
         {"params": params, "weight_decay": decay} for params, decay in zip(split_by_decay(model), decays, strict=True)
     ]
-    for name, module in find_modules(model, config.learning_rates, "optimizer.learning_rates").items():
-        own = {id(parameter) for parameter in module.parameters()}
+    modules = find_modules(model, config.learning_rates, "optimizer.learning_rates")
+    owned = {name: {id(parameter) for parameter in module.parameters()} for name, module in modules.items()}
+    for name, own in sorted(owned.items(), key=lambda item: len(item[1])):  # inner modules first
         for group in groups[:2]:
             taken = [parameter for parameter in group["params"] if id(parameter) in own]
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]

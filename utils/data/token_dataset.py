@@ -19,6 +19,8 @@ from utils.cli import UserError
 from utils.files import read_json, short
 
 FORMAT_VERSION = 1
+# Those that Pillow decodes by itself. It would run another program for EPS.
+PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
 def load_manifest(folder: str | Path, sources: str = "'[my_texts/]'") -> dict[str, Any]:

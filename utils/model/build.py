@@ -61,7 +61,9 @@ def build_model(
         special["pad_token_id"] = None
     architecture = build_architecture(config, auto_model, special)
     text = text_config(architecture)
-    entries = max(len(tokenizer), text.vocab_size if config.pretrained else 0)
+    # A folder often has more rows than its tokenizer has tokens; they stay.
+    is_text_saved = config.pretrained is not None or any(map(is_of_text, config.parts.values()))
+    entries = max(len(tokenizer), text.vocab_size if is_text_saved else 0)
     rows = -(-entries // config.vocabulary_multiple) * config.vocabulary_multiple
     if config.pretrained is None and hasattr(architecture, "image_token_id"):
         architecture.image_token_id = tokenizer.convert_tokens_to_ids(image_token(tokenizer))
@@ -116,7 +118,7 @@ def load_parts(model: Any, config: ModelConfig, tokenizer: Any) -> None:
     """Weights of `config.parts` in place of new ones. Rows of the embedding for tokens that a folder lacks stay new."""
     for name, module in find_modules(model, config.parts, "model.parts").items():
         folder = config.parts[name]
-        is_text = hasattr(read_part(folder), "vocab_size")
+        is_text = is_of_text(folder)
         if is_text and not covers_vocabulary(tokenizer, folder):
             mismatch = f"model.parts: {name} {folder} was trained with another tokenizer than the dataset's"
             raise UserError(f"{mismatch}; prepare the data with --tokenizer.pretrained {folder}")
@@ -133,6 +135,11 @@ def read_part(folder: str) -> Any:
     """The configuration of a part of a model; of CLIP's and its relatives' that of their vision model."""
     found = read_config(folder)
     return getattr(found, "vision_config", found)
+
+
+def is_of_text(folder: str) -> bool:
+    """Whether a part of a model is the one for text."""
+    return hasattr(read_part(folder), "vocab_size")
 
 
 def add_special_tokens(model: PreTrainedModel, tokenizer: Any) -> None:
@@ -243,8 +250,8 @@ def build_architecture(config: ModelConfig, auto_model: Any, special: dict[str, 
                 values[name] = special[other]
         for folder in config.parts.values():
             part = read_part(folder)
-            values["text_config" if hasattr(part, "vocab_size") else "vision_config"] = part
-            if hasattr(part, "vocab_size"):
+            values["text_config" if is_of_text(folder) else "vision_config"] = part
+            if is_of_text(folder):
                 values["tie_word_embeddings"] = part.tie_word_embeddings
         try:
             with warnings_of_rope_as_errors():

@@ -6,6 +6,7 @@
 and for pictures or sounds, whose collator gets the processor in place of the tokenizer,
 
     build_processor(config, tokenizer)    transformers' processor, which holds the tokenizer
+    check_model(model)                    optional; refuses a model that needs other inputs
 
 All have the same loss: cross-entropy between the logits and the targets at the same positions. `accelerator.prepare`
 wraps the module `Objective`, so autocast, DDP and sharding see every use of the parameters.
@@ -134,7 +135,10 @@ class Objective(nn.Module):
         self.context: Any = None  # set where ranks share the positions of a row; its `masks` go to the attention
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # what accelerate shards one by one
         # Encoders keep packed documents apart by a mask, decoders by their positions.
-        self.is_encoder = objective_module(self.config.name).AUTO_MODEL is AutoModelForMaskedLM
+        module = objective_module(self.config.name)
+        self.is_encoder = module.AUTO_MODEL is AutoModelForMaskedLM
+        if hasattr(module, "check_model"):
+            module.check_model(without_adapters(model))
         self.first_position = first_position(model)
 
     def forward(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:

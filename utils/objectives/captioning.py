@@ -1,9 +1,11 @@
 """Text with pictures: the next token, by a decoder that has read the pictures in the row before it.
 
-A document holds a placeholder token where a picture stands. What stands there in the model's input is asked of the
-model's own processor: for most models, the placeholder as often as the picture has patches.
+A document holds a placeholder token where a picture stands. The model's own processor says what stands there in the
+model's input: for most models, the placeholder as often as the picture has patches.
 """
 
+import contextlib
+import inspect
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +19,14 @@ from transformers import AutoModelForImageTextToText, Idefics3Processor, LlavaPr
 from utils.cli import UserError
 from utils.config import ModelConfig, ObjectiveConfig
 from utils.data.packing import IGNORED, Batch
-from utils.data.token_dataset import TokenDataset
+from utils.data.token_dataset import PICTURE_FORMATS, TokenDataset
 from utils.files import short
 from utils.model.build import build_architecture, image_token, pad_token_id, special_tokens
 from utils.pretrained import read_processor
 
 AUTO_MODEL = AutoModelForImageTextToText
-OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # a processor's outputs for the text
+TOKEN_TYPES = {"token_type_ids", "mm_token_type_ids"}
+OF_TEXT = {"input_ids", "attention_mask", *TOKEN_TYPES}  # a processor's outputs for the text
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, the sides are swapped
 
 
@@ -32,9 +35,15 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
     `UserError` if this architecture's cannot be built."""
     if config.pretrained is not None:
         processor = read_processor(config.pretrained)
-        if tokenizer.convert_tokens_to_ids(processor.image_token) != processor.image_token_id:
+        mark = getattr(processor, "image_token", None)
+        if mark is None or not hasattr(processor, "image_processor"):
             raise UserError(
-                f"model.pretrained {config.pretrained}: its processor's {processor.image_token} is another token in the "
+                f"model.pretrained {config.pretrained}: it has no processor with a token for pictures; choose another "
+                "model, or build a new one with this as its language_model (model.parts)"
+            )
+        if tokenizer.convert_tokens_to_ids(mark) != processor.tokenizer.convert_tokens_to_ids(mark):
+            raise UserError(
+                f"model.pretrained {config.pretrained}: its processor's {mark} is another token in the "
                 f"dataset; prepare the data with --tokenizer.pretrained {config.pretrained}"
             )
         processor.tokenizer = tokenizer
@@ -77,6 +86,16 @@ def build_idefics3_processor(architecture: Any, tokenizer: Any) -> Any:
     pictures = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)
     length = (side // patch) ** 2 // architecture.scale_factor**2
     return Idefics3Processor(pictures, tokenizer, image_seq_len=length, chat_template=tokenizer.chat_template)
+
+
+def check_model(model: Any) -> None:
+    """`UserError` for a model that reads token types. Without them some fail, and others (Gemma 3, PaliGemma) silently
+    mask a picture like text."""
+    if TOKEN_TYPES & inspect.signature(model.forward).parameters.keys():
+        raise UserError(
+            f"{type(model).__name__} tells pictures from text by token types, which objective.name captioning does not "
+            "give it; choose another model, such as Llava, Idefics3 or InternVL"
+        )
 
 
 PROCESSORS = {"llava": build_llava_processor, "idefics3": build_idefics3_processor}
@@ -131,7 +150,10 @@ class Captioning:
 
     def open(self, data: bytes) -> Image.Image:
         """The picture in RGB, the right side up, as transformers' pipelines open it."""
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        picture = open_picture(data)
+        with contextlib.suppress(Exception):  # damaged EXIF data, for which Pillow raises many types
+            picture = ImageOps.exif_transpose(picture)
+        picture = picture.convert("RGB")
         return Image.new("RGB", picture.size, "grey") if self.blank else picture
 
     def process(self, pictures: list[Image.Image]) -> tuple[list[np.ndarray], Batch]:
@@ -185,8 +207,14 @@ class Captioning:
         return int(marks.argmax()) if loss_mask is not None else len(ids) - int(marks[::-1].argmax())
 
 
+def open_picture(data: bytes) -> Image.Image:
+    """A picture of which only the header is read, in one of the formats that prepare_data.py accepts."""
+    return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+
+
 def size_of(data: bytes) -> tuple[int, int]:
     """Width and height of a picture, the right side up; its pixels are not decoded."""
-    picture = Image.open(io.BytesIO(data))
-    is_turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) >= 5
+    picture, is_turned = open_picture(data), False
+    with contextlib.suppress(Exception):  # as in `Captioning.open`
+        is_turned = "exif" in picture.info and picture.getexif().get(ORIENTATION, 1) >= 5
     return (picture.height, picture.width) if is_turned else picture.size

@@ -31,6 +31,9 @@ def build_processor(config: ModelConfig, tokenizer: Any) -> Any:
     `UserError` if this architecture's cannot be built."""
     if config.pretrained is not None:
         processor = read_processor(config.pretrained)
+        if not hasattr(processor, "feature_extractor"):
+            why = "it has no processor for sounds; choose another model"
+            raise UserError(f"model.pretrained {config.pretrained}: {why}")
         processor.tokenizer = tokenizer
         return processor
     if config.architecture not in PROCESSORS:
@@ -115,6 +118,7 @@ class Transcription:
             import soxr
 
             samples = soxr.resample(samples, rate, self.rate)
+        samples = np.pad(samples, (0, max(0, self.rate // 10 - len(samples))))  # Moonshine fails below 56 milliseconds
         return np.zeros_like(samples) if self.blank else samples
 
     def check(self, tokens: TokenDataset, sequence_length: int, split: str) -> None:
