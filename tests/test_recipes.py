@@ -132,7 +132,7 @@ def test_make_recipe_runs_what_the_file_says_and_can_be_repeated(name, commands,
     assert yaml.safe_load((run_folder / "config.yaml").read_text())["seed"] == 5
     assert json.loads((run_folder / "summary.json").read_text())["finished"] is True
     assert again.count("nothing to do") == len([each for each in commands if each in ("prepare_data.py", "launch")])
-    scores = [re.findall(r"loss ([\d.]+) nats per target", text) for text in (first, again)]
+    scores = [re.findall(r"^model +loss .*\n\S+ +([\d.]+)", text, re.M) for text in (first, again)]
     assert scores[0] == scores[1] and len(scores[0]) == 1
 
 

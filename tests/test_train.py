@@ -361,6 +361,16 @@ def test_samples_begin_with_the_prompt_and_are_what_the_model_then_writes(datase
         assert len(text) > len(prompt)
 
 
+def test_samples_do_not_depend_on_processes_or_compilation(dataset, tmp_path):
+    options = flags(SMALL | {
+        "data.dataset": dataset, "tracking.sample_every_steps": 2, "schedule.max_steps": 2, "tracking.sample_max_new_tokens": 20,
+    })  # fmt: skip
+    regional = {"ACCELERATE_DYNAMO_BACKEND": "EAGER", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
+    script("train.py", *options, "--output", tmp_path / "one")
+    script("train.py", *options, "--output", tmp_path / "two", processes=2, **regional)
+    assert (tmp_path / "two" / "samples.md").read_text() == (tmp_path / "one" / "samples.md").read_text()
+
+
 SAME_ROWS = (
     '        run.beat("training")\n',
     '        run.beat("training")\n'

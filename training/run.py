@@ -169,7 +169,8 @@ class Run:
     def sample(self, write: Callable[[], str | None]) -> None:
         """Append what `write` returns to the samples (all ranks call)."""
         self.beat("sampling")
-        with self.accelerator.autocast():
+        # Without torch.compile, which would compile the growing text again and again.
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
             self.tracker.sample(write, self.state.optimizer_step)
         self.tracker.say(f"sampled in {self._clock.so_far():.1f} s; see {self.folder / 'samples.md'}")
 

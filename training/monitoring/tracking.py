@@ -283,7 +283,8 @@ def write_sample(
     """
     if not accelerator.is_main_process and not is_sharded(accelerator):
         return None
-    objective, tokenizer = accelerator.unwrap_model(prepared), tokenizer_of(processor)
+    objective = accelerator.unwrap_model(prepared, keep_torch_compile=False)  # else DDP's wrapper stays around blocks
+    tokenizer = tokenizer_of(processor)
     if "media" in data.manifest:
         collate = objective_module(config.objective.name).build_collator(config.objective, processor)
         answers = write_answers(
