@@ -237,6 +237,25 @@ def test_a_stopped_run_claims_nothing_of_the_whole_split(dataset, tmp_path, monk
     assert "bits per byte" not in figures and WHOLE not in figures
 
 
+def test_the_evaluation_of_all_rows_at_the_end_can_be_stopped(dataset, tmp_path, monkeypatch):
+    """It may take long. The resumed run makes no step, and evaluates."""
+    options = {"data__dataset": dataset, "evaluation__every_steps": 5}
+    options |= {"evaluation__max_tokens": open_split(dataset, "validation").num_tokens // 3, "schedule__max_steps": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda self, *rest, finish=Run.finish: (stop(patch), finish(self, *rest)))
+        train(tmp_path / "run", **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["finished"], summary["reason"], summary["bits_per_byte"]) == (False, "max_minutes", None)
+    records = train(tmp_path / "run", checkpoint__resume="auto", **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["finished"], summary["reason"], summary["optimizer_step"]) == (True, "max_steps", 5)
+    assert summary["bits_per_byte"] > 1 and len(train_losses(records)) == 5
+
+
+def stop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StopRequests, "_flags", lambda self, flags=StopRequests._flags: [*flags(self)[:-1], True])
+
+
 # ---- Peaks
 
 

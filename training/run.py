@@ -287,9 +287,12 @@ class Run:
         num_bytes = self.data.scored_bytes
         if finished and (evaluation is None or self.data.sampled_rows is not None):
             self.beat("evaluating")
-            evaluation = look(self.accelerator.prepare(self.data.validation_loader(whole=True)), self.show_evaluation)
-            num_bytes = self.data.validation_bytes
-            self.tracker.say(f"all validation documents: loss {evaluation.loss:.4f}")
+            try:
+                evaluation = look(self.accelerator.prepare(self.data.validation_loader(whole=True)), self.poll)
+                num_bytes = self.data.validation_bytes
+                self.tracker.say(f"all validation documents: loss {evaluation.loss:.4f}")
+            except StopAsked:  # the resumed run has no step to make, and evaluates
+                finished, reason = False, self.stops.reason or reason
         self.beat("ending")
         self.writer.finish()
         bits = None if evaluation is None or num_bytes is None else evaluation.bits_per_byte(num_bytes)
