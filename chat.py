@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.checkpoints import find_checkpoint
 from utils.cli import NonNegativeFloat, PositiveInt, UserError, parse_config, run_script
-from utils.pretrained import chat_ids, check_adapters, read_tokenizer
+from utils.pretrained import chat_ids, check_adapters, prompt_ids, read_tokenizer
 
 COMMANDS = "/reset starts anew, /temperature NUMBER, /save FILE appends a record for prepare_data.py; Ctrl-D ends"
 
@@ -73,7 +73,7 @@ def main(config: ChatConfig) -> None:
             record["messages"] = [*messages, {"role": "assistant", "content": answer}]
         elif not chat:
             text = record["text"] + line
-            record["text"] = text + write(model, tokenizer, tokenizer(text)["input_ids"], temperature, config)
+            record["text"] = text + write(model, tokenizer, prompt_ids(tokenizer, text), temperature, config)
 
 
 def read_line() -> str | None:

@@ -50,7 +50,7 @@ from training.model import build_training_objective
 from training.optimization.optimizers import build_optimizer
 from utils.data.loaders import CollatedRows, to_tensors
 from utils.model.build import build_model
-from utils.objectives import count_targets, objective_module
+from utils.objectives import build_processor, count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
 
@@ -66,7 +66,8 @@ def main(config: MicroBatchConfig) -> None:
         )
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     task = objective_module(recipe.objective.name)
-    collate = task.build_collator(recipe.objective, tokenizer)
+    processor = build_processor(recipe.objective.name, recipe.model, tokenizer)
+    collate = task.build_collator(recipe.objective, processor)
     data = TrainingData(recipe, accelerator, plan, tokenizer, collate)
     if data.train_rows is None:
         raise UserError(f"{recipe.data.dataset} is a stream; find_micro_batch.py needs a dataset with stored tokens")

@@ -1,4 +1,4 @@
-"""Which learning rates a recipe can bear: raise the rate a little with every step, and look at the loss.
+"""The learning rates at which a recipe stays stable: raise the rate a little with every step, and look at the loss.
 
     accelerate launch examples/lr_range_test.py --recipe configs/demo.yaml
 
@@ -61,7 +61,7 @@ from training.monitoring.hints import record_range_test
 from training.optimization.optimizers import build_optimizer
 from utils.checkpoints import TrainState
 from utils.model.build import build_model
-from utils.objectives import count_targets, objective_module
+from utils.objectives import build_processor, count_targets, objective_module
 from utils.pretrained import read_tokenizer
 
 SMOOTHING = 0.9  # of the exponential moving average of the loss
@@ -81,7 +81,8 @@ def main(config: RangeTestConfig) -> None:
         )
     tokenizer = read_tokenizer(Path(recipe.data.dataset) / "tokenizer")
     task = objective_module(recipe.objective.name)
-    data = TrainingData(recipe, accelerator, plan, tokenizer, task.build_collator(recipe.objective, tokenizer))
+    processor = build_processor(recipe.objective.name, recipe.model, tokenizer)
+    data = TrainingData(recipe, accelerator, plan, tokenizer, task.build_collator(recipe.objective, processor))
     if data.train_rows is None:
         raise UserError(f"{recipe.data.dataset} is a stream; lr_range_test.py needs a dataset with stored tokens")
     set_seed(recipe.seed)

@@ -1,9 +1,11 @@
 """chat.py: what a user types, and what is printed and kept."""
 
 import json
+import shutil
 
 import pytest
 from conftest import ROOT, call, error_line
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -61,6 +63,23 @@ def test_a_chat_model_answers(chat_folder, tmp_path, monkeypatch):
     messages = json.loads(saved.read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert messages[2]["content"] == "And now?" and out.count("/temperature") == 2
+
+
+def test_the_end_that_a_tokenizer_puts_behind_a_text_is_no_part_of_it(finished_run, tmp_path, monkeypatch):
+    """Some tokenizers end every text; a model that has read the end begins another document."""
+    checkpoint, folder, saved = finished_run / "checkpoints" / "best", tmp_path / "model", tmp_path / "saved.jsonl"
+    shutil.copytree(checkpoint.resolve(), folder, ignore=shutil.ignore_patterns("state.json"))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{end[0]} $A {end[0]}", special_tokens=[end]
+    )
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("A hacker")["input_ids"][-1] == tokenizer.eos_token_id
+    for model in (finished_run, folder):
+        talk(monkeypatch, "A hacker", f"/save {saved}", model=model, temperature=0, max_new_tokens=8)
+    first, second = saved.read_text().splitlines()
+    assert first == second
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -316,6 +316,11 @@ def test_a_run_repeats_itself_exports_and_answers_as_transformers_pipeline(name,
     assert run_training(datasets, tmp_path / "whole", name, checkpoint__resume="auto") == whole  # without workers
     sample = (tmp_path / "whole" / "samples.md").read_text(encoding="utf-8")
     assert sample.count("reference: ") == 4 and "## Step 4" in sample
+    if name == "whisper":  # the tools that read a recipe need its processor, too
+        recipe = ("--recipe", tmp_path / "split.yaml")
+        plot = ("--num_steps", "10", "--plot", tmp_path / "rates.png")
+        assert "lowest smoothed loss" in script("examples/lr_range_test.py", *recipe, *plot).stdout
+        assert "fastest: " in script("examples/find_micro_batch.py", *recipe, "--repeats", "1").stdout
 
     export, kind = tmp_path / "export", "image" if name == "llava" else "audio"
     code, out, err = call("export.py", "--checkpoint", tmp_path / "whole", "--output", export)

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from test_html_report import EVIL, Page
 
+from training.monitoring.tracking import _cut_metrics, _cut_samples
 from training.report import report
 from training.report.__main__ import main
-from training.report.comparison import html_comparison
+from training.report.comparison import have_same_data, html_comparison
 from training.report.curves import BUCKETS, Curve, Series, chart, read_curves
-from training.report.folder import EVENTS, SAMPLES, read_run, read_samples
+from training.report.folder import EVENTS, SAMPLES, folder_bytes, read_run, read_samples
 from training.report.plot import draw_losses
+from training.report.report import WHOLE
 from utils.cli import UserError, parse_config
 from utils.config import TrainConfig
+from utils.report import CONTROLS
 
 
 def write_metrics(path: Path, steps: int) -> None:
@@ -113,6 +117,26 @@ def test_samples_are_the_first_the_last_and_some_between(tmp_path):
         assert count < SAMPLES or max(np.diff(steps)) < 2 * count / (SAMPLES - 1)
 
 
+def test_a_heading_in_the_text_of_a_sample_begins_no_sample(tmp_path):
+    """A model that has read a tutorial writes `## Step 1` too. A resumed run drops samples as a whole."""
+    path = tmp_path / "samples.md"
+    samples = {step: f"text {step}\n## Step 1\nInstall it" for step in (10, 20, 30)}
+    path.write_text("".join(f"## Step {step}\n\n```\n{text}\n```\n\n" for step, text in samples.items()))
+    assert read_samples(path) == list(samples.items())
+    with path.open("ab") as file:
+        file.write("## Step 40\n\n```\n語".encode()[:-1])  # the disk was full
+    _cut_samples(path, 20)
+    assert read_samples(path) == list(samples.items())[:2] and path.read_bytes().endswith(b"Install it\n```\n\n")
+
+
+def test_damaged_metrics_do_not_stop_a_resumed_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "train/loss": 2.0}', b"\xff\xfe", b"[" * 100_000, b'{"step": 2, "train/loss": 1.0}']
+    path.write_bytes(b"\n".join(lines))
+    assert _cut_metrics(path, 1, 1) == (2, -1)
+    assert path.read_bytes() == lines[0] + b"\n"
+
+
 # ---- The page of a run
 
 
@@ -136,7 +160,7 @@ def test_the_page_of_a_run_holds_its_figures(finished_run, dataset):
     assert page.row("train")[3] == f"{manifest['splits']['train']['tokens']:,}"
     samples = (finished_run / "samples.md").read_text()
     for sample in re.findall(r"```\n(.*?)\n```\n", samples, re.S):
-        assert sample[:100] in page.text or not sample.isprintable()
+        assert sample.strip("\n")[:100].translate(CONTROLS) in page.text
     assert page.tags["figure"] == 2 and "loss.png" in page.text
     assert not {"script", "img", "link", "iframe"} & page.tags.keys()
     rows = [row for row in page.rows if row and row[0] == "packages.torch"]
@@ -163,6 +187,15 @@ def test_the_summary_says_how_a_run_ended(tmp_path):
     (run / "summary.json").write_text(json.dumps({"finished": False, "reason": "error", "error": "loss is NaN"}))
     page = Page(report.html_report(read_run(run))).text
     assert "stopped (error)" in page and "loss is NaN" in page and "s left" not in page
+
+
+def test_a_checkpoint_that_vanishes_meanwhile_ends_nothing(tmp_path, monkeypatch):
+    """The thread that writes checkpoints may remove an old one."""
+    (tmp_path / "a").write_bytes(b"123")
+    (tmp_path / "b").symlink_to("removed")
+    assert folder_bytes(tmp_path) == 3
+    monkeypatch.setattr(Path, "is_file", lambda self: True)  # it was there a moment ago
+    assert folder_bytes(tmp_path) in (0, 3)
 
 
 def test_events_are_the_newest_warnings_and_resumes(tmp_path):
@@ -261,6 +294,34 @@ def test_a_comparison_shows_only_the_options_that_differ(two_runs):
     best = json.loads((two_runs[0] / "summary.json").read_text())["best_loss"]
     assert page.row(names[0])[1:4] == ["finished (max_steps)", "10", f"{best:.4f}"]
     assert page.row("other")[3] == "9.8765"
+
+
+def test_runs_have_different_data_only_if_something_says_so(two_runs):
+    """A run without a checkpoint does not know the key of its dataset."""
+    one, other = map(read_run, two_runs)
+    assert have_same_data([one, other]) and "different datasets" not in html_comparison([one, other])
+    for key, folder, same in (
+        (one.dataset_key, "moved", True),
+        ("other", one.options["data.dataset"], False),
+        (None, one.options["data.dataset"], True),
+        (None, "other", False),
+    ):
+        changed = replace(other, dataset_key=key, options=other.options | {"data.dataset": folder})
+        assert have_same_data([one, changed]) is same
+        assert ("different datasets" in html_comparison([one, changed])) is not same
+
+
+def test_runs_compare_by_the_loss_on_all_documents_if_one_has_scored_a_part(two_runs):
+    one, other = map(read_run, two_runs)
+    assert not Page(html_comparison([one, other])).text.count(WHOLE)
+    part = replace(other, options=other.options | {"evaluation.max_tokens": 1000})
+    page = Page(html_comparison([one, part]))
+    (head,) = [row for row in page.rows if WHOLE in row]
+    for run in (one, part):
+        assert page.row(run.name)[head.index(WHOLE)] == f"{run.summary['eval_loss']:.4f}"
+    stopped = replace(part, summary=part.summary | {"finished": False})
+    assert page.row("other") != Page(html_comparison([one, stopped])).row("other")
+    assert WHOLE not in report.figures_of(stopped)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(two_runs, tmp_path):

@@ -1,9 +1,12 @@
 """What a person sees of a run: banner, status lines, time left, hints, short evaluations."""
 
+import io
 import json
 import math
+import os
 import re
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +22,9 @@ from training.data import sample_rows
 from training.launch import launcher_options
 from training.monitoring import hints
 from training.monitoring.console import Clock, Console, banner, times_due
+from training.monitoring.stopping import StopRequests
+from training.report.folder import read_run
+from training.report.report import WHOLE, figures_of
 from training.run import Run
 from utils.config import TrainConfig
 from utils.data.packing import PackedLayout
@@ -88,6 +94,11 @@ def _without_times(log) -> str:
     )
 
 
+def test_only_the_last_step_is_at_100_percent():
+    console = Console("quiet", 1000, 0)
+    assert [re.search(r"\d+%", console.record({}, step, None))[0] for step in (4, 999, 1000)] == ["0%", "99%", "100%"]
+
+
 def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
     now = [1.0]
     monkeypatch.setattr("training.monitoring.console.time.monotonic", lambda: now[0])
@@ -98,6 +109,32 @@ def test_a_long_evaluation_says_how_far_it_is(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"evaluating: {done} of 100 batches, {left} left" for done, left in
                      ((31, "1.1 min"), (61, "39 s"), (91, "9.0 s"))]  # fmt: skip
+
+
+def test_the_bar_leaves_the_time_left_to_the_lines(monkeypatch):
+    """tqdm takes an evaluation for a slow step, so its time left would be another than that of the next line."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr("sys.stderr", screen)
+    console = Console("lines", 10, 4)
+    time.sleep(0.2)  # tqdm draws at most every tenth of a second
+    console.advance()
+    console.close()
+    assert "5/10" in screen.getvalue() and not re.search(r"s/step|step/s|\d:\d", screen.getvalue())
+
+
+def test_time_left_counts_an_evaluation_of_all_rows_at_the_end():
+    """After 50 of 100 steps of a second, and an evaluation of 10 rows in 4 seconds."""
+    clock = Clock()
+    clock.seconds, clock.times = Counter(evaluating=4.0), Counter(evaluating=1)
+    state = SimpleNamespace(train_seconds=50.0, optimizer_step=50, last_evaluated_step=50)
+    config = TrainConfig()
+    config.evaluation.every_steps, config.tracking.sample_every_steps = 50, 0
+    data = SimpleNamespace(max_steps=100, validation_rows=range(40), rows_scored=40, sampled_rows=None)
+    run = SimpleNamespace(state=state, config=config, data=data, _clock=clock, first_step=0, _warm=(0, 0.0, 0))
+    assert Run._seconds_left(run) == pytest.approx(50 + 4)
+    data.sampled_rows, data.rows_scored = range(10), 10
+    assert Run._seconds_left(run) == pytest.approx(50 + 4 + 4 * 4)
 
 
 def test_time_left_counts_evaluations_samples_and_saves(dataset, tmp_path, monkeypatch):
@@ -140,7 +177,7 @@ def test_a_sample_of_rows_is_spread_over_the_split():
     rows = PackedLayout(tokens, 64)
     assert len(rows) == 100
     assert sample_rows(rows, None) is None and sample_rows(rows, 6400) is None
-    assert sample_rows(rows, 64) == [0] or len(sample_rows(rows, 64)) == 1
+    assert sample_rows(rows, 64) == [0]
     sampled = sample_rows(rows, 640)
     assert len(sampled) == len(set(sampled)) == 10 and sampled[0] == 0 and sampled[-1] == 99
 
@@ -176,6 +213,47 @@ def test_evaluations_of_a_part_end_with_one_of_all(dataset, tmp_path):
     found = evaluate(Accelerator(cpu=True), objective, [batch])  # type: ignore[arg-type]
     AcceleratorState._reset_state(True)
     assert found.loss == pytest.approx(losses["part"][-1], rel=1e-5)
+
+
+def test_a_stopped_run_claims_nothing_of_the_whole_split(dataset, tmp_path, monkeypatch):
+    """Its last evaluation has scored a part: there are no bits per byte, and the page does not call it the whole."""
+    flags_of, steps = StopRequests._flags, []
+
+    def stop_after_evaluations(self):
+        steps.append(1)
+        return [*flags_of(self)[:-1], len(steps) > 20]
+
+    monkeypatch.setattr(StopRequests, "_flags", stop_after_evaluations)
+    options = {
+        "evaluation__max_tokens": open_split(dataset, "validation").num_tokens // 3,
+        "evaluation__every_steps": 5,
+    }
+    records = train(tmp_path / "run", data__dataset=dataset, schedule__max_steps=100, **options)
+    losses = [record["eval/loss"] for record in records if "eval/loss" in record]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["reason"] == "max_minutes" and summary["eval_loss"] == losses[-1]
+    assert summary["bits_per_byte"] is None
+    figures = figures_of(read_run(tmp_path / "run"))
+    assert "bits per byte" not in figures and WHOLE not in figures
+
+
+def test_the_evaluation_of_all_rows_at_the_end_can_be_stopped(dataset, tmp_path, monkeypatch):
+    """It may take long. The resumed run makes no step, and evaluates."""
+    options = {"data__dataset": dataset, "evaluation__every_steps": 5}
+    options |= {"evaluation__max_tokens": open_split(dataset, "validation").num_tokens // 3, "schedule__max_steps": 5}
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish", lambda self, *rest, finish=Run.finish: (stop(patch), finish(self, *rest)))
+        train(tmp_path / "run", **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["finished"], summary["reason"], summary["bits_per_byte"]) == (False, "max_minutes", None)
+    records = train(tmp_path / "run", checkpoint__resume="auto", **options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["finished"], summary["reason"], summary["optimizer_step"]) == (True, "max_steps", 5)
+    assert summary["bits_per_byte"] > 1 and len(train_losses(records)) == 5
+
+
+def stop(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StopRequests, "_flags", lambda self, flags=StopRequests._flags: [*flags(self)[:-1], True])
 
 
 # ---- Peaks
@@ -255,11 +333,27 @@ def test_the_hint_on_the_loss_comes_once(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(hints, "LOSS_STEPS", 3)
     train(tmp_path / "run", data__dataset=dataset, optimizer__learning_rate=1e-9)
     log = (tmp_path / "run" / "training.log").read_text()
-    assert log.count("still that of guessing") == 1
+    assert log.count("no better than guessing") == 1
     train(tmp_path / "learns", data__dataset=dataset, optimizer__learning_rate=3e-2)
     vocabulary = len(read_tokenizer(dataset / "tokenizer"))
     assert train_losses(metrics(tmp_path / "learns"))[-1] < 0.97 * math.log(vocabulary)
-    assert "still that of guessing" not in (tmp_path / "learns" / "training.log").read_text()
+    assert "no better than guessing" not in (tmp_path / "learns" / "training.log").read_text()
+
+
+def test_idle_cores_are_physical_ones_that_the_process_may_use(monkeypatch):
+    """A launch with cpu.yaml has a thread for each physical core: on a CPU with two threads per core, nothing is idle."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, mixed_precision="bf16")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for physical, granted, found in ((4, 8, None), (8, 16, "4 of 8 cores"), (8, 4, None), (None, 16, "4 of 16 cores")):
+        monkeypatch.setattr("psutil.cpu_count", lambda logical=True, physical=physical: 16 if logical else physical)
+        monkeypatch.setattr(
+            os, "sched_getaffinity", lambda process, granted=granted: set(range(granted)), raising=False
+        )
+        lines = hints.hints_on_launch(accelerator)
+        assert len(lines) == (found is not None)
+        assert found is None or f"{found} in use; `accelerate launch --num_cpu_threads_per_process" in lines[0]
 
 
 def test_idle_gpus_and_accelerates_default_file_are_mentioned(tmp_path, monkeypatch):

@@ -252,10 +252,12 @@ class Run:
         if evaluating is None:
             evaluating = step_seconds * self.data.steps_per_evaluation
         saving = clock.seconds["saving"] / (state.optimizer_step - self.first_step)
+        whole = 0.0 if self.data.sampled_rows is None else len(self.data.validation_rows) / self.data.rows_scored
         return (
             (last - state.optimizer_step) * (step_seconds + saving)
             + times_due(config.evaluation.every_steps, first, last) * evaluating
             + times_due(config.tracking.sample_every_steps, first, last) * (clock.mean("sampling") or 0.0)
+            + whole * evaluating  # in `finish`
         )
 
     def save(self, model: Any, optimizer: Any, scheduler: Any, average: Any, *, wait: bool) -> None:
@@ -283,13 +285,17 @@ class Run:
         state, finished = self.state, reason in END_REASONS
         if finished and state.optimizer_step == self.first_step:
             self.tracker.say(f"nothing to do: the run had reached its end ({reason}) at step {state.optimizer_step}")
+        num_bytes = self.data.scored_bytes
         if finished and (evaluation is None or self.data.sampled_rows is not None):
             self.beat("evaluating")
-            evaluation = look(self.accelerator.prepare(self.data.validation_loader(whole=True)), self.show_evaluation)
-            self.tracker.say(f"all validation documents: loss {evaluation.loss:.4f}")
+            try:
+                evaluation = look(self.accelerator.prepare(self.data.validation_loader(whole=True)), self.poll)
+                num_bytes = self.data.validation_bytes
+                self.tracker.say(f"all validation documents: loss {evaluation.loss:.4f}")
+            except StopAsked:  # the resumed run has no step to make, and evaluates
+                finished, reason = False, self.stops.reason or reason
         self.beat("ending")
         self.writer.finish()
-        num_bytes = self.data.validation_bytes
         bits = None if evaluation is None or num_bytes is None else evaluation.bits_per_byte(num_bytes)
         self.tracker.finish({
             "finished": finished, "reason": reason, "optimizer_step": state.optimizer_step,

@@ -16,7 +16,7 @@ from utils.cli import UserError
 from utils.model.adapters import without_adapters
 from utils.model.build import as_list, evaluating, longest_sequence, stop_token_ids
 from utils.objectives import count_targets
-from utils.pretrained import chat_ids
+from utils.pretrained import chat_ids, prompt_ids
 
 
 @dataclass
@@ -92,9 +92,7 @@ def generate_text(
     if chat and prompt:
         ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
     else:
-        ids = tokenizer(prompt)["input_ids"]
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text with it
-        ids = ids[:-1]
+        ids = prompt_ids(tokenizer, prompt)
     ids = ids[1 - positions :] or [tokenizer.eos_token_id]
     torch.manual_seed(seed)
     input_ids = torch.tensor([ids], device=model.device)

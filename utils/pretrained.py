@@ -146,6 +146,12 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> 
         raise UserError(f"the tokenizer's chat template fails: {type(error).__name__}: {short(error)}") from None
 
 
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text that is to be continued: without the end token, which some tokenizers put behind every text."""
+    ids = tokenizer(text)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
 def read_config(name: str | Path) -> Any:
     """The configuration of the model in a folder, or of a name on the Hub."""
     from transformers import AutoConfig

@@ -26,6 +26,8 @@ FORMATS = {
     "perf/eval_seconds": "{:.1f} s", "perf/save_pause_seconds": "training paused {:.2f} s",
 }  # fmt: skip
 HIDDEN = ("perf/train_seconds",)  # in metrics.jsonl only
+# Without tqdm's own time left, which takes an evaluation for a slow step.
+STEPS_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps"
 
 
 class Console:
@@ -34,7 +36,9 @@ class Console:
     def __init__(self, mode: Mode, max_steps: int, step: int) -> None:
         self.mode, self.max_steps = mode, max_steps
         self.live = mode == "lines" and sys.stderr.isatty()
-        self._steps = tqdm(total=max_steps, initial=step, unit="step", disable=not self.live, leave=False)
+        self._steps = tqdm(
+            total=max_steps, initial=step, bar_format=STEPS_BAR, disable=not self.live, leave=False,
+        )  # fmt: skip
         self._bar: tqdm | None = None  # of the evaluation under way
         self._began = self._shown = 0.0
 
@@ -47,7 +51,7 @@ class Console:
 
     def record(self, metrics: dict[str, float], step: int, seconds_left: float | None) -> str:
         """Show the numbers of a step; returns the line."""
-        share = f"{step / self.max_steps:4.0%}" if self.max_steps else ""
+        share = f"{100 * step // self.max_steps:3}%" if self.max_steps else ""  # 100 only at the end
         kinds = [name.partition("/")[0] for name in metrics]
         kind = next((kind for kind in kinds if kind != "perf"), "save")
         parts = [_format(name, value, kind) for name, value in metrics.items() if name not in HIDDEN]
@@ -65,7 +69,7 @@ class Console:
     def progress(self, doing: str, done: int, total: int) -> None:
         """How much of something long is done: a bar on a terminal, elsewhere a line now and then."""
         now = time.monotonic()
-        if done <= 1 or self._began == 0.0:
+        if done == 1:
             self._began = self._shown = now
             self._bar = tqdm(total=total, desc=doing, unit="batch", disable=not self.live, leave=False)
         if self._bar is not None:

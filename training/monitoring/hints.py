@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file
@@ -28,7 +29,7 @@ RANGE_TEST = Path("runs/lr_range.json")  # written by examples/lr_range_test.py
 def hints_on_launch(accelerator: Accelerator) -> list[str]:
     """What the machine could do better, and what else decides about this launch."""
     found, device = [], accelerator.device
-    threads, cores, processes = torch.get_num_threads(), os.cpu_count() or 1, accelerator.num_processes
+    threads, cores, processes = torch.get_num_threads(), usable_cores(), accelerator.num_processes
     options = launcher_options()
     chose_none = options is not None and options.config_file is None and not options.cpu
     if chose_none and os.path.isfile(default_config_file):
@@ -53,19 +54,25 @@ def hints_on_launch(accelerator: Accelerator) -> list[str]:
     return [f"hint: {hint}" for hint in found]
 
 
+def usable_cores() -> int:
+    """Physical cores, as accelerate counts them for a CPU launch; fewer if Slurm or `taskset` grants fewer."""
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
+
+
 def hints_on_data(config: TrainConfig, data: TrainingData) -> list[str]:
     """Too little text for so many steps, or to trust an evaluation; a learning rate that the range test advises against."""
     found = []
     if data.num_rows is not None and data.num_epochs > MAX_EPOCHS and config.model.pretrained is None:
         steps = math.floor(MAX_EPOCHS * data.num_rows / data.plan.global_batch_size)
         found.append(
-            f"the run reads its text {data.num_epochs:.1f} times; after {MAX_EPOCHS} times it teaches ever less: prepare "
-            f"more text, or give --schedule.max_steps {max(steps, 1)}"
+            f"the run reads its text {data.num_epochs:.1f} times; repeating text more than {MAX_EPOCHS} times helps little: "
+            f"prepare more text, or give --schedule.max_steps {max(steps, 1)}"
         )
     if (tokens := data.validation_tokens) < MIN_VALIDATION_TOKENS:
         found.append(
-            f"{tokens:,} validation tokens are few: differences below {3 / math.sqrt(tokens):.2f} nats are chance; prepare "
-            "the data with a larger --validation_fraction"
+            f"{tokens:,} validation tokens are few: loss differences below {3 / math.sqrt(tokens):.2f} nats are noise; "
+            "prepare the data with a larger --validation_fraction"
         )
     if (lowest := read_range_test(config, data.key)) is not None:
         rate = config.optimizer.learning_rate
@@ -78,7 +85,7 @@ def hints_on_data(config: TrainConfig, data: TrainingData) -> list[str]:
 
 
 def hint_on_loss(config: TrainConfig, step: int, loss: float, vocabulary: int) -> str | None:
-    """A model from scratch whose loss, in nats per token, is still that of guessing."""
+    """A model from scratch whose loss, in nats per token, is no better than guessing."""
     if config.model.pretrained is not None or step < config.schedule.warmup_steps + LOSS_STEPS:
         return None
     guessing = math.log(vocabulary)
@@ -86,8 +93,8 @@ def hint_on_loss(config: TrainConfig, step: int, loss: float, vocabulary: int) -
         return None
     rate = config.optimizer.learning_rate
     return (
-        f"hint: at step {step} the loss is still that of guessing, {guessing:.2f} nats: {rate:.1e} may be too high or too "
-        "low a learning rate; `python examples/lr_range_test.py --recipe FILE` finds one for your recipe"
+        f"hint: at step {step} the loss of {loss:.2f} is no better than guessing ({guessing:.2f} nats): {rate:.1e} may be "
+        "too high or too low a learning rate; `python examples/lr_range_test.py --recipe FILE` finds one for your recipe"
     )
 
 

@@ -246,9 +246,9 @@ class RunTracker(contextlib.AbstractContextManager):
 def _cut_samples(path: Path, step: int) -> None:
     """Drop the samples of steps after `step`: the resumed run writes them again."""
     if path.exists():
-        first, *sections = re.split(r"(?m)^## Step (\d+)$", path.read_text(encoding="utf-8"))
-        pairs = zip(sections[::2], sections[1::2], strict=True)
-        replace_text(path, first + "".join(f"## Step {number}{text}" for number, text in pairs if int(number) <= step))
+        text = path.read_text(encoding="utf-8", errors="replace")  # a full disk may have cut a character
+        headings = re.finditer(r"(?m)^## Step (\d{1,15})$", text)  # the text of a sample may hold some, too
+        replace_text(path, text[: next((heading.start() for heading in headings if int(heading[1]) > step), None)])
 
 
 def _cut_metrics(path: Path, step: int, looked: int) -> tuple[int, int]:
@@ -260,8 +260,8 @@ def _cut_metrics(path: Path, step: int, looked: int) -> tuple[int, int]:
     kept, last, again = [], -1, -1
     if not path.exists():
         return last, again
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, StopIteration):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, StopIteration, RecursionError):
             record = json.loads(line)
             name = next(name for name in record if name != "step")
             if record["step"] <= (looked if name.startswith("eval/") else step):

@@ -29,7 +29,8 @@ def html_comparison(runs: list[RunFolder]) -> str:
         if tabs := loss_tabs(runs, curves):
             charts.append((LOSSES[metric], tabs))
     known = [figures_of(run) for run in runs]
-    shown = [name for name in FIGURES if any(name in figures for figures in known)]
+    parts = any(run.options.get("evaluation.max_tokens") for run in runs)
+    shown = [name for name in FIGURES if any(name in figures for figures in known) and (name != WHOLE or parts)]
     rows = [
         (
             colour(number),
@@ -40,12 +41,17 @@ def html_comparison(runs: list[RunFolder]) -> str:
         )
         for number, (run, figures) in enumerate(zip(runs, known, strict=True))
     ]
-    datasets = {(run.dataset_key, run.options["data.dataset"]) for run in runs}
     return templates().get_template("comparison.html").render(
         names=names, colours=[colour(number) for number in range(len(runs))], losses=charts,
         charts=metric_charts(runs, names), figures=shown, rows=rows, options=differing_options(runs),
-        same_data=len(datasets) == 1,
+        same_data=have_same_data(runs),
     )  # fmt: skip
+
+
+def have_same_data(runs: list[RunFolder]) -> bool:
+    """By the keys of the datasets; by their folders where a run has no checkpoint yet, which would hold the key."""
+    keys, folders = {run.dataset_key for run in runs}, {run.options["data.dataset"] for run in runs}
+    return len(keys - {None}) <= 1 and (None not in keys or len(folders) == 1)
 
 
 def labels(paths: list[Path]) -> list[str]:

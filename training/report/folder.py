@@ -1,5 +1,6 @@
 """What a run folder says about its run. Every part may be missing or damaged; memory does not grow with the run."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -48,7 +49,7 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The newest step that some file names."""
+        """The newest step in metrics.jsonl or summary.json."""
         lasts = [series.last[0] for series in self.curves.series.values() if series]
         summarized = self.summary.get("optimizer_step")
         return max([0, *map(int, lasts), summarized if isinstance(summarized, int) else 0])
@@ -121,7 +122,8 @@ def read_samples(path: Path) -> list[tuple[int, str]]:
     newest: list[Any] | None = None
     number, stride = 0, 1
     for line in iter_lines(path):
-        if heading := HEADING.fullmatch(line):
+        heading = HEADING.fullmatch(line)
+        if heading and (newest is None or int(heading[1]) > newest[0]):  # else it belongs to the text of a sample
             newest = [int(heading[1]), b""]
             if number % stride == 0:
                 kept.append(newest)
@@ -155,7 +157,11 @@ def spell(value: Any) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    with contextlib.suppress(OSError):  # a run that is going on may be removing this checkpoint
+        for path in folder.rglob("*"):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 # ---- How to go on

@@ -102,12 +102,13 @@ def tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     """(name, value, note) of the figures at the top."""
     as_of = time.strftime("%Y-%m-%d %H:%M:%S")
     found = [("state", state_of(run), f"as of {as_of}" if run.summary else f"as of {as_of}, unless killed since")]
-    share = run.step / run.max_steps if run.max_steps else None
-    of = "" if share is None else f" of {run.max_steps:,}"
-    found.append(("step", f"{run.step:,}{of}", "" if share is None else f"{share:.0%} of the run"))
+    of, share = "", ""
+    if run.max_steps:
+        of, share = f" of {run.max_steps:,}", f"{100 * run.step // run.max_steps}% of the run"
+    found.append(("step", f"{run.step:,}{of}", share))
     figures = figures_of(run)
     for name in ("best evaluation loss", WHOLE, "bits per byte", "last training loss"):
-        if name in figures:
+        if name in figures and (name != WHOLE or run.options.get("evaluation.max_tokens")):
             found.append((name, *figures[name]))
     if "time" in figures:
         value, note = figures["time"]
@@ -142,7 +143,7 @@ def figures_of(run: RunFolder) -> dict[str, tuple[str, str]]:
     bits, whole = run.summary.get("bits_per_byte"), run.summary.get("eval_loss")
     if isinstance(bits, float) and "bits per byte" not in found:
         found["bits per byte"] = (f"{bits:.3f}", "at the end")
-    if isinstance(whole, float) and run.options.get("evaluation.max_tokens"):
+    if isinstance(whole, float) and run.summary.get("finished"):
         found[WHOLE] = (f"{whole:.4f}", "at the end")
     if type(parameters := run.summary.get("parameters")) is int:
         found["parameters"] = (spell_count(parameters), f"{parameters:,}")
@@ -179,7 +180,7 @@ def describe_dataset(run: RunFolder) -> dict[str, Any] | None:
     try:
         manifest = read_json(folder / "manifest.json")
         splits, tokenizer = manifest["splits"], manifest["tokenizer"]
-        sources = list(next(iter(splits.values()))["sources"].items())[:LAUNCHES]
+        sources = list(splits.get("train", {"sources": {}})["sources"].items())[:LAUNCHES]  # a stream has no such split
         return {
             "folder": cut(str(folder), LINE), "read": int(manifest["documents_read"]),
             "kept": int(manifest["documents_read"]) - sum(manifest["dropped"].values()),
