@@ -36,6 +36,7 @@ from accelerate.utils import (
 
 from training.data import TrainingData
 from training.dry_run import describe_objective, print_dry_run
+from training.fp8 import build_fp8_recipe
 from training.hardware import avoid_faulty_attention, resolve_matmul_precision
 from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
 from training.model import build_training_objective
@@ -183,7 +184,10 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
     accelerator = Accelerator(
         cpu=use_cpu,
         # DDP's buckets are the gradients, instead of a copy of them. The model's own buffers are the same on all ranks.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            *build_fp8_recipe(launch),
+        ],
         # The loop accumulates by itself. Without the plugin a variable of the launch would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),
