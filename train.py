@@ -46,7 +46,7 @@ from training.monitoring.tracking import write_sample
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
-from training.parallel.sharding import enable_sharded_generate
+from training.parallel.sharding import set_up_sharded
 from training.run import Run
 from utils.evaluation import evaluate
 from utils.model.build import build_model, load_model, set_up_training
@@ -86,7 +86,7 @@ def main(config: TrainConfig) -> None:
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, data.train_loader(state), data.validation_loader()
     )
-    enable_sharded_generate(accelerator.unwrap_model(objective))
+    set_up_sharded(accelerator, accelerator.unwrap_model(objective))
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     run.begin(model, optimizer, scheduler, average, about)
 

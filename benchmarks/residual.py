@@ -17,14 +17,21 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import DEMO, build_parser, count
-from training.residual import carry_in_bf16
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.token_dataset import open_split
-from utils.model.initialization import initialize_gpt2
+from utils.kernels.head_loss import product_dtype
+from utils.model.initialization import initialize_gpt2, is_norm
 from utils.objectives import build_objective
 
 CPU = torch.device("cpu")
 ROWS, LENGTH, SIZES = 4, 128, {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4}
+
+
+def carry_in_bf16(model: torch.nn.Module) -> None:
+    """Let embeddings and norms return autocast's type, and so the blocks add up in it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) or is_norm(module):
+            module.register_forward_hook(lambda _, __, output: output.to(product_dtype(output)))
 
 
 def losses(arguments: Any, tokens: dict[str, np.ndarray], seed: int, *, in_bf16: bool) -> list[float]:
@@ -33,9 +40,9 @@ def losses(arguments: Any, tokens: dict[str, np.ndarray], seed: int, *, in_bf16:
     config = LlamaConfig(**SIZES, num_hidden_layers=arguments.layers, vocab_size=int(tokens["train"].max()) + 1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     initialize_gpt2(model)
+    objective = build_objective(model, ObjectiveConfig(), "auto", KernelConfig(), CPU).train()
     if in_bf16:
         carry_in_bf16(model)
-    objective = build_objective(model, ObjectiveConfig(), "auto", KernelConfig(), CPU).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, fused=True)
 
     def loss_of(split: str, rows: int, row: int) -> torch.Tensor:

@@ -66,7 +66,7 @@ def build_training_objective(
         use_context_parallel(objective, data.context_group)
     if (dynamo := accelerator.state.dynamo_plugin).backend != DynamoBackend.NO:
         objective.head_backend = dynamo.backend.value.lower()
-    keep_sums_in_fp32(accelerator)
+    keep_sums_in_fp32(accelerator, objective)
     return objective
 
 
