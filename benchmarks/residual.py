@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.common import DEMO, build_parser, count
+from benchmarks.common import add_dataset, build_parser, count
 from utils.config import KernelConfig, ObjectiveConfig
 from utils.data.token_dataset import open_split
 from utils.kernels.head_loss import product_dtype
@@ -24,6 +24,7 @@ from utils.model.initialization import initialize_gpt2, is_norm
 from utils.objectives import build_objective
 
 CPU = torch.device("cpu")
+KINDS = ("last_steps", "held_out")
 ROWS, LENGTH, SIZES = 4, 128, {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4}
 
 
@@ -63,7 +64,8 @@ def losses(arguments: Any, tokens: dict[str, np.ndarray], seed: int, *, in_bf16:
         kept.append(loss.item())
     objective.eval()
     with torch.no_grad():
-        held_out = [loss_of("validation", 16, 16 * number).item() for number in range(8)]
+        batches = min(32, (len(tokens["validation"]) - 1) // LENGTH // ROWS)
+        held_out = [loss_of("validation", ROWS, ROWS * number).item() for number in range(batches)]
     return [float(np.mean(kept[-20:])), float(np.mean(held_out))]
 
 
@@ -72,20 +74,25 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=150)
     parser.add_argument("--layers", type=count, default=6)
     parser.add_argument("--seeds", type=count, default=3)
+    add_dataset(parser)
     arguments = parser.parse_args()
-    datasets = {split: open_split(DEMO, split) for split in ("train", "validation")}
+    datasets = {split: open_split(arguments.dataset, split) for split in ("train", "validation")}
     tokens = {split: each.read(0, each.num_tokens) for split, each in datasets.items()}
-    table = []
+    table: list[list[list[float]]] = []
     print(f"{'seed':<6}{'stream':<8}{'last 20 steps':>15}{'held-out':>10}")
     for seed in range(arguments.seeds):
         table.append([losses(arguments, tokens, seed, in_bf16=in_bf16) for in_bf16 in (False, True)])
         for name, figures in zip(("fp32", "bf16"), table[-1], strict=True):
             print(f"{seed:<6}{name:<8}{figures[0]:>15.4f}{figures[1]:>10.4f}", flush=True)
-    apart = np.subtract.reduce(np.array(table)[:, ::-1], axis=1)  # (seeds, 2), bf16 − fp32
+    apart = np.array([[bf16[kind] - fp32[kind] for kind in (0, 1)] for fp32, bf16 in table])
     print(
         f"bf16 − fp32: {apart.mean(0).round(4).tolist()} on the mean, {np.abs(apart).max(0).round(4).tolist()} at most"
     )
-    print(json.dumps({"steps": arguments.steps, "layers": arguments.layers, "losses": table}))
+    means = np.mean(table, 0).tolist()
+    figures = {
+        f"{stream}_{kind}": means[i][j] for i, stream in enumerate(("fp32", "bf16")) for j, kind in enumerate(KINDS)
+    }
+    print(json.dumps({"steps": arguments.steps, "seeds": arguments.seeds} | figures))
 
 
 if __name__ == "__main__":
