@@ -36,6 +36,7 @@ from accelerate.utils import (
 
 from training.data import TrainingData
 from training.dry_run import describe_objective, print_dry_run
+from training.fp8 import build_fp8_recipe
 from training.hardware import avoid_faulty_attention, resolve_matmul_precision
 from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
 from training.model import build_training_objective
@@ -45,7 +46,7 @@ from training.monitoring.tracking import write_sample
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
-from training.parallel.sharding import enable_sharded_generate
+from training.parallel.sharding import set_up_sharded
 from training.run import Run
 from utils.evaluation import evaluate
 from utils.model.build import build_model, load_model, set_up_training
@@ -85,7 +86,7 @@ def main(config: TrainConfig) -> None:
     objective, optimizer, train_loader, validation_loader = accelerator.prepare(
         objective, optimizer, data.train_loader(state), data.validation_loader()
     )
-    enable_sharded_generate(accelerator.unwrap_model(objective))
+    set_up_sharded(accelerator, accelerator.unwrap_model(objective))
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     run.begin(model, optimizer, scheduler, average, about)
 
@@ -183,7 +184,10 @@ def start_accelerator(config: TrainConfig) -> tuple[Accelerator, BatchPlan]:
     accelerator = Accelerator(
         cpu=use_cpu,
         # DDP's buckets are the gradients, instead of a copy of them. The model's own buffers are the same on all ranks.
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            *build_fp8_recipe(launch),
+        ],
         # The loop accumulates by itself. Without the plugin a variable of the launch would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
         dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=True),

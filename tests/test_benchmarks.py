@@ -63,6 +63,10 @@ SMOKE = {
         f"--steps 60 {SMALL}",
         "step_seconds_bare step_seconds_guarded asynchronous_pause_seconds synchronous_save_seconds pause_share",
     ),
+    "residual": (
+        "--steps 2 --layers 1 --seeds 1 --dataset {dataset}",
+        "fp32_last_steps fp32_held_out bf16_last_steps bf16_held_out",
+    ),
     "scaling": (
         f"--rounds 1 --steps 3 {SMALL}",
         "tokens_per_second.one weak_scaling",

@@ -341,8 +341,8 @@ def test_time_is_work_over_speed_at_the_stated_share_of_the_peak() -> None:
     assert [duration(seconds) for seconds in (0.3, 59, 90, 5400, 86400 * 30, 86400 * 800)] == [
         "0.3 s", "59 s", "1.5 min", "1.5 h", "30 days", "2.2 years",
     ]  # fmt: skip
-    assert [precision_of(*pair) for pair in (("bf16", "highest"), ("fp16", "highest"), ("no", "highest"), ("no", "high"))] == [
-        "bf16", "bf16", "fp32", "tf32",
+    assert [precision_of(*pair) for pair in (("bf16", "highest"), ("fp16", "highest"), ("fp8", "high"), ("no", "highest"), ("no", "high"))] == [
+        "bf16", "bf16", "fp8", "fp32", "tf32",
     ]  # fmt: skip
 
 
@@ -410,18 +410,18 @@ print(json.dumps([lines, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_ma
 
 
 # ---- Cards and CPUs.
-# Name → processors (SMs), clock in GHz at which the vendor counts, and operations of one SM per clock: bf16 with sums in
-# fp32, tf32, fp32; memory in GB. Dense products; a multiplication and an addition are two.
+# Name → processors (SMs), clock in GHz at which the vendor counts, and operations of one SM per clock: fp8 and bf16 with
+# sums in fp32, tf32, fp32; memory in GB. In fp8 a tensor core does twice what it does in bf16. Dense products; a multiplication and an addition are two.
 # A100: NVIDIA A100 Tensor Core GPU Architecture, V1.0, tables 1 and 3: 108 SMs, 1,410 MHz; 1,024 fused multiply-adds per
 #   SM and clock in bf16, half as many in tf32, 64 FP32 cores. H100 SXM5: NVIDIA H100 Tensor Core GPU Architecture, V1.04,
 #   table 3: 132 SMs with twice an A100's tensor cores, 1,830 MHz for them, 1,980 MHz for the 128 FP32 cores.
 # L4, RTX 4090: NVIDIA Ada GPU Architecture, V2.1, appendices A and C: 58 SMs at 2,040 MHz, 128 at 2,520 MHz, 128 FP32
 #   cores each; a GeForce halves the rate of the tensor cores where their sums are fp32.
 PUBLISHED = {
-    "L4": (58, {"bf16": (2.04, 1024), "tf32": (2.04, 512), "fp32": (2.04, 256)}, 24),
-    "RTX 4090": (128, {"bf16": (2.52, 512), "tf32": (2.52, 256), "fp32": (2.52, 256)}, 24),
+    "L4": (58, {"fp8": (2.04, 2048), "bf16": (2.04, 1024), "tf32": (2.04, 512), "fp32": (2.04, 256)}, 24),
+    "RTX 4090": (128, {"fp8": (2.52, 1024), "bf16": (2.52, 512), "tf32": (2.52, 256), "fp32": (2.52, 256)}, 24),
     "A100 80GB": (108, {"bf16": (1.41, 2048), "tf32": (1.41, 1024), "fp32": (1.41, 128)}, 80),
-    "H100 SXM": (132, {"bf16": (1.83, 4096), "tf32": (1.83, 2048), "fp32": (1.98, 256)}, 80),
+    "H100 SXM": (132, {"fp8": (1.83, 8192), "bf16": (1.83, 4096), "tf32": (1.83, 2048), "fp32": (1.98, 256)}, 80),
 }
 
 

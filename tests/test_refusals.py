@@ -80,7 +80,7 @@ def test_what_needs_no_model_is_refused_without_torch(arguments, words, without,
         ("", "tensorboard", {}, "pip install tensorboard"),
         ("--optimizer.name adamw_8bit", "bitsandbytes", {}, "pip install -e '.[optim8bit]'"),
         ("--model.pretrained org/name --model.lora.rank 4", "peft", {}, "pip install -e '.[lora]'"),
-        ("", "torchao,transformer_engine,msamp", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "pip install torchao"),
+        ("", "torchao", {"ACCELERATE_MIXED_PRECISION": "fp8"}, "pip install -e '.[fp8]'"),
     ],
 )
 def test_a_missing_library_is_named_without_torch(options, library, extra, remedy, without, small_dataset, tmp_path):

@@ -24,8 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers.activations import GELUTanh
 
 from training.data import TrainingData
+from training.fp8 import check_fp8, fp8_layers
 from training.hardware import (
     HARDWARE,
+    blend_peaks,
     measure_flops_per_second,
     memory_bytes,
     precision_of,
@@ -82,6 +84,8 @@ def build_without_weights(config: TrainConfig, device: torch.device, tokenizer: 
 def print_dry_run(config: TrainConfig, accelerator: Accelerator, data: TrainingData, tokenizer: Any) -> None:
     """Print what this launch would train and need; the model is built without weights (main process prints)."""
     objective = build_without_weights(config, accelerator.device, tokenizer)
+    if accelerator.mixed_precision == "fp8":
+        check_fp8(objective.model)
     if accelerator.is_main_process:
         print(
             *describe_launch(accelerator, data.plan),
@@ -130,6 +134,7 @@ def dry_run_report(
             device=device.type,
         )  # fmt: skip
         flops = count_step_flops(objective, example, config, plan)
+        share = count_fp8_share(objective, example) if precision == "fp8" else 1.0
     except Exception as error:  # an operation needs values, which fake tensors lack, or the sizes make no model
         return [*lines, f"memory and time: no estimate for this model: {short(error)}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
@@ -139,14 +144,21 @@ def dry_run_report(
         f"precision {mixed_precision}), {readable(evaluation)} in an evaluation (batch {evaluation_rows})",
         *(f"  {part:<15} {readable(size, of=step):>10}" for part, size in memory.items() if size),
         f"work: {flops:.3g} FLOPs a step, {flops * max_steps:.3g} in all",
-        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}; small models do not reach it:",
+        f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}"
+        f"{f' ({share:.0%} of the work) and bf16' if precision == 'fp8' else ''}; small models do not reach it:",
     ]
     for name, figures in HARDWARE.items():
-        seconds, size = estimate_time(flops * max_steps, figures[precision], processes), figures["memory"]
+        if precision not in figures:
+            lines.append(f"  {name:<15} has no {precision}")
+            continue
+        peak, size = blend_peaks(figures[precision], figures["bf16"], share), figures["memory"]
+        seconds = estimate_time(flops * max_steps, peak, processes)
         few = f"; its {size:.0f} GB are too few" if max(step, evaluation) >= size * 1e9 else ""
         lines.append(f"  {name:<15} {duration(seconds):>10}{few}")
     if measure:
         speed = measure_flops_per_second(device, mixed_precision)
+        if precision == "fp8":
+            speed = blend_peaks(speed, measure_flops_per_second(device, "bf16"), share)
         seconds = estimate_time(flops * max_steps, speed, processes)
         lines.append(f"  {'this machine':<15} {duration(seconds):>10}; {speed / 1e12:.2g} TFLOP/s measured")
     return lines
@@ -226,14 +238,16 @@ def resized(batch: BatchShapes, rows: int, longest: int | None = None, share: in
 
 def describe_objective(
     objective: Objective, config: TrainConfig, data: TrainingData, *, new: bool
-) -> tuple[list[str], int | None]:
-    """Lines on the model and its kernels, and the FLOPs of a step on all devices, None if they cannot be counted. Call it
-    before FSDP shards the parameters, on the main process only."""
+) -> tuple[list[str], int | None, float]:
+    """Lines on the model and its kernels; the FLOPs of a step on all devices, None if they cannot be counted; the share of
+    them in the launch's precision, the rest being in bf16. Call it before `prepare`, on the main process only."""
     model: Any = objective.model
     modules = {type(module) for module in objective.modules() if getattr(module, "p", 1)}  # not a dropout of 0
-    lines, flops = [describe_model(model)[0]], None
+    is_fp8 = data.accelerator.mixed_precision == "fp8"
+    lines, flops, share = [describe_model(model)[0]], None, 1.0
     try:
         flops = count_step_flops(objective, data.example, config, data.plan)
+        share = count_fp8_share(objective, data.example) if is_fp8 else 1.0
         lines.append(f"work: {flops:.3g} FLOPs a step")
     except (RuntimeError, ValueError) as error:  # an operation of this model needs values, which fake tensors lack
         lines.append(f"work: not counted for this model: {short(error)}")
@@ -246,7 +260,10 @@ def describe_objective(
         f"{', activation fused' if GELUTanh in modules else ''}{', dropout fast' if FastDropout in modules else ''}, "
         f"fp32 products {matmul}{' (TF32)' if on_cuda and matmul != 'highest' else ''}"
     )
-    return lines, flops
+    if is_fp8:
+        linear = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+        lines.append(f"fp8: {len(fp8_layers(model))} of {linear} linear layers, {share:.0%} of the work")
+    return lines, flops, share
 
 
 def fake_batch(batch: BatchShapes, device: str) -> dict[str, torch.Tensor]:
@@ -264,6 +281,18 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
     the recomputed scores; activation checkpointing adds a second forward pass. The result agrees with 6 × parameters ×
     tokens + attention. `batch` holds `targets` (B, T) and what `Objective.forward` takes, or their shapes.
     """
+    return _counted(objective, batch, backward=True).get_total_flops()
+
+
+def count_fp8_share(objective: Objective, batch: BatchShapes) -> float:
+    """The share of a forward pass's operations in the linear layers that fp8 will convert. A backward pass has about the
+    same, and torch's counter does not tell its layers apart."""
+    counts = _counted(objective, batch, backward=False).get_flop_counts()
+    names = [f"{type(objective).__name__}.{name}" for name in fp8_layers(objective)]
+    return sum(sum(counts[name].values()) for name in names) / sum(counts["Global"].values())
+
+
+def _counted(objective: Objective, batch: BatchShapes, *, backward: bool) -> FlopCounterMode:
     aten = torch.ops.aten
     cpu_attention = {  # the CPU's kernels, which torch's counter does not know
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
@@ -277,9 +306,12 @@ def count_flops(objective: Objective, batch: BatchShapes) -> int:
         model = without_adapters(fake.model)
         if model.config._attn_implementation in ("blocked", "varlen", "context_parallel"):  # they compute less
             model.set_attn_implementation("sdpa")
-        with FlopCounterMode(display=False, custom_mapping=cpu_attention) as counter:
-            fake(**inputs).backward()
-    return counter.get_total_flops()
+        count = FlopCounterMode(display=False, custom_mapping=cpu_attention)
+        with count as counter, torch.set_grad_enabled(backward):
+            loss = fake(**inputs)
+            if backward:
+                loss.backward()
+    return counter
 
 
 class LiveTensors(TorchDispatchMode):

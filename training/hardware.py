@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ import torch
 from utils.files import UserError, read_json, replace_text
 
 # Name → FLOP/s of dense matrix products by precision, and memory in GB: the vendor's figures, halved where they are for
-# sparse matrices. bf16 also stands for fp16, with sums in fp32; tf32 for fp32 that may round its factors.
+# sparse matrices. bf16 also stands for fp16, fp8 for e4m3, both with sums in fp32; tf32 for fp32 that may round its
+# factors. The A100 has no fp8.
 # L4, RTX 4090: images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf,
 #   appendices A and C. A100: www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/
 #   nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf. H100: resources.nvidia.com/en-us-tensor-core/
 #   nvidia-tensor-core-gpu-datasheet.
 HARDWARE: dict[str, dict[str, float]] = {
-    "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12, "memory": 24},
-    "RTX 4090": {"bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12, "memory": 24},
+    "L4": {"fp8": 242e12, "bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12, "memory": 24},
+    "RTX 4090": {"fp8": 330.3e12, "bf16": 165.2e12, "tf32": 82.6e12, "fp32": 82.6e12, "memory": 24},
     "A100 80GB": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80},
-    "H100 SXM": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
+    "H100 SXM": {"fp8": 1979e12, "bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 80},
 }
 # The names that CUDA gives these cards. The H100 as a PCIe card is slower, and is measured.
 CARD_NAMES = {
@@ -72,6 +74,8 @@ def avoid_faulty_attention(device: torch.device, sequence_length: int, layout: s
 
 def precision_of(mixed_precision: str, matmul_precision: str) -> str:
     """The key of `HARDWARE` for accelerate's `mixed_precision` and torch's `set_float32_matmul_precision`."""
+    if mixed_precision == "fp8":
+        return "fp8"
     if mixed_precision in ("bf16", "fp16"):
         return "bf16"
     return "fp32" if matmul_precision == "highest" else "tf32"
@@ -82,13 +86,18 @@ def measure_flops_per_second(device: torch.device, mixed_precision: str) -> floa
 
     fp32 is computed as `torch.set_float32_matmul_precision` says at the time; a CPU with this process's threads.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
     size = {"cpu": 1024, "cuda": 8192}.get(device.type, 2048)
-    left, right = torch.ones(size, size, dtype=dtype, device=device), torch.ones(size, size, dtype=dtype, device=device)
-    product = left @ right  # the first one chooses and prepares a kernel
+    if mixed_precision == "fp8":
+        left, scale = torch.ones(size, size, device=device).to(torch.float8_e4m3fn), torch.ones((), device=device)
+        multiply = partial(torch._scaled_mm, left, left.T, scale, scale, out_dtype=torch.bfloat16)
+    else:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+        left = torch.ones(size, size, dtype=dtype, device=device)
+        multiply = partial(torch.mm, left, torch.ones_like(left))
+    product = multiply()  # the first one chooses and prepares a kernel
     count, started = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
-        product = left @ right
+        product = multiply()
         float(product[0, 0])  # waits for the device
         count += 1
     return count * 2 * size**3 / elapsed
@@ -118,6 +127,11 @@ def peak_flops_per_second(device: torch.device, mixed_precision: str) -> float:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(peaks, indent=2) + "\n")
     return peaks[key]
+
+
+def blend_peaks(peak: float, bf16: float, share: float) -> float:
+    """FLOP/s of work of which `share` is done at `peak`, and the rest at the peak in bf16."""
+    return peak if share == 1 else 1 / (share / peak + (1 - share) / bf16)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -268,7 +268,7 @@ def find_problems(file: dict[str, Any]) -> list[str]:
         found += [_unknown(key, options, f"{section}.") for key in unknown]
     precision, precisions = file.get("mixed_precision", "no"), [each.value for each in PrecisionType]
     if not isinstance(precision, str):
-        found.append("mixed_precision must be in quotes: 'no', 'bf16' or 'fp16'; YAML reads a bare no as false")
+        found.append("mixed_precision must be in quotes: 'no', 'bf16', 'fp16' or 'fp8'; YAML reads a bare no as false")
     elif precision not in precisions:
         found.append(_unknown(precision, precisions, "mixed_precision "))
     processes = file.get("num_processes", 1)

@@ -11,6 +11,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 
 from training.data import TrainingData
+from training.fp8 import check_fp8
 from training.parallel.context_parallel import use_context_parallel
 from training.parallel.sharding import keep_sums_in_fp32
 from utils.cli import UserError
@@ -32,6 +33,8 @@ def build_training_objective(
     `UserError` if the model cannot read such rows, or would mix the documents of a row.
     """
     check_length(model, config.data.sequence_length)
+    if accelerator.mixed_precision == "fp8":
+        check_fp8(model)
     packed, has_media = "position_ids" in data.example, "media" in data.manifest
     try:
         precision = accelerator.mixed_precision if data.context_group is None else "no"  # it has its own attention
@@ -63,7 +66,7 @@ def build_training_objective(
         use_context_parallel(objective, data.context_group)
     if (dynamo := accelerator.state.dynamo_plugin).backend != DynamoBackend.NO:
         objective.head_backend = dynamo.backend.value.lower()
-    keep_sums_in_fp32(accelerator)
+    keep_sums_in_fp32(accelerator, objective)
     return objective
 
 

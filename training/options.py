@@ -18,7 +18,6 @@ NEEDED_MEDIA = {"captioning": "image", "transcription": "audio"}  # objective â†
 TEMPLATE = (
     "--tokenizer.chat_template configs/chat_template.jinja --tokenizer.special_tokens '[<|im_start|>, <|im_end|>]'"
 )
-FP8_LIBRARIES = ("torchao", "transformer_engine", "msamp")  # accelerate's, in its order
 
 
 def read_options(description: str | None, argv: list[str] | None = None, *, runs: bool = True) -> TrainConfig:
@@ -75,8 +74,8 @@ def check_libraries(config: TrainConfig, trackers: bool) -> None:
     for name in config.tracking.trackers if trackers and not config.dry_run else ():
         if find_spec(name) is None:
             raise UserError(f"tracking.trackers names {name}, which is not installed: pip install {name}")
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and not any(map(find_spec, FP8_LIBRARIES)):
-        raise UserError("the launch asks for fp8, which needs torchao: pip install torchao, or choose bf16")
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and find_spec("torchao") is None:
+        raise UserError("the launch asks for fp8, which needs torchao: pip install -e '.[fp8]', or choose bf16")
 
 
 def check_output(config: TrainConfig) -> None:

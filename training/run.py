@@ -12,7 +12,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from training.data import TrainingData
 from training.dry_run import find_fitting_micro_batch
-from training.hardware import peak_flops_per_second, peak_memory_bytes
+from training.hardware import blend_peaks, peak_flops_per_second, peak_memory_bytes
 from training.launch import describe_launch
 from training.model import check_tokenizer
 from training.monitoring.console import Clock, banner, times_due
@@ -68,11 +68,16 @@ class Run:
         self._hinted = False  # about a loss that does not move
 
     def begin(
-        self, model: Any, optimizer: Any, scheduler: Any, average: Any, about: tuple[list[str], int | None] | None
+        self,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any,
+        average: Any,
+        about: tuple[list[str], int | None, float] | None,
     ) -> None:
         """Restore the checkpoint's training state, claim the folder, start everything that runs beside training.
 
-        `about`: lines on the model, and the FLOPs of a step; None except on the main process. `UserError` if the disk
+        `about`: what `describe_objective` returns; None except on the main process. `UserError` if the disk
         cannot hold the checkpoints to come.
         """
         accelerator, config, data = self.accelerator, self.config, self.data
@@ -98,11 +103,12 @@ class Run:
         )  # fmt: skip
         at_exit.callback(self.writer.close)
         at_exit.callback(end_workers)
-        lines, self._step_flops = about or ([], None)
+        lines, self._step_flops, share = about or ([], None, 1.0)
         if accelerator.is_main_process and self._step_flops is not None:
-            self._peak = (
-                peak_flops_per_second(accelerator.device, accelerator.mixed_precision) * data.plan.num_processes
-            )
+            peak = peak_flops_per_second(accelerator.device, accelerator.mixed_precision)
+            if share < 1:
+                peak = blend_peaks(peak, peak_flops_per_second(accelerator.device, "bf16"), share)
+            self._peak = peak * data.plan.num_processes
         launch = describe_launch(accelerator, data.plan)
         lines = [*launch, *lines, *data.describe(), f"output: {self.folder}"]
         self.tracker.say(*banner(lines))

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import logging
 import math
 import operator
 import os
@@ -48,6 +49,10 @@ for stream in (sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         with contextlib.suppress(OSError):  # a pipe that took the place of a file
             stream.reconfigure(errors="backslashreplace")
+
+# transformers imports torchao where it is installed; it logs kernels for other GPUs, and torch a deprecation in it.
+for name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 # Cleanup that must always run, in reverse order: `main` enters its locks, threads and files here.
 at_exit = contextlib.ExitStack()

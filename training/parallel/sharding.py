@@ -25,14 +25,33 @@ def ranks_per_copy(accelerator: Accelerator) -> int:
     return accelerator.num_processes if parallelism is None else parallelism.dp_shard_size * parallelism.cp_size
 
 
-def keep_sums_in_fp32(accelerator: Accelerator) -> None:
-    """With FSDP in bf16: reduce gradients in fp32, and return the loss in the model's own type. Call before `prepare`.
+def keep_sums_in_fp32(accelerator: Accelerator, objective: nn.Module) -> None:
+    """With FSDP in bf16: add up the residual stream and the gradients in fp32, and return the loss in the model's own type,
+    as one device and DDP do. Call before `prepare`, and `set_up_sharded` after it.
 
-    accelerate would do both in bf16, whose 8 bits turn a loss of 9.03 into 9.0.
+    accelerate would do all three in bf16, whose 8 bits turn a loss of 9.03 into 9.0.
     """
     if is_sharded(accelerator) and (policy := accelerator.state.fsdp_plugin.mixed_precision_policy) is not None:
-        policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
+            policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+        for module in objective.modules():
+            if isinstance(module, nn.Embedding):  # gathered in bf16
+                module.register_forward_hook(lambda _, __, output: output.float())
+
+
+def set_up_sharded(accelerator: Accelerator, objective: nn.Module) -> None:
+    """After `prepare`, let FSDP gather the parameters for `generate` and `predict`, as it does for `forward`, and compute
+    all three under autocast, which accelerate leaves out with FSDP. Without FSDP a no-op."""
+    if not is_sharded(accelerator):
+        return
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    for name in ("forward", "generate", "predict"):
+        if policy is not None:
+            autocast = torch.autocast(accelerator.device.type, policy.param_dtype)
+            setattr(objective, name, autocast(getattr(objective, name)))
+        if name != "forward":
+            register_fsdp_forward_method(objective, name)
 
 
 def meeting_group() -> dist.ProcessGroup:
@@ -43,9 +62,3 @@ def meeting_group() -> dist.ProcessGroup:
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor, on every rank (all must call); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def enable_sharded_generate(objective: nn.Module) -> None:
-    """Let FSDP gather the parameters for `generate` and `predict`, as it does for `forward`. Without FSDP a no-op."""
-    for name in ("generate", "predict"):
-        register_fsdp_forward_method(objective, name)

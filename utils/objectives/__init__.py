@@ -93,7 +93,8 @@ def use_varlen(objective: "Objective", device: torch.device, mixed_precision: st
         or model.config.is_encoder_decoder
     ):
         return f"{type(model).__name__} has its own attention"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    dtypes = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}  # of what is not a linear layer
+    dtype = dtypes.get(mixed_precision, torch.float32)
     if device.type != "cpu" and dtype == torch.float32:
         return "its kernel computes in bf16 and fp16 only; give accelerate launch --mixed_precision bf16"
     before = model.config._attn_implementation
