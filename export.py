@@ -6,12 +6,13 @@
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from exporting import Format, check_formats, failed, missing_libraries, table, write_formats
+from exporting import Format, check_formats, failed, find_faults, low_space, table, write_formats
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import NonNegativeFloat, UserError, parse_config, parse_sections, run_script
 from utils.pretrained import check_adapters
@@ -30,8 +31,13 @@ class ExportConfig:
     weights: Literal["trained", "average"] = "trained"
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
     formats: list[Format] = field(default_factory=lambda: ["safetensors"])
-    """Files to write: safetensors, gguf (f32) or gguf-f16, -bf16, -q8_0, -q5_0, -q4_0, onnx, onnx-int8. A reader of each
-    format opens its file in a fresh process and must say what the checkpoint says."""
+    """Files to write: safetensors (fp32) or safetensors-bf16, -f16; adapter (alone; otherwise merged); gguf (f32) or
+    gguf-f16, -bf16, -q8_0, -q5_0, -q4_0, -q4_k_m; onnx, onnx-int8. A reader of each format opens its file in a fresh
+    process and must say what the checkpoint says."""
+    license: str | None = None
+    """The licence that you give the model, such as apache-2.0, for its card (README.md)."""
+    max_shard_size: str = "5GB"
+    """Largest file of safetensors, as in 200MB; more weights are written into several files."""
 
     @property
     def pointers(self) -> tuple[str, ...]:
@@ -43,9 +49,12 @@ class ExportConfig:
             return ["output is empty; name a folder"]
         if not self.formats:
             return ["formats is empty; name one, such as safetensors"]
-        if missing := missing_libraries(self.formats):
-            return missing
-        check_adapters(find_checkpoint(self.checkpoint, *self.pointers))
+        if not re.fullmatch(r"[1-9]\d*[KMG]B", self.max_shard_size):
+            return [f"max_shard_size is {self.max_shard_size}; write a whole number and KB, MB or GB, as in 5GB"]
+        checkpoint = find_checkpoint(self.checkpoint, *self.pointers)
+        if faults := find_faults(self.formats, checkpoint):
+            return faults
+        check_adapters(checkpoint)
         return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
 
 
@@ -58,6 +67,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoModelForSpeechSeq2Seq, PreTrainedModel
 
+from exporting.model_card import write_card
 from utils.checkpoint_tensors import load_average
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.files import flatten, follow_umask, read_yaml
@@ -100,7 +110,7 @@ def main(config: ExportConfig) -> None:
             suit_whisper_pipeline(merged, processor)
         auto_model = saved_class(merged.config)
         check_formats(config.formats, merged, tokenizer, auto_model.__name__)
-        merged.save_pretrained(work)
+        merged.save_pretrained(work, max_shard_size=config.max_shard_size)
         processor.save_pretrained(work)
         # Loaded as by anyone else, without options for precision or attention.
         inputs = build_probe(merged, processor)
@@ -128,19 +138,24 @@ def main(config: ExportConfig) -> None:
             raise UserError(
                 f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
             )
-        rows = write_formats(config.formats, merged, tokenizer, checkpoint, work, auto_model.__name__, output.name)
+        rows = write_formats(
+            config.formats, merged, tokenizer, checkpoint, work, auto_model.__name__, output.name,
+            adapters=model, max_shard_size=config.max_shard_size,
+        )  # fmt: skip
         if rows:
             print(table(rows))
         if faults := failed(rows):
             raise UserError(f"{' | '.join(faults)}; nothing was written")
         report["files"] = rows
         (work / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_card(work, output.name, checkpoint, report, config.license)
         follow_umask(work)
         if output.exists():
             raise UserError(f"{output} has appeared meanwhile; remove it, or choose another --output")
         work.rename(output)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+        note = low_space(work.parent, sum(weight.nbytes for weight in model.parameters()))
+        raise UserError(f"cannot write {output}: {error.strerror or error}{note}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}; opens with {auto_model.__name__}")

@@ -1,6 +1,5 @@
 """prepare_data.py when things go wrong: killed, out of disk space, called twice, given unusual input."""
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -12,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import environment, error_line, script
+from conftest import environment, error_line, script, small_disk
 from growth import growth
 from test_prepare_data import TEXTS, prepare
 
@@ -76,17 +75,6 @@ def test_a_second_call_at_the_same_time_refuses_and_the_first_ends_well(tmp_path
     _, errors = first.communicate()
     assert first.returncode == 0, errors
     assert load_manifest(tmp_path / "out")["documents_read"] == len(TEXTS)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("size", ["1M", "3M", "6M"])
@@ -222,8 +210,10 @@ def test_hundreds_of_thousands_of_documents_of_one_word(tmp_path):
 def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", TEXTS[:300])
 
+    lines: list[str] = []
+
     def call(*options: str) -> dict[str, bool]:
-        lines = prepare(tmp_path / "out", "--sources", f"[{source}]", *options).splitlines()
+        lines[:] = prepare(tmp_path / "out", "--sources", f"[{source}]", *options).splitlines()
         return {stage: any(line == f"{stage:<12} reused" for line in lines) for stage in STAGES}
 
     assert not any(call().values())
@@ -237,7 +227,9 @@ def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
     ]
     call()
     assert list(call("--deduplication.near_threshold", "0.9").values()) == [True, True, True, False, False]
+    assert not any("GGUF" in line for line in lines)
     assert list(call("--tokenizer.algorithm", "unigram").values()) == [True, True, True, False, False]
+    assert sum("GGUF" in line for line in lines) == 1
     assert list(call("--validation_fraction", "0.2").values()) == [True, True, True, False, False]
     call()
     assert hashes(tmp_path / "out") == first  # back to the first recipe: the same bytes
