@@ -294,7 +294,7 @@ def score(
     found = score_units(accelerator, prepared, loader, rows)
     model.set_attn_implementation(attention)  # what follows generates text, for which varlen has no cache
     if tokens.media is not None:
-        record |= answer(config, losses.model, collate, layout, tokenizer)
+        record |= answer(config, model, collate, layout, tokenizer)
     return found
 
 

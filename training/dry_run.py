@@ -134,7 +134,7 @@ def dry_run_report(
             device=device.type,
         )  # fmt: skip
         flops = count_step_flops(objective, example, config, plan)
-        share = count_fp8_share(objective, example) if precision == "fp8" else 1.0
+        in_fp8 = count_fp8_share(objective, example) if precision == "fp8" else 1.0
     except Exception as error:  # an operation needs values, which fake tensors lack, or the sizes make no model
         return [*lines, f"memory and time: no estimate for this model: {short(error)}"]
     evaluation += sum(memory.values()) - memory["gradients"] - memory["activations"]
@@ -145,20 +145,20 @@ def dry_run_report(
         *(f"  {part:<15} {readable(size, of=step):>10}" for part, size in memory.items() if size),
         f"work: {flops:.3g} FLOPs a step, {flops * max_steps:.3g} in all",
         f"time on {processes} device(s) at {UTILISATION:.0%} of the peak in {precision}"
-        f"{f' ({share:.0%} of the work) and bf16' if precision == 'fp8' else ''}; small models do not reach it:",
+        f"{f' ({in_fp8:.0%} of the work) and bf16' if precision == 'fp8' else ''}; small models do not reach it:",
     ]
     for name, figures in HARDWARE.items():
         if precision not in figures:
             lines.append(f"  {name:<15} has no {precision}")
             continue
-        peak, size = blend_peaks(figures[precision], figures["bf16"], share), figures["memory"]
+        peak, size = blend_peaks(figures[precision], figures["bf16"], in_fp8), figures["memory"]
         seconds = estimate_time(flops * max_steps, peak, processes)
         few = f"; its {size:.0f} GB are too few" if max(step, evaluation) >= size * 1e9 else ""
         lines.append(f"  {name:<15} {duration(seconds):>10}{few}")
     if measure:
         speed = measure_flops_per_second(device, mixed_precision)
         if precision == "fp8":
-            speed = blend_peaks(speed, measure_flops_per_second(device, "bf16"), share)
+            speed = blend_peaks(speed, measure_flops_per_second(device, "bf16"), in_fp8)
         seconds = estimate_time(flops * max_steps, speed, processes)
         lines.append(f"  {'this machine':<15} {duration(seconds):>10}; {speed / 1e12:.2g} TFLOP/s measured")
     return lines
