@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -503,8 +504,13 @@ def test_values_that_name_no_file(tmp_path, value, word):
 
 
 def test_the_order_is_that_of_the_records_and_few_are_held(tmp_path, monkeypatch):
-    """However long each takes; at most a few more are read than are checked."""
-    monkeypatch.setattr(media, "pixels_of", lambda data: len(data))
+    """Though the first take the longest; at most a few more are read than are checked."""
+
+    def pixels_of(data):
+        time.sleep(len(data) / 5000)
+        return len(data)
+
+    monkeypatch.setattr(media, "pixels_of", pixels_of)
     pulled = []
 
     def pairs():

@@ -184,6 +184,9 @@ def test_a_target_is_the_next_token_and_never_a_picture(name, datasets):
     assert not (batch["targets"] == collate.placeholder_id).any()
     stored = (rows["targets"] != IGNORED) & (rows["targets"] != collate.placeholder_id)
     assert has_target.sum() + (batch["targets"][:, -1] != IGNORED).sum() == stored.sum()
+    fixed = PaddedLayout(layout.tokens, 64, layout.pad_token_id, fixed_length=True)
+    for row in range(4):  # whatever they hold
+        assert collate(fixed.__getitems__([row]), [])["input_ids"].shape == (1, 64)
     assert collate(layout.__getitems__([PADDING_SAMPLE]), []).keys() == {"input_ids", "attention_mask", "targets"}
 
 

@@ -134,7 +134,8 @@ class Captioning:
         pieces, left = [], iter(blocks)
         for ids, wanted, size in zip(rows["input_ids"], targets, rows["lengths"].clip(min=1), strict=True):
             pieces.append(self.splice(ids[:size], wanted[:size], left))
-        shape = (len(pieces), max(len(ids) for ids, _ in pieces))
+        width = rows["input_ids"].shape[1]  # more than any row needs with data.pad_to max_length
+        shape = (len(pieces), max(width, *(len(ids) for ids, _ in pieces)))
         batch = {
             "input_ids": np.full(shape, pad_token_id(self.processor.tokenizer)),
             "attention_mask": np.zeros(shape, np.int64), "targets": np.full(shape, IGNORED),
