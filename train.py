@@ -38,14 +38,14 @@ from training.data import TrainingData
 from training.dry_run import describe_objective, print_dry_run
 from training.hardware import avoid_faulty_attention, resolve_matmul_precision
 from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
-from training.model import build_training_objective
+from training.model import build_training_objective, check_nothing_leaks
 from training.monitoring.guards import check_update
 from training.monitoring.stopping import end_of_run, update_best
 from training.monitoring.tracking import write_sample
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
-from training.parallel.sharding import enable_sharded_generate
+from training.parallel.sharding import enable_sharded_generate, is_sharded
 from training.run import Run
 from utils.evaluation import evaluate
 from utils.model.build import build_model, load_model, set_up_training
@@ -86,6 +86,8 @@ def main(config: TrainConfig) -> None:
         objective, optimizer, data.train_loader(state), data.validation_loader()
     )
     enable_sharded_generate(accelerator.unwrap_model(objective))
+    if "position_ids" in data.example and not is_sharded(accelerator):
+        check_nothing_leaks(accelerator, objective)
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     run.begin(model, optimizer, scheduler, average, about)
 
