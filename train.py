@@ -39,14 +39,14 @@ from training.dry_run import describe_objective, print_dry_run
 from training.fp8 import build_fp8_recipe
 from training.hardware import avoid_faulty_attention, resolve_matmul_precision
 from training.launch import BatchPlan, check_launch, context_parallel_size, plan_batches
-from training.model import build_training_objective
+from training.model import build_training_objective, check_nothing_leaks
 from training.monitoring.guards import check_update
 from training.monitoring.stopping import end_of_run, update_best
 from training.monitoring.tracking import write_sample
 from training.optimization.ema import WeightAverage
 from training.optimization.optimizers import build_optimizer
 from training.optimization.schedule import build_scheduler
-from training.parallel.sharding import set_up_sharded
+from training.parallel.sharding import is_sharded, set_up_sharded
 from training.run import Run
 from utils.evaluation import evaluate
 from utils.model.build import build_model, load_model, set_up_training
@@ -87,6 +87,8 @@ def main(config: TrainConfig) -> None:
         objective, optimizer, data.train_loader(state), data.validation_loader()
     )
     set_up_sharded(accelerator, accelerator.unwrap_model(objective))
+    if "position_ids" in data.example and not is_sharded(accelerator):
+        check_nothing_leaks(accelerator, objective)
     average = WeightAverage(model, config.optimizer.ema_decay) if config.optimizer.ema_decay else None
     run.begin(model, optimizer, scheduler, average, about)
 

@@ -314,8 +314,10 @@ def main() -> None:
         return run_child(arguments)
     results: dict[str, dict[str, Any]] = {}
     if arguments.output and arguments.output.exists():
-        lines = arguments.output.read_text(encoding="utf-8").splitlines()
-        results = {line.pop("part"): line for line in map(json.loads, lines)}
+        whole = arguments.output.read_text(encoding="utf-8").rpartition("\n")[0]  # an interrupted line has no end
+        arguments.output.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+        results = {line.pop("part"): line for line in map(json.loads, whole.splitlines())}
+        results = {name: figures for name, figures in results.items() if "failed" not in figures}
     print(f"{'':<24}{'tokens/s':>11}{'MFU':>8}{'peak GB':>9}{'first s':>9}{'syncs':>7}{'idle':>7}")
     with tempfile.TemporaryDirectory() as folder:
         arguments.folder = Path(folder)

@@ -54,7 +54,8 @@ def main(config: BaselinesConfig) -> None:
     path = Path(config.run) / "config.yaml"
     run = parse_sections(ScoringConfig, read_yaml(path), path)
     options = run.objective
-    load_manifest(run.data.dataset)
+    if "media" in load_manifest(run.data.dataset):
+        raise UserError(f"{config.run} is a run with pictures or sounds; baselines are counts of tokens alone")
     tokenizer = read_tokenizer(Path(run.data.dataset) / "tokenizer")
     collate = objective_module(options.name).build_collator(options, tokenizer)
     if options.name != "span_corruption" and len(tokenizer) > LARGEST_VOCABULARY:

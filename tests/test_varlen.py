@@ -1,15 +1,17 @@
 """Attention over documents laid end to end: the numbers of documents alone, without a mask."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import compile_regions
-from conftest import SMALL, call, flags, metrics, script, train_losses
+from conftest import SMALL, call, error_line, flags, metrics, script, train_losses
 from test_kernels import build
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
+from transformers import AttentionInterface, masking_utils
 
 from utils.cli import UserError
 from utils.config import KernelConfig, ObjectiveConfig
@@ -242,3 +244,24 @@ def test_blocks_compile_without_a_break_and_give_the_same_numbers(architecture, 
     blocks = [module for module in compiled.modules() if isinstance(module, torch._dynamo.OptimizedModule)]
     assert len(blocks) >= objective.model.config.num_hidden_layers
     assert_equal(loss_and_gradients(compiled, [batch]), expected)
+
+
+@pytest.mark.parametrize("attention", ["varlen", "auto"])
+def test_a_leak_that_only_the_path_that_trains_has_is_found(attention, small_dataset, tmp_path, monkeypatch):
+    """It begins once accelerate has prepared the model, as one of a device or of its precision would."""
+    prepare, attend = Accelerator.prepare, varlen.varlen.varlen_attn
+    blocked = AttentionInterface._global_mapping["blocked"]
+
+    def leaky(query, key, value, places, *rest, **options):
+        return attend(query, key, value, places[[0, -1]], places[[0, -1]], *rest[1:], **options)
+
+    def spoil(*arguments, **options):
+        monkeypatch.setattr(varlen.varlen, "varlen_attn", leaky)
+        without = partial(blocked, attention_mask=None)
+        monkeypatch.setitem(AttentionInterface._global_mapping, "blocked", lambda *a, **k: without(*a[:4], **k))
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(Accelerator, "prepare", spoil)
+    settings = SMALL | {"data.dataset": small_dataset, "model.attention": attention, "output": tmp_path / "run"}
+    assert "apart" in error_line("train.py", *flags(settings))
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -82,7 +83,7 @@ def precision_of(mixed_precision: str, matmul_precision: str) -> str:
 
 
 def measure_flops_per_second(device: torch.device, mixed_precision: str) -> float:
-    """FLOP/s of square matrix products on `device`, by half a second of them.
+    """FLOP/s of square matrix products on `device`: of the fastest in half a second, as other processes slow some down.
 
     fp32 is computed as `torch.set_float32_matmul_precision` says at the time; a CPU with this process's threads.
     """
@@ -95,12 +96,15 @@ def measure_flops_per_second(device: torch.device, mixed_precision: str) -> floa
         left = torch.ones(size, size, dtype=dtype, device=device)
         multiply = partial(torch.mm, left, torch.ones_like(left))
     product = multiply()  # the first one chooses and prepares a kernel
-    count, started = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < MATMUL_SECONDS:
-        product = multiply()
-        float(product[0, 0])  # waits for the device
-        count += 1
-    return count * 2 * size**3 / elapsed
+    float(product[0, 0])  # waits for the device
+    fastest, now = math.inf, time.perf_counter()
+    end = now + MATMUL_SECONDS
+    while now < end:
+        product, started = multiply(), now
+        float(product[0, 0])
+        now = time.perf_counter()
+        fastest = min(fastest, now - started)
+    return 2 * size**3 / fastest
 
 
 def find_card(device: torch.device) -> str | None:

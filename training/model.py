@@ -95,12 +95,50 @@ def check_documents_stay_apart(objective: Objective) -> None:
     gradient of a document's loss with respect to the embedded tokens of its row: at its own tokens that of the document
     alone, elsewhere 0. The loss itself would not do: with new weights it is near log V, whatever the model reads.
     """
+    ids, positions, targets, places = neighbours(objective)
+    with evaluating(objective):
+        together = embedding_gradient(objective, targets, input_ids=ids, position_ids=positions)
+        alone = torch.zeros_like(together)
+        for pair in (places[:2], places[2:]):
+            documents, wanted = (torch.stack([values[place] for place in pair]) for values in (ids, targets))
+            for place, gradient in zip(pair, embedding_gradient(objective, wanted, input_ids=documents), strict=True):
+                alone[place] = gradient
+    difference, scale = (values.abs().amax((1, 2)) for values in (together - alone, alone))
+    refuse_mixing(objective, difference, scale)
+
+
+def check_nothing_leaks(accelerator: Accelerator, prepared: nn.Module) -> None:
+    """`UserError` if the loss of a document depends on its neighbours in a packed row, by the path that trains: on the
+    device, in its precision, by its kernels. One short pass; all ranks make it alone, without FSDP.
+
+    That the loss reads its own tokens as it should is compared in fp32 (`check_documents_stay_apart`). Here they may
+    round, but the gradient of all other tokens is 0. A compiled model runs as it is, or it would be compiled for this
+    length and once more for the rows.
+    """
+    objective = accelerator.unwrap_model(prepared, keep_torch_compile=False)
+    ids, positions, targets, _ = neighbours(objective)
+    uncompiled = torch.compiler.set_stance("force_eager")
+    with evaluating(prepared), accelerator.no_sync(prepared), uncompiled:
+        gradient = embedding_gradient(objective, targets, prepared, input_ids=ids, position_ids=positions)
+    size = gradient.float().abs().amax(2).cpu()
+    refuse_mixing(objective, size.where(targets == IGNORED, 0).amax(1), size.amax(1))
+
+
+def refuse_mixing(objective: Objective, difference: torch.Tensor, scale: torch.Tensor) -> None:
+    if not bool((difference <= 1e-3 * scale).all()):
+        name = type(without_adapters(objective.model)).__name__
+        raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
+
+
+def neighbours(objective: Objective) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[tuple[int, slice]]]:
+    """Four packed rows: ids, positions and targets, and the place of one document in each, which alone has targets. It has
+    the same length in rows 0 and 1, and in rows 2 and 3."""
     model: Any = objective.model
     window = getattr(model.config, "sliding_window", None) if objective.is_encoder else None
     width = min(10 + (window or 0), longest_sequence(model))
     few = max(1, min(3, width // 3))
     two, rest = max(1, few // 2), width - few  # the rest is longer than what an encoder's layer with a window sees
-    # The lengths of each row's documents, and the one to compare; it has the same length in rows 0 and 1, and in rows 2 and 3.
+    # The lengths of each row's documents, and the one with targets.
     rows = [((few, rest), 1), ((rest, few), 0), ((two, few, rest - two), 1), ((rest - two, few, two), 1)]
     ids = random_ids(model, len(rows), width)
     positions = torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths, _ in rows])
@@ -110,17 +148,7 @@ def check_documents_stay_apart(objective: Objective) -> None:
     targets = torch.full_like(ids, IGNORED)
     for place in places:
         targets[place] = ids[place].roll(-1)
-    with evaluating(objective):
-        together = embedding_gradient(objective, targets, input_ids=ids, position_ids=positions)
-        alone = torch.zeros_like(together)
-        for pair in (places[:2], places[2:]):
-            documents, wanted = (torch.stack([values[place] for place in pair]) for values in (ids, targets))
-            for place, gradient in zip(pair, embedding_gradient(objective, wanted, input_ids=documents), strict=True):
-                alone[place] = gradient
-    difference, scale = (values.abs().amax((1, 2)) for values in (together - alone, alone))
-    if not bool((difference <= 1e-3 * scale).all()):
-        name = type(without_adapters(model)).__name__
-        raise UserError(f"{name} does not keep the documents of a packed row apart; choose data.layout padded")
+    return ids, positions, targets, places
 
 
 def check_future_is_hidden(objective: Objective) -> None:
@@ -166,8 +194,10 @@ def add_places(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return batch | {"cu_seqlens": torch.from_numpy(document_places({k: v.numpy() for k, v in batch.items()}))}
 
 
-def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-    """The gradient of the loss with respect to the embedded tokens, (B, T, D)."""
+def embedding_gradient(
+    objective: Objective, targets: torch.Tensor, prepared: nn.Module | None = None, **inputs: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of the loss with respect to the embedded tokens, (B, T, D). `prepared` is called for `objective`."""
     model: Any = objective.model
     weight, embedded = model.get_input_embeddings().weight, []
 
@@ -180,7 +210,9 @@ def embedding_gradient(objective: Objective, targets: torch.Tensor, **inputs: to
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         inputs = add_places(inputs)
-        loss = objective(targets.to(model.device), **{name: values.to(model.device) for name, values in inputs.items()})
+        loss = (prepared or objective)(
+            targets.to(model.device), **{name: values.to(model.device) for name, values in inputs.items()}
+        )
     finally:
         for hook in hooks:
             hook.remove()
