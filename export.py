@@ -6,12 +6,13 @@
 """
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from exporting import Format, check_formats, failed, missing_libraries, table, write_formats
+from exporting import Format, check_formats, failed, find_faults, table, write_formats
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import NonNegativeFloat, UserError, parse_config, parse_sections, run_script
 from utils.pretrained import check_adapters
@@ -30,8 +31,11 @@ class ExportConfig:
     weights: Literal["trained", "average"] = "trained"
     """average: the moving average of the weights, if the run kept one (optimizer.ema_decay)."""
     formats: list[Format] = field(default_factory=lambda: ["safetensors"])
-    """Files to write: safetensors, gguf (f32) or gguf-f16, -bf16, -q8_0, -q5_0, -q4_0, onnx, onnx-int8. A reader of each
-    format opens its file in a fresh process and must say what the checkpoint says."""
+    """Files to write: safetensors (fp32) or safetensors-bf16, -f16; adapter (alone; otherwise merged); gguf (f32) or
+    gguf-f16, -bf16, -q8_0, -q5_0, -q4_0, -q4_k_m; onnx, onnx-int8. A reader of each format opens its file in a fresh
+    process and must say what the checkpoint says."""
+    max_shard_size: str = "5GB"
+    """Largest file of safetensors, as in 200MB; more weights are written into several files."""
 
     @property
     def pointers(self) -> tuple[str, ...]:
@@ -43,9 +47,12 @@ class ExportConfig:
             return ["output is empty; name a folder"]
         if not self.formats:
             return ["formats is empty; name one, such as safetensors"]
-        if missing := missing_libraries(self.formats):
-            return missing
-        check_adapters(find_checkpoint(self.checkpoint, *self.pointers))
+        if not re.fullmatch(r"[1-9]\d*[KMG]B", self.max_shard_size):
+            return [f"max_shard_size is {self.max_shard_size}; write a whole number and KB, MB or GB, as in 5GB"]
+        checkpoint = find_checkpoint(self.checkpoint, *self.pointers)
+        if faults := find_faults(self.formats, checkpoint):
+            return faults
+        check_adapters(checkpoint)
         return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
 
 
@@ -100,7 +107,7 @@ def main(config: ExportConfig) -> None:
             suit_whisper_pipeline(merged, processor)
         auto_model = saved_class(merged.config)
         check_formats(config.formats, merged, tokenizer, auto_model.__name__)
-        merged.save_pretrained(work)
+        merged.save_pretrained(work, max_shard_size=config.max_shard_size)
         processor.save_pretrained(work)
         # Loaded as by anyone else, without options for precision or attention.
         inputs = build_probe(merged, processor)
@@ -128,7 +135,10 @@ def main(config: ExportConfig) -> None:
             raise UserError(
                 f"merging the adapters changes the logits by {merging:.2e} of {size:.1f}; nothing was written"
             )
-        rows = write_formats(config.formats, merged, tokenizer, checkpoint, work, auto_model.__name__, output.name)
+        rows = write_formats(
+            config.formats, merged, tokenizer, checkpoint, work, auto_model.__name__, output.name,
+            adapters=model, max_shard_size=config.max_shard_size,
+        )  # fmt: skip
         if rows:
             print(table(rows))
         if faults := failed(rows):

@@ -1,5 +1,6 @@
-"""The formats of export.py beside safetensors, and a receipt for each file: its own reader says what the checkpoint says."""
+"""The formats of export.py, and a receipt for each file: its own reader says what the checkpoint says."""
 
+import copy
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,21 +13,28 @@ if TYPE_CHECKING:
     from exporting.receipts import Questions
 
 Format = Literal[
-    "safetensors", "gguf", "gguf-f32", "gguf-f16", "gguf-bf16", "gguf-q8_0", "gguf-q5_0", "gguf-q4_0", "onnx",
-    "onnx-int8",
+    "safetensors", "safetensors-bf16", "safetensors-f16", "adapter", "gguf", "gguf-f32", "gguf-f16", "gguf-bf16",
+    "gguf-q8_0", "gguf-q5_0", "gguf-q4_0", "gguf-q4_k_m", "onnx", "onnx-int8",
 ]  # fmt: skip
-NEEDED = {"gguf": ("gguf",), "onnx": ("onnx", "onnxscript"), "onnx-int8": ("onnx", "onnxscript", "onnxruntime")}
-EXTRAS = {"gguf": "gguf", "onnx": "onnx"}
+NEEDED = {
+    "gguf": ("gguf",), "gguf-q4_k_m": ("gguf", "cyllama"), "onnx": ("onnx", "onnxscript"),
+    "onnx-int8": ("onnx", "onnxscript", "onnxruntime"),
+}  # fmt: skip
+EXTRAS = {"cyllama": "quantize", "gguf": "gguf", "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
 
 
-def missing_libraries(formats: Sequence[str]) -> list[str]:
-    """One line for each format whose library is not installed."""
+def find_faults(formats: Sequence[str], checkpoint: Path) -> list[str]:
+    """One line for each format whose library is not installed, or that does not fit the others or the checkpoint."""
     found = []
     for format in formats:
-        family = format.partition("-")[0]
-        for library in NEEDED.get(format, NEEDED.get(family, ())):
+        for library in NEEDED.get(format, NEEDED.get(format.partition("-")[0], ())):
             if find_spec(library) is None:
-                found.append(f"formats: {format} needs the library {library}: pip install -e '.[{EXTRAS[family]}]'")
+                found.append(f"formats: {format} needs the library {library}: pip install -e '.[{EXTRAS[library]}]'")
+    weights = [format for format in dict.fromkeys(formats) if format.startswith("safetensors")]
+    if len(weights) > 1:
+        found.append(f"formats: {' and '.join(weights)} have the same file names; export each into its own --output")
+    if "adapter" in formats and not (checkpoint / "adapter_config.json").is_file():
+        found.append(f"formats: {checkpoint} holds no adapters; leave adapter out")
     return found
 
 
@@ -36,23 +44,26 @@ def check_formats(formats: Sequence[str], model: Any, tokenizer: Any, opens_with
 
     if any(format.startswith("gguf") for format in formats):
         check_gguf(model, tokenizer)
-    if any(format.startswith("onnx") for format in formats) and opens_with not in SUPPORTED_HEADS:
-        raise UserError(f"onnx: {opens_with} is not supported; only {' and '.join(SUPPORTED_HEADS)}")
+    others = [format for format in formats if format != "safetensors"]
+    if others and opens_with not in SUPPORTED_HEADS:
+        raise UserError(f"{others[0]}: {opens_with} is not supported; only {' and '.join(SUPPORTED_HEADS)}")
 
 
 SUPPORTED_HEADS = ("AutoModelForCausalLM", "AutoModelForMaskedLM")
+HALVES = {"bf16": "bfloat16", "f16": "float16"}
 
 
 def write_formats(
-    formats: Sequence[str], model: Any, tokenizer: Any, checkpoint: Path, folder: Path, opens_with: str, name: str
-) -> list[dict[str, Any]]:
+    formats: Sequence[str], model: Any, tokenizer: Any, checkpoint: Path, folder: Path, opens_with: str, name: str,
+    *, adapters: Any = None, max_shard_size: str = "5GB",
+) -> list[dict[str, Any]]:  # fmt: skip
     """Write the formats into `folder`, which holds what `save_pretrained` wrote, and ask the readers; a row per file.
 
-    `model` is the checkpoint's, in fp32 on the CPU, adapters merged. The weights of safetensors are removed if they are
-    not among the formats.
+    `model` is the checkpoint's, in fp32 on the CPU, adapters merged; `adapters` is the model before that. The weights of
+    safetensors are removed if they are not among the formats.
     """
     from exporting.onnx_graph import keep_bos
-    from exporting.receipts import ask_checkpoint, check_file, held_out_rows
+    from exporting.receipts import READERS, ask_checkpoint, check_file, held_out_rows
 
     if opens_with not in SUPPORTED_HEADS:  # the comparison of logits in export.py is all there is
         return []
@@ -64,34 +75,62 @@ def write_formats(
     found = []
     for format in dict.fromkeys("gguf-f32" if format == "gguf" else format for format in formats):
         started = time.perf_counter()
-        files = _write(format, model, tokenizer, folder, causal, name)
-        row = {
-            "format": format,
-            "file": str(files[0].relative_to(folder)),
-            "bytes": sum(f.stat().st_size for f in files),
-        }
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        target = folder if format == "safetensors" else files[0]
+        if format == "adapter":
+            files = _write_adapter(adapters, tokenizer, folder / "adapter")
+        elif format.startswith("safetensors"):
+            files = _write_weights(format, model, folder, max_shard_size)
+        else:
+            files = _write(format, model, tokenizer, folder, causal, name)
+        row = {"format": format, "file": str(files[0].relative_to(folder)), "files": len(files)}
+        row |= {"bytes": sum(f.stat().st_size for f in files), "seconds": round(time.perf_counter() - started, 1)}
+        target = files[0].parent if READERS[format.partition("-")[0]] == "transformers" else files[0]
         started = time.perf_counter()
         row |= check_file(format, target, questions, model.config.model_type)
         found.append(row | {"seconds_of_receipt": round(time.perf_counter() - started, 1)})
-    if "safetensors" not in formats:
-        for path in folder.glob("model*.safetensors*"):
-            path.unlink()
+    if not any(format.startswith("safetensors") for format in formats):
+        _remove_weights(folder)
     if "onnx" not in formats:
         for path in folder.glob("onnx/model.onnx*"):  # onnx-int8 is made from it
             path.unlink()
     return found
 
 
+def _write_weights(format: str, model: Any, folder: Path, max_shard_size: str) -> list[Path]:
+    """The weights are there in fp32, and are written again for another precision."""
+    if (precision := format.partition("-")[2]) in HALVES:
+        import torch
+
+        _remove_weights(folder)
+        rounded = copy.deepcopy(model).to(getattr(torch, HALVES[precision]))
+        rounded.save_pretrained(folder, max_shard_size=max_shard_size)
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _remove_weights(folder: Path) -> None:
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+
+
+def _write_adapter(model: Any, tokenizer: Any, folder: Path) -> list[Path]:
+    """What belongs beside a base model: the adapters, the tokenizer, and the tokens that end a text."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, with nothing filled in
+    tokenizer.save_pretrained(folder)
+    model.get_base_model().generation_config.save_pretrained(folder)
+    return sorted(folder.glob("*.safetensors"))
+
+
 def _write(format: str, model: Any, tokenizer: Any, folder: Path, causal: bool, name: str) -> list[Path]:
-    from exporting.gguf_file import write_gguf, write_modelfile
+    from exporting.gguf_file import QUANTISER_TYPES, write_gguf, write_modelfile, write_quantised_gguf
     from exporting.onnx_graph import quantize_onnx, write_onnx
 
     family, _, precision = format.partition("-")
     if family == "gguf":
         path = folder / f"model-{precision}.gguf"
-        write_gguf(model, tokenizer, path, precision, name)
+        if precision in QUANTISER_TYPES:
+            write_quantised_gguf(model, tokenizer, path, precision, name)
+        else:
+            write_gguf(model, tokenizer, path, precision, name)
         write_modelfile(tokenizer, folder / "Modelfile", path.name)
         return [path]
     if family == "onnx":
@@ -101,7 +140,7 @@ def _write(format: str, model: Any, tokenizer: Any, folder: Path, causal: bool, 
         if precision == "int8":
             quantize_onnx(path, path := path.with_name("model_quantized.onnx"))
         return [path, *path.parent.glob(f"{path.name}.data")]
-    return sorted(folder.glob("model*.safetensors"))
+    raise ValueError(format)
 
 
 def failed(rows: list[dict[str, Any]]) -> list[str]:
@@ -126,7 +165,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     lines = [head]
     for row in rows:
-        size = (row["file"], readable(row["bytes"]), f"{row['seconds']:.1f}")
+        more = f" and {row['files'] - 1} more" if row["files"] > 1 else ""
+        size = (row["file"] + more, readable(row["bytes"]), f"{row['seconds']:.1f}")
         if "reader" not in row:
             lines.append((*size, *"-------", row["receipt"]))
             continue

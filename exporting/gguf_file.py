@@ -3,6 +3,8 @@ byte-level BPE tokenizer. llama.cpp computes what its own code says; a model who
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ REQUIRED = {
     "gpt2": {"activation_function": "gelu_new", "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
              "add_cross_attention": False},
 }  # fmt: skip
+QUANTISER_TYPES = ("q4_k_m",)  # the `gguf` package reads these, but cannot write them
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 stores these as (in, out)
 
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -107,6 +110,19 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, precision: str, name: str
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_quantised_gguf(model: Any, tokenizer: Any, path: Path, precision: str, name: str) -> None:
+    """As `write_gguf`, by llama.cpp's quantiser from a file in f32, which is removed."""
+    whole = path.with_name(f".{path.name}.f32")
+    write_gguf(model, tokenizer, whole, "f32", name)
+    script = Path(__file__).with_name("quantize_gguf.py").resolve()
+    command = [sys.executable, "-P", script, whole, path, precision]
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    whole.unlink()
+    if ended.returncode or not path.is_file():
+        lines = ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"]
+        raise UserError(f"gguf-{precision}: llama.cpp's quantiser failed: {lines[-1][:300]}")
 
 
 def arrange(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:

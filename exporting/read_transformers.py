@@ -31,10 +31,10 @@ def main(folder: str, questions_path: str, answers_path: str) -> None:
         ]
     if questions["shift"]:
         # Not by `generate`: the folder may set a repetition penalty, or beams.
-        stops = model.generation_config.eos_token_id
+        stops = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
         stops = stops if isinstance(stops, list) else [stops]
         answers["greedy"] = write(model, questions["prompt"], questions["new_tokens"], stops)
-        answers["stops"] = [id in stops for id in questions["stop_ids"]]
+        answers["stops"] = [ends(model, questions["prompt"], id, stops) for id in questions["stop_ids"]]
     Path(answers_path).write_text(json.dumps(answers), encoding="utf-8")
 
 
@@ -45,6 +45,15 @@ def write(model: Any, prompt: list[int], count: int, stops: list[int]) -> list[i
     while len(written) < count and not (written and written[-1] in stops):
         written.append(int(model(input_ids=torch.tensor([prompt + written])).logits[0, -1].argmax()))
     return written
+
+
+def ends(model: Any, prompt: list[int], id: int, stops: list[int]) -> bool:
+    """Whether `generate` ends a text when the token `id` is forced."""
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=stops, pad_token_id=0, max_new_tokens=3, do_sample=False, sequence_bias=[[[id], 1000.0]]
+    )
+    ids = torch.tensor([prompt])
+    return int(model.generate(ids, attention_mask=torch.ones_like(ids)).shape[1]) == len(prompt) + 1
 
 
 def target_log_probabilities(logits: torch.Tensor, row: list[int], shift: int) -> list[float]:

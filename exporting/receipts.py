@@ -29,12 +29,12 @@ MESSAGES = [
     {"role": "user", "content": "And bug?"},
 ]
 ROW_TOKENS, ROWS, NEW_TOKENS, PROMPT_TOKENS = 32, 4, 24, 8  # llama.cpp takes some 40 ms for a position
-READERS = {"safetensors": "transformers", "gguf": "llama_cpp", "onnx": "onnxruntime"}
+READERS = {"safetensors": "transformers", "adapter": "transformers", "gguf": "llama_cpp", "onnx": "onnxruntime"}
 LIBRARIES = {"llama_cpp": ("xllamacpp", "gguf"), "onnxruntime": ("onnxruntime", "onnx"), "transformers": ("torch", "")}
 # The largest difference between log-probabilities; another process may add in another order. llama.cpp computes GELU from
 # a table in 16 bits.
 DIFFERENCES = {
-    "safetensors": 1e-5, "onnx": 1e-4, "gguf-f32": 1e-4, "gguf-f32 gpt2": 1e-2, "gguf-f16": 1e-2, "gguf-f16 gpt2": 2e-2,
+    "safetensors": 1e-5, "adapter": 1e-4, "safetensors-bf16": 5e-1, "safetensors-f16": 5e-2, "onnx": 1e-4, "gguf-f32": 1e-4, "gguf-f32 gpt2": 1e-2, "gguf-f16": 1e-2, "gguf-f16 gpt2": 2e-2,
     "gguf-bf16": 1e-1,
 }  # fmt: skip
 PERPLEXITIES = {"gguf-q8_0": 0.01, "onnx-int8": 0.02}  # the largest relative change of what is rounded to integers
