@@ -1,5 +1,6 @@
 """Formats of export.py, and the receipts: what the readers say, and the faults that they find."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -117,6 +118,33 @@ def test_a_fault_in_a_gguf_file_is_found(tmp_path, monkeypatch, fault, said):
     assert any(said in line for line in row["faults"]) and row["receipt"].startswith("failed"), row
 
 
+def test_llama_cpps_quantiser_writes_what_llama_cpp_reads(tmp_path):
+    tokenizer = build_tokenizer()
+    model = build("llama", tokenizer)
+    (path,) = exporting._write("gguf-q4_k_m", model, tokenizer, tmp_path, True, "test")
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["Modelfile", "model-q4_k_m.gguf"]
+    assert {str(part.tensor_type.name) for part in gguf_reader(path).tensors} > {"F32"}
+    row = receipts.check_file("gguf-q4_k_m", path, ask(model, tokenizer), "llama")
+    assert row["receipt"] == "passed" and row["texts_with_equal_ids"] == 4 and row["stops"]
+    assert 1e-4 < row["max_log_probability_difference"] and row["perplexity"] == pytest.approx(
+        row["perplexity_before"], rel=0.2
+    )
+
+
+def test_a_quantiser_that_fails_is_one_line(tmp_path, monkeypatch):
+    tokenizer = build_tokenizer()
+    monkeypatch.setattr(gguf_file, "write_gguf", lambda model, tokenizer, path, *rest: path.write_bytes(b"GGUF"))
+    with pytest.raises(UserError, match="q4_k_m: llama.cpp's quantiser failed"):
+        exporting._write("gguf-q4_k_m", build("llama", tokenizer), tokenizer, tmp_path, True, "test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def gguf_reader(path: Path):
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
 def test_rounded_weights_are_held_to_the_perplexity(tmp_path):
     tokenizer = build_tokenizer()
     model = build("llama", tokenizer)
@@ -172,6 +200,51 @@ def compare(read, target: Path, questions: receipts.Questions, format: str, tmp_
     (tmp_path / "asked.json").write_text(json.dumps(questions.asked))
     read(str(target), str(tmp_path / "asked.json"), str(tmp_path / "answers.json"))
     return receipts.compare(format, json.loads((tmp_path / "answers.json").read_text()), questions, "llama")["faults"]
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("f16", "float16")])
+def test_rounded_weights_in_several_files(tmp_path, precision, dtype):
+    """In half of the bytes; the receipt finds weights that are rounded too far."""
+    tokenizer = build_tokenizer()
+    model = build("llama", tokenizer)
+    format, folder, questions = f"safetensors-{precision}", tmp_path / "export", ask(model, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    whole = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = exporting._write_weights(format, model, folder, "20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert len(files) > 2 and {path.name for path in files} == set(index["weight_map"].values())
+    assert sum(path.stat().st_size for path in files) == pytest.approx(whole / 2, rel=0.1)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == dtype and model.dtype == torch.float32
+    assert compare(read_transformers.main, folder, questions, format, tmp_path) == []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 4).round() / 4)
+    exporting._write_weights(format, model, folder, "5GB")
+    assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
+    faults = compare(read_transformers.main, folder, questions, format, tmp_path)
+    assert any("log-probabilities differ" in line for line in faults), faults
+
+
+def test_adapters_alone_belong_to_their_base(tmp_path):
+    import peft
+
+    tokenizer = build_tokenizer()
+    base = tmp_path / "base"
+    build("llama", tokenizer).save_pretrained(base)
+    torch.manual_seed(1)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), peft.LoraConfig(**options)).eval()
+    questions, folder = ask(copy.deepcopy(model).merge_and_unload(), tokenizer), tmp_path / "export" / "adapter"
+    (file,) = exporting._write_adapter(model, tokenizer, folder)
+    assert file.name == "adapter_model.safetensors" and not (folder / "README.md").exists()
+    assert compare(read_transformers.main, folder, questions, "adapter", tmp_path) == []
+    wrong = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        wrong.lm_head.weight.add_(0.01 * torch.randn_like(wrong.lm_head.weight))
+    wrong.save_pretrained(base)
+    faults = compare(read_transformers.main, folder, questions, "adapter", tmp_path)
+    assert any("log-probabilities differ" in line for line in faults), faults
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +327,16 @@ def test_a_missing_library_is_one_early_line(finished_run, tmp_path, monkeypatch
     monkeypatch.setattr(exporting, "find_spec", lambda name: None)
     assert "pip install -e '.[gguf]'" in error_line("export.py", *options, "--formats", "[gguf-q8_0]")
     assert "pip install -e '.[onnx]'" in error_line("export.py", *options, "--formats", "[onnx]")
+    assert "pip install -e '.[quantize]'" in error_line("export.py", *options, "--formats", "[gguf-q4_k_m]")
     assert "formats is empty" in error_line("export.py", *options, "--formats", "[]")
+
+
+def test_formats_that_do_not_fit_are_one_early_line(finished_run, tmp_path):
+    options = ["--checkpoint", finished_run, "--output", tmp_path / "export"]
+    line = error_line("export.py", *options, "--formats", "[safetensors, safetensors-bf16]")
+    assert "safetensors and safetensors-bf16" in line and "--output" in line
+    assert "holds no adapters" in error_line("export.py", *options, "--formats", "[adapter]")
+    assert "max_shard_size is 5 apples" in error_line("export.py", *options, "--max_shard_size", "5 apples")
 
 
 def test_a_missing_reader_is_named(tmp_path, monkeypatch):
