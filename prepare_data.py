@@ -426,6 +426,8 @@ def make_tokenizer(config: PrepareConfig, cleaned: datasets.Dataset, selection: 
         pattern = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
         texts = ([part for text in batch for part in pattern.split(text)] for batch in texts)
     trained_tokenizer(config, texts).save_pretrained(folder)
+    if config.tokenizer.algorithm != "bpe":
+        print(f"{'tokenizer':<12} {config.tokenizer.algorithm} cannot be exported as GGUF (llama.cpp, Ollama); bpe can")
 
 
 def supplied_tokenizer(config: PrepareConfig) -> Any:

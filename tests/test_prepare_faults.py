@@ -222,8 +222,10 @@ def test_hundreds_of_thousands_of_documents_of_one_word(tmp_path):
 def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", TEXTS[:300])
 
+    lines: list[str] = []
+
     def call(*options: str) -> dict[str, bool]:
-        lines = prepare(tmp_path / "out", "--sources", f"[{source}]", *options).splitlines()
+        lines[:] = prepare(tmp_path / "out", "--sources", f"[{source}]", *options).splitlines()
         return {stage: any(line == f"{stage:<12} reused" for line in lines) for stage in STAGES}
 
     assert not any(call().values())
@@ -237,7 +239,9 @@ def test_a_changed_option_redoes_its_stage_and_those_after_it(tmp_path):
     ]
     call()
     assert list(call("--deduplication.near_threshold", "0.9").values()) == [True, True, True, False, False]
+    assert not any("GGUF" in line for line in lines)
     assert list(call("--tokenizer.algorithm", "unigram").values()) == [True, True, True, False, False]
+    assert sum("GGUF" in line for line in lines) == 1
     assert list(call("--validation_fraction", "0.2").values()) == [True, True, True, False, False]
     call()
     assert hashes(tmp_path / "out") == first  # back to the first recipe: the same bytes
