@@ -62,7 +62,7 @@ def write_formats(
     `model` is the checkpoint's, in fp32 on the CPU, adapters merged; `adapters` is the model before that. The weights of
     safetensors are removed if they are not among the formats.
     """
-    from exporting.onnx_graph import keep_bos
+    from exporting.onnx_graph import suit_transformers_js
     from exporting.receipts import READERS, ask_checkpoint, check_file, held_out_rows
 
     if opens_with not in SUPPORTED_HEADS:  # the comparison of logits in export.py is all there is
@@ -71,7 +71,7 @@ def write_formats(
     rows = held_out_rows(checkpoint, model, tokenizer)
     questions: Questions = ask_checkpoint(model, tokenizer, rows, opens_with, causal)
     if any(format.startswith("onnx") for format in formats):
-        keep_bos(folder, tokenizer)
+        suit_transformers_js(folder, tokenizer)
     found = []
     for format in dict.fromkeys("gguf-f32" if format == "gguf" else format for format in formats):
         started = time.perf_counter()

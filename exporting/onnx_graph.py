@@ -101,11 +101,14 @@ def quantize_onnx(path: Path, output: Path) -> None:
         quantize_dynamic(path, output, weight_type=QuantType.QInt8)
 
 
-def keep_bos(folder: Path, tokenizer: Any) -> None:
-    """transformers.js puts no bos token in front unless tokenizer_config.json says so; `save_pretrained` drops that."""
+def suit_transformers_js(folder: Path, tokenizer: Any) -> None:
+    """transformers.js reads tokenizer_config.json alone. It puts no bos token in front unless that file says so, and finds
+    no chat template in another one; `save_pretrained` leaves out both."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["add_bos_token"] = tokenizer.bos_token_id in tokenizer("a")["input_ids"][:1]
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

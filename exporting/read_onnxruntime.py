@@ -24,7 +24,7 @@ def main(path: str, questions_path: str, answers_path: str) -> None:
     answers["ids"] = [tokenizer.encode(text).ids for text in questions["texts"]]
     if questions["messages"] is not None:
         # Whoever calls onnxruntime renders the template of the folder; here it is read, not rendered again.
-        answers["template"] = read_template(folder)
+        answers["templates"] = read_templates(folder)
         answers["chat_ids"] = tokenizer.encode(questions["chat"], add_special_tokens=False).ids
     answers["log_probabilities"] = [
         target_log_probabilities(Model(session).read(row), row, questions["shift"]) for row in questions["rows"]
@@ -74,11 +74,11 @@ def target_log_probabilities(logits: np.ndarray, row: list[int], shift: int) -> 
     return (logits[np.arange(len(targets)), targets] - np.log(np.exp(logits).sum(-1))).tolist()
 
 
-def read_template(folder: Path) -> str | None:
+def read_templates(folder: Path) -> list[str | None]:
+    """The template for transformers and the one for transformers.js, which are in two files."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    return json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return [path.read_text(encoding="utf-8") if path.is_file() else None, config.get("chat_template")]
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def compare(format: str, answers: dict[str, Any], questions: Questions, architec
     if questions.chat is not None and questions.chat_ids is not None:
         if answers.get("chat", questions.chat) != questions.chat:
             faults.append(f"the chat template writes {answers['chat'][:80]!r} in place of {questions.chat[:80]!r}")
-        if answers.get("template", questions.template) != questions.template:
+        if any(template != questions.template for template in answers.get("templates", [])):
             faults.append("the chat template is another one")
         if answers["chat_ids"] != questions.chat_ids:
             faults.append(f"the ids of the chat are {_first_difference(answers['chat_ids'], questions.chat_ids)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, call, error_line
+from conftest import ROOT, call, error_line, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     GPT2Config,
@@ -23,12 +23,13 @@ from transformers import (
 
 import exporting
 from exporting import check_formats, gguf_file, read_onnxruntime, read_transformers, receipts
-from exporting.onnx_graph import keep_bos, write_onnx
+from exporting.onnx_graph import suit_transformers_js, write_onnx
 from utils.cli import UserError
-from utils.model.build import add_special_tokens
+from utils.model.build import add_special_tokens, stop_token_ids
 
 CHAT = "{% for m in messages %}<turn>{{ m['role'] }}\n{{ m['content'] }}<end>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}"
 OTHER_CHAT = CHAT.replace("<turn>{{", "<turn> {{")
+TRANSFORMERS_JS = "4.3.2"
 WIDTH = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 LLAMA = {**WIDTH, "intermediate_size": 48, "num_key_value_heads": 2}
 
@@ -185,6 +186,9 @@ def plant_in_folder(fault: str, folder: Path) -> None:
         (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
     if fault == "the template":
         (folder / "chat_template.jinja").write_text(OTHER_CHAT)
+    if fault == "the template for transformers.js":
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": OTHER_CHAT}))
     (folder / "tokenizer.json").write_text(json.dumps(state))
 
 
@@ -254,7 +258,7 @@ def graph(tmp_path_factory):
     model = build("llama", tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    keep_bos(folder, tokenizer)
+    suit_transformers_js(folder, tokenizer)
     write_onnx(model, folder / "onnx" / "model.onnx", has_cache=True)
     return folder, ask(model, tokenizer)
 
@@ -272,6 +276,13 @@ def test_a_fault_in_a_folder_is_found(graph, tmp_path, fault, said):
     ):
         faults = compare(read, target, graph[1], format, tmp_path)
         assert any(said in line for line in faults) if said else faults == [], (format, faults)
+
+
+def test_the_template_for_transformers_js_is_compared_too(graph, tmp_path):
+    folder = shutil.copytree(graph[0], tmp_path / "export")
+    plant_in_folder("the template for transformers.js", folder)
+    faults = compare(read_onnxruntime.main, folder / "onnx" / "model.onnx", graph[1], "onnx", tmp_path)
+    assert faults == ["the chat template is another one"]
 
 
 def transpose_weights(folder: Path) -> None:
@@ -300,6 +311,44 @@ def test_the_graph_has_the_names_that_transformers_js_knows(graph):
     assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
     assert [value.name for value in session.get_outputs()][:2] == ["logits", "present.0.key"]
     assert json.loads((graph[0] / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+@pytest.fixture(scope="module")
+def transformers_js(tmp_path_factory):
+    """A folder with transformers.js, without the binaries that only its GPU code needs."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed: apt-get install nodejs npm")
+    folder = tmp_path_factory.mktemp("js")
+    (folder / "package.json").write_text("{}")
+    install = ["npm", "install", "--no-audit", "--no-fund", f"@huggingface/transformers@{TRANSFORMERS_JS}"]
+    if run(*install, cwd=folder, check=False, ONNXRUNTIME_NODE_INSTALL="skip").returncode:
+        pytest.skip("npm cannot install @huggingface/transformers")
+    shutil.copy(ROOT / "tests" / "transformers_js.mjs", folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_transformers_js_says_what_transformers_says(transformers_js, tmp_path, name):
+    """In Node: ids, the rendered chat, greedy text, and a stop at a forced end of text or turn."""
+    folder, tokenizer = tmp_path / "exports" / name, build_tokenizer()
+    model = build(name, tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suit_transformers_js(folder, tokenizer)
+    write_onnx(model, folder / "onnx" / "model.onnx", has_cache=True)
+    asked = {"texts": list(receipts.TEXTS.values()), "messages": receipts.MESSAGES, "prompt": "A hacker", "dtype": "fp32",
+             "new_tokens": 24, "stop_ids": stop_token_ids(tokenizer)}  # fmt: skip
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    script = transformers_js / "transformers_js.mjs"
+    answers = json.loads(run("node", script, folder.parent, name, tmp_path / "asked.json").stdout.splitlines()[-1])
+    assert answers["ids"] == [tokenizer(text)["input_ids"] for text in asked["texts"]]
+    assert answers["chat"] == tokenizer.apply_chat_template(
+        receipts.MESSAGES, tokenize=False, add_generation_prompt=True
+    )
+    written = model.generate(**tokenizer("A hacker", return_tensors="pt"), do_sample=False, max_new_tokens=24)[0]
+    assert answers["written"] == tokenizer.decode(written, skip_special_tokens=True)
+    assert answers["stops"] == [True, True]
 
 
 def test_an_export_holds_the_files_and_their_receipts(finished_run, tmp_path):
