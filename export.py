@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from exporting import Format, check_formats, failed, find_faults, table, write_formats
+from exporting import Format, check_formats, failed, find_faults, low_space, table, write_formats
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import NonNegativeFloat, UserError, parse_config, parse_sections, run_script
 from utils.pretrained import check_adapters
@@ -150,7 +150,8 @@ def main(config: ExportConfig) -> None:
             raise UserError(f"{output} has appeared meanwhile; remove it, or choose another --output")
         work.rename(output)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+        note = low_space(work.parent, sum(weight.nbytes for weight in model.parameters()))
+        raise UserError(f"cannot write {output}: {error.strerror or error}{note}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}; opens with {auto_model.__name__}")

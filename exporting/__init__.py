@@ -1,6 +1,7 @@
 """The formats of export.py, and a receipt for each file: its own reader says what the checkpoint says."""
 
 import copy
+import shutil
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -141,6 +142,13 @@ def _write(format: str, model: Any, tokenizer: Any, folder: Path, causal: bool, 
             quantize_onnx(path, path := path.with_name("model_quantized.onnx"))
         return [path, *path.parent.glob(f"{path.name}.data")]
     raise ValueError(format)
+
+
+def low_space(folder: Path, needed: int) -> str:
+    """What to add to the message of a program that failed to write: libraries often do not say that a disk is full."""
+    folder = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return f"; the disk of {folder} has {readable(free)} free, and {readable(needed)} are needed" if free < needed else ""
 
 
 def failed(rows: list[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from exporting import low_space
 from utils.files import UserError
 from utils.model.build import longest_sequence, stop_token_ids
 
@@ -119,10 +120,11 @@ def write_quantised_gguf(model: Any, tokenizer: Any, path: Path, precision: str,
     script = Path(__file__).with_name("quantize_gguf.py").resolve()
     command = [sys.executable, "-P", script, whole, path, precision]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    whole.unlink()
     if ended.returncode or not path.is_file():
         lines = ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"]
-        raise UserError(f"gguf-{precision}: llama.cpp's quantiser failed: {lines[-1][:300]}")
+        why = lines[-1][:300] + low_space(path.parent, whole.stat().st_size)
+        raise UserError(f"gguf-{precision}: llama.cpp's quantiser failed: {why}")
+    whole.unlink()
 
 
 def arrange(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:

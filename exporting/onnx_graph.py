@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from exporting import low_space
 from utils.files import UserError, short
 
 LARGEST_FILE = 1_900_000_000  # bytes of weights; a file of this format ends at 2 GB, and more goes beside it
@@ -88,7 +90,8 @@ def write_onnx(model: Any, path: Path, has_cache: bool) -> None:
                 optimize=True, verbose=False,
             )  # fmt: skip
     except Exception as error:  # torch's exporter and transformers' models raise many types
-        raise UserError(f"onnx: torch cannot export {type(model).__name__}: {short(error)}") from error
+        why = short(error) + low_space(path.parent, sum(weight.nbytes for weight in model.parameters()))
+        raise UserError(f"onnx: torch cannot export {type(model).__name__}: {why}") from error
     finally:
         model.set_attn_implementation(attention)
 
@@ -97,8 +100,14 @@ def quantize_onnx(path: Path, output: Path) -> None:
     """Matrices as int8; onnxruntime measures the range of their inputs while it computes."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quiet():
-        quantize_dynamic(path, output, weight_type=QuantType.QInt8)
+    try:
+        with _quiet():
+            quantize_dynamic(path, output, weight_type=QuantType.QInt8)
+    except Exception as error:  # of protobuf, onnx and onnxruntime
+        # It writes to the folder of temporary files first.
+        notes = (low_space(folder, path.stat().st_size) for folder in (path.parent, Path(tempfile.gettempdir())))
+        note = next(filter(None, notes), "")
+        raise UserError(f"onnx-int8: onnxruntime cannot quantise the graph: {short(error)}{note}") from error
 
 
 def suit_transformers_js(folder: Path, tokenizer: Any) -> None:

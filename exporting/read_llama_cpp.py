@@ -20,7 +20,7 @@ SECONDS = 120.0  # to read log-probabilities; a position of a large vocabulary t
 
 def main(path: str, questions_path: str, answers_path: str) -> None:
     questions = json.loads(Path(questions_path).read_text(encoding="utf-8"))
-    server = serve(path, questions["positions"])
+    server = serve(path, questions["positions"], questions["threads"])
     address = server.listening_address.rpartition("/")[2]
 
     def post(route: str, **body: Any) -> Any:
@@ -69,13 +69,15 @@ def main(path: str, questions_path: str, answers_path: str) -> None:
     Path(answers_path).write_text(json.dumps(answers), encoding="utf-8")
 
 
-def serve(path: str, positions: int) -> Any:
+def serve(path: str, positions: int, threads: int) -> Any:
     params = xllamacpp.CommonParams()
     params.model.path = path
     params.n_ctx = positions
     params.n_parallel = 1
     params.n_predict = -1
     params.warmup = False
+    # Its threads wait for each other by polling, so one more than there are free cores makes it many times slower.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.verbosity = -1
     params.port = 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32

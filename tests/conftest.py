@@ -85,6 +85,18 @@ def run(
     return checked(result) if check else result
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A folder on a disk of its own, of a size such as 3M."""
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
 def checked(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
     if result.returncode:
         pytest.fail(f"{result.args} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-5000:]}")

@@ -1,6 +1,5 @@
 """prepare_data.py when things go wrong: killed, out of disk space, called twice, given unusual input."""
 
-import contextlib
 import gzip
 import hashlib
 import json
@@ -12,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import environment, error_line, script
+from conftest import environment, error_line, script, small_disk
 from growth import growth
 from test_prepare_data import TEXTS, prepare
 
@@ -76,17 +75,6 @@ def test_a_second_call_at_the_same_time_refuses_and_the_first_ends_well(tmp_path
     _, errors = first.communicate()
     assert first.returncode == 0, errors
     assert load_manifest(tmp_path / "out")["documents_read"] == len(TEXTS)
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("size", ["1M", "3M", "6M"])
