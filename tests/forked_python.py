@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # this interpreter knows its standard library only
 from fork_server import Forked
 
-arguments = [argument for argument in sys.argv[1:] if argument != "-u"]  # torch's launcher adds it
+arguments = [argument for argument in sys.argv[1:] if argument not in ("-u", "-P")]  # of torch's launcher, of export.py
 job: Forked | None = None
 early: list[int] = []  # signals that came before the job was there
 

@@ -15,7 +15,7 @@ BENCHMARKS = [
     for path in sorted((ROOT / "benchmarks").glob("*.py"))
     if path.stem != "common"
 ]
-# train.py's options for a small model; {dataset}, {text} and {folder} are filled in.
+# train.py's options for a small model; {dataset}, {text}, {folder} and {run} are filled in.
 TINY = "--model.hidden_size 32 --model.num_hidden_layers 2 --model.num_attention_heads 2 --model.intermediate_size 64"
 SMALL = f"--data.dataset {{dataset}} --data.sequence_length 64 {TINY}"
 # Benchmark → its arguments, and the figures that must be finite and above zero: names in the JSON object, by dots.
@@ -23,6 +23,10 @@ SMOKE = {
     "chaos": (
         "--kills 1 --dataset {dataset}",
         "kills bit_equal losses_equal steps seconds",
+    ),
+    "exports": (
+        "{run} --groups safetensors",
+        "finished.0.perplexity finished.0.greedy_tokens_equal finished.0.bytes finished.0.seconds_of_receipt",
     ),
     "gpu": (
         "--tiny --dataset {dataset} --output {folder}/gpu.jsonl --parts 124m-packed-eager 124m-packed-regional 124m-one-regional "
@@ -86,7 +90,7 @@ def test_the_readmes_benchmarks_are_among_them():
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_runs_and_ends_with_its_figures(name, small_dataset, tmp_path):
+def test_every_benchmark_runs_and_ends_with_its_figures(name, small_dataset, tmp_path, request):
     assert name in SMOKE, f"give benchmarks/{name}.py arguments here with which it takes seconds"
     arguments, names = SMOKE[name]
     python = tmp_path / "python"  # for the processes that it starts
@@ -94,6 +98,8 @@ def test_every_benchmark_runs_and_ends_with_its_figures(name, small_dataset, tmp
     python.chmod(0o755)
     forked = {} if name in SLOW else {"PLAINLOOP_PYTHON": str(python)}
     places = {"dataset": small_dataset, "text": small_dataset.parent / "texts.jsonl", "folder": tmp_path}
+    if "{run}" in arguments:
+        places["run"] = request.getfixturevalue("finished_run")
     printed = script(f"benchmarks/{name}.py", *arguments.format_map(places).split(), **forked).stdout.splitlines()
     assert len(printed) > 2, "a table comes before the figures"
     figures = flat(json.loads(printed[-1]))
