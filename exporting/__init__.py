@@ -148,7 +148,9 @@ def low_space(folder: Path, needed: int) -> str:
     """What to add to the message of a program that failed to write: libraries often do not say that a disk is full."""
     folder = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(folder).free
-    return f"; the disk of {folder} has {readable(free)} free, and {readable(needed)} are needed" if free < needed else ""
+    return (
+        f"; the disk of {folder} has {readable(free)} free, and {readable(needed)} are needed" if free < needed else ""
+    )
 
 
 def failed(rows: list[dict[str, Any]]) -> list[str]:

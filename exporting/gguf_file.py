@@ -118,7 +118,7 @@ def write_quantised_gguf(model: Any, tokenizer: Any, path: Path, precision: str,
     whole = path.with_name(f".{path.name}.f32")
     write_gguf(model, tokenizer, whole, "f32", name)
     script = Path(__file__).with_name("quantize_gguf.py").resolve()
-    command = [sys.executable, "-P", script, whole, path, precision]
+    command = [sys.executable, "-P", str(script), str(whole), str(path), precision]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if ended.returncode or not path.is_file():
         lines = ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"]

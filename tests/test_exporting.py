@@ -13,6 +13,8 @@ import torch
 from conftest import PATIENCE, ROOT, call, error_line, run, small_disk, start
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -314,6 +316,41 @@ def test_the_graph_has_the_names_that_transformers_js_knows(graph):
     assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
     assert [value.name for value in session.get_outputs()][:2] == ["logits", "present.0.key"]
     assert json.loads((graph[0] / "tokenizer_config.json").read_text())["add_bos_token"] is True
+
+
+def test_a_masked_model_has_a_graph_without_cache(tmp_path):
+    """It says what the model says, also to rows of other lengths and to a padded batch."""
+    import onnxruntime
+
+    tokenizer, folder = build_tokenizer(chat_template=None), tmp_path / "export"
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**WIDTH, intermediate_size=48, vocab_size=len(tokenizer))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+    tokenizer.save_pretrained(folder)
+    path = folder / "onnx" / "model.onnx"
+    write_onnx(model, path, has_cache=False)
+    rows = [tokenizer(text)["input_ids"][: 9 + 5 * i] for i, text in enumerate(receipts.TEXTS.values())]
+    questions = receipts.ask_checkpoint(model, tokenizer, rows, "AutoModelForMaskedLM", False)
+    assert compare(read_onnxruntime.main, path, questions, "onnx", tmp_path) == []
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["input_ids", "attention_mask"]
+    batch = {
+        "input_ids": torch.zeros(4, 24, dtype=torch.int64),
+        "attention_mask": torch.zeros(4, 24, dtype=torch.int64),
+    }
+    for index, row in enumerate(rows):
+        batch["input_ids"][index, : len(row)] = torch.tensor(row)
+        batch["attention_mask"][index, : len(row)] = 1
+    (found,) = session.run(None, {name: value.numpy() for name, value in batch.items()})
+    with torch.no_grad():
+        for index, row in enumerate(rows):
+            alone = model(input_ids=torch.tensor([row])).logits[0]
+            torch.testing.assert_close(torch.from_numpy(found[index, : len(row)]), alone, atol=1e-4, rtol=0)
+        model.bert.encoder.layer[0].output.dense.weight.mul_(1.01)
+    other = receipts.ask_checkpoint(model, tokenizer, rows, "AutoModelForMaskedLM", False)
+    assert any("log-prob" in line for line in compare(read_onnxruntime.main, path, other, "onnx", tmp_path))
 
 
 @pytest.fixture(scope="module")
