@@ -34,6 +34,8 @@ class ExportConfig:
     """Files to write: safetensors (fp32) or safetensors-bf16, -f16; adapter (alone; otherwise merged); gguf (f32) or
     gguf-f16, -bf16, -q8_0, -q5_0, -q4_0, -q4_k_m; onnx, onnx-int8. A reader of each format opens its file in a fresh
     process and must say what the checkpoint says."""
+    license: str | None = None
+    """The licence that you give the model, such as apache-2.0, for its card (README.md)."""
     max_shard_size: str = "5GB"
     """Largest file of safetensors, as in 200MB; more weights are written into several files."""
 
@@ -65,6 +67,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoModelForSpeechSeq2Seq, PreTrainedModel
 
+from exporting.model_card import write_card
 from utils.checkpoint_tensors import load_average
 from utils.config import ObjectiveConfig, ScoringConfig
 from utils.files import flatten, follow_umask, read_yaml
@@ -145,6 +148,7 @@ def main(config: ExportConfig) -> None:
             raise UserError(f"{' | '.join(faults)}; nothing was written")
         report["files"] = rows
         (work / "export_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_card(work, output.name, checkpoint, report, config.license)
         follow_umask(work)
         if output.exists():
             raise UserError(f"{output} has appeared meanwhile; remove it, or choose another --output")

@@ -160,33 +160,25 @@ def failed(rows: list[dict[str, Any]]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as lines of a table for the console."""
-    head = (
-        "file",
-        "size",
-        "seconds",
-        "reader",
-        "ids",
-        "positions",
-        "log-prob. diff.",
-        "perplexity",
-        "greedy",
-        "stop",
-        "receipt",
-    )
+    head = ("file", "size", "seconds", "reader", "ids", "positions", "log-prob. diff.", "perplexity", "greedy", "stop",
+            "receipt")  # fmt: skip
     lines = [head]
-    for row in rows:
-        more = f" and {row['files'] - 1} more" if row["files"] > 1 else ""
-        size = (row["file"] + more, readable(row["bytes"]), f"{row['seconds']:.1f}")
-        if "reader" not in row:
-            lines.append((*size, *"-------", row["receipt"]))
-            continue
-        greedy = f"{row['greedy_tokens_equal']}/{row['greedy_tokens']}" if "greedy_tokens" in row else "-"
-        stop = {True: "yes", False: "no", None: "-"}[row.get("stops")]
-        perplexity = f"{row['perplexity_before']:.2f} → {row['perplexity']:.2f}"
-        difference = f"{row['max_log_probability_difference']:.1e}"
-        figures = (f"{row['texts_with_equal_ids']}/4", str(row["positions"]), difference, perplexity)
-        lines.append((*size, row["reader"], *figures, greedy, stop, row["receipt"].partition(":")[0]))
+    lines += map(line_cells, rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
+
+
+def line_cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """A row of the report under the head of `table`."""
+    more = f" and {row['files'] - 1} more" if row["files"] > 1 else ""
+    size = (row["file"] + more, readable(row["bytes"]), f"{row['seconds']:.1f}")
+    if "reader" not in row:
+        return (*size, *"-------", row["receipt"])
+    greedy = f"{row['greedy_tokens_equal']}/{row['greedy_tokens']}" if "greedy_tokens" in row else "-"
+    stop = {True: "yes", False: "no", None: "-"}[row.get("stops")]
+    perplexity = f"{row['perplexity_before']:.2f} → {row['perplexity']:.2f}"
+    difference = f"{row['max_log_probability_difference']:.1e}"
+    figures = (f"{row['texts_with_equal_ids']}/4", str(row["positions"]), difference, perplexity)
+    return (*size, row["reader"], *figures, greedy, stop, row["receipt"].partition(":")[0])

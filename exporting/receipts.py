@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from exporting.read_transformers import target_log_probabilities
@@ -34,10 +35,11 @@ LIBRARIES = {"llama_cpp": ("xllamacpp", "gguf"), "onnxruntime": ("onnxruntime", 
 # The largest difference between log-probabilities; another process may add in another order. llama.cpp computes GELU from
 # a table in 16 bits.
 DIFFERENCES = {
-    "safetensors": 1e-5, "adapter": 1e-4, "safetensors-bf16": 5e-1, "safetensors-f16": 5e-2, "onnx": 1e-4, "gguf-f32": 1e-4, "gguf-f32 gpt2": 1e-2, "gguf-f16": 1e-2, "gguf-f16 gpt2": 2e-2,
+    "safetensors": 1e-5, "adapter": 1e-4, "safetensors-bf16": 5e-1, "safetensors-f16": 5e-2, "onnx": 1e-4, "gguf-f32": 1e-4, "gguf-f32 gpt2": 1e-2, "gguf-f16": 2e-2,
     "gguf-bf16": 1e-1,
 }  # fmt: skip
-PERPLEXITIES = {"gguf-q8_0": 0.01, "onnx-int8": 0.02}  # the largest relative change of what is rounded to integers
+# The largest relative change of what is rounded to integers, beyond two standard errors: the positions are few.
+PERPLEXITIES = {"gguf-q8_0": 0.01, "onnx-int8": 0.02}
 
 
 @dataclass
@@ -135,18 +137,18 @@ def compare(format: str, answers: dict[str, Any], questions: Questions, architec
             faults.append("the chat template is another one")
         if answers["chat_ids"] != questions.chat_ids:
             faults.append(f"the ids of the chat are {_first_difference(answers['chat_ids'], questions.chat_ids)}")
-    difference, before, after, count = _differences(answers["log_probabilities"], questions.log_probabilities)
+    difference, before, after, error, count = _differences(answers["log_probabilities"], questions.log_probabilities)
     allowed = DIFFERENCES.get(f"{format} {architecture}", DIFFERENCES.get(format))
     if allowed is not None and not difference <= allowed:
         faults.append(f"log-probabilities differ by {difference:.2e}, more than {allowed:.0e}")
     limit = PERPLEXITIES.get(format, math.inf)
-    if not abs(after / before - 1) <= limit:
+    if not abs(math.log(after / before)) - 2 * error <= math.log1p(limit):
         faults.append(f"the perplexity is {after:.3f} in place of {before:.3f}, more than {limit:.0%} apart")
     row = {
         "reader": answers["reader"], "texts_with_equal_ids": sum(map(list.__eq__, answers["ids"], questions.ids)),
         "chat_template": None if questions.chat is None else "equal",
         "positions": count, "max_log_probability_difference": difference, "allowed": allowed,
-        "perplexity_before": before, "perplexity": after,
+        "perplexity_before": before, "perplexity": after, "relative_error_of_perplexity": error,
     }  # fmt: skip
     if questions.greedy:
         equal = _equal_tokens(answers["greedy"], questions.greedy)
@@ -162,8 +164,11 @@ def compare(format: str, answers: dict[str, Any], questions: Questions, architec
     return row | {"receipt": f"failed: {'; '.join(faults)}" if faults else "passed", "faults": faults}
 
 
-def _differences(found: list[list[float | None]], expected: list[list[float]]) -> tuple[float, float, float, int]:
-    """The largest difference, the perplexity before and after, the number of positions that the reader came to."""
+def _differences(
+    found: list[list[float | None]], expected: list[list[float]]
+) -> tuple[float, float, float, float, int]:
+    """The largest difference, the perplexity before and after, the standard error of the logarithm of their ratio, the
+    number of positions that the reader came to."""
     pairs = [
         (a, b)
         for answers, row in zip(found, expected, strict=True)
@@ -171,9 +176,11 @@ def _differences(found: list[list[float | None]], expected: list[list[float]]) -
         if a is not None
     ]
     if not pairs:
-        return math.nan, math.nan, math.nan, 0
+        return math.nan, math.nan, math.nan, math.nan, 0
     before, after = (math.exp(min(700.0, -sum(pair[i] for pair in pairs) / len(pairs))) for i in (1, 0))
-    return max((abs(a - b) for a, b in pairs), key=lambda x: (math.isnan(x), x)), before, after, len(pairs)
+    differences = [a - b for a, b in pairs]
+    error = float(np.std(differences) / math.sqrt(len(differences)))
+    return max(map(abs, differences), key=lambda x: (math.isnan(x), x)), before, after, error, len(pairs)
 
 
 def _equal_tokens(found: list[int], expected: list[int]) -> int:
