@@ -120,11 +120,11 @@ def write_quantised_gguf(model: Any, tokenizer: Any, path: Path, precision: str,
     script = Path(__file__).with_name("quantize_gguf.py").resolve()
     command = [sys.executable, "-P", str(script), str(whole), str(path), precision]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    note = low_space(path.parent, whole.stat().st_size)
+    whole.unlink()
     if ended.returncode or not path.is_file():
         lines = ended.stderr.strip().splitlines() or [f"it ended with {ended.returncode}"]
-        why = lines[-1][:300] + low_space(path.parent, whole.stat().st_size)
-        raise UserError(f"gguf-{precision}: llama.cpp's quantiser failed: {why}")
-    whole.unlink()
+        raise UserError(f"gguf-{precision}: llama.cpp's quantiser failed: {lines[-1][:300]}{note}")
 
 
 def arrange(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
