@@ -162,8 +162,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as lines of a table for the console."""
     head = ("file", "size", "seconds", "reader", "ids", "positions", "log-prob. diff.", "perplexity", "greedy", "stop",
             "receipt")  # fmt: skip
-    lines = [head]
-    lines += map(line_cells, rows)
+    lines: list[tuple[str, ...]] = [head, *map(line_cells, rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
