@@ -163,7 +163,9 @@ def main(config: ExportConfig) -> None:
     if checkpoint in found[:-1]:
         newer = ", ".join(path.name for path in found[found.index(checkpoint) + 1 :])
         print(f"newer checkpoints of this run, which are not exported: {newer}")
-    print(f"largest logit difference to the checkpoint: {difference:.2e} (allowed {config.max_logit_difference:.0e})")
+    print(
+        f"largest logit difference to the checkpoint, in fp32: {difference:.2e} (allowed {config.max_logit_difference:.0e})"
+    )
 
 
 def describe_run(checkpoint: Path) -> dict[str, Any] | None:
