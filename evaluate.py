@@ -132,7 +132,7 @@ from utils.data.loaders import Layout, build_evaluation_loader, build_layout, wi
 from utils.evaluation import generate_text
 from utils.model.adapters import without_adapters
 from utils.model.build import count_parameters, longest_sequence, pad_token_id, saved_class
-from utils.objectives import objective_module, use_varlen, varlen_is_default
+from utils.objectives import has_linear_head, objective_module, use_varlen, varlen_is_default
 from utils.pretrained import tokenizer_of
 
 NON_GENERATIVE = ("masked", "span_corruption", "captioning", "transcription")
@@ -285,7 +285,10 @@ def score(
         vocab_size=len(tokenizer), stride=config.stride and min(config.stride, length),
     )  # fmt: skip
     rows = NumberedLayout(layout, text, encoded, by_row=objective.name in MOVING)
-    losses, attention = TokenLosses(model, objective), model.config._attn_implementation
+    losses, attention = (
+        TokenLosses(model, objective, chunked_head=has_linear_head(model)),
+        model.config._attn_implementation,
+    )
     launch = (accelerator.device, accelerator.mixed_precision)
     if varlen_is_default(*launch) and use_varlen(losses, *launch) is None:
         collate = partial(with_places, collate)

@@ -19,6 +19,8 @@ from utils.cli import UserError
 from utils.data.loaders import Layout
 from utils.data.packing import IGNORED, Batch, PaddedLayout
 from utils.data.token_dataset import TokenDataset
+from utils.kernels.head_loss import rows_at_once
+from utils.model.adapters import without_adapters
 from utils.model.build import evaluating
 from utils.objectives import Objective
 
@@ -50,10 +52,21 @@ class TokenLosses(Objective):
     """An objective whose forward returns the loss of each target, not their sum."""
 
     def forward(self, targets: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        """(B, T) → cross-entropy in nats, (B, T) fp32; 0 where there is no target."""
-        logits = self.model(**self.model_inputs(inputs)).logits.float().flatten(0, 1)
-        losses = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view(targets.shape)
+        """(B, T) → cross-entropy in nats, (B, T) fp32; 0 where there is no target. As in training, a linear head has the
+        logits of some rows only at a time."""
+        inputs, wanted = self.model_inputs(inputs), targets.flatten()
+        if not self.chunked_head:
+            return losses_of(self.model(**inputs).logits.flatten(0, 1), wanted).view(targets.shape)
+        hidden = without_adapters(self.model).base_model(**inputs).last_hidden_state.flatten(0, 1)
+        head: Any = self.model.get_output_embeddings()  # type: ignore[operator]
+        rows = rows_at_once(hidden.device, len(head.weight))
+        parts = zip(hidden.split(rows), wanted.split(rows), strict=True)
+        return torch.cat([losses_of(head(part), target) for part, target in parts]).view(targets.shape)
+
+
+def losses_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(N, V), (N,) → (N,) fp32."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
 
 
 class NumberedLayout:

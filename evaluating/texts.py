@@ -105,7 +105,8 @@ def read_file(path: Path) -> Text:
 
 def read_records(path: Path, text: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`, which also cuts at characters such as U+2028 inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             record = json.loads(line) if line.strip() else {"text": ""}
         except (ValueError, RecursionError):
