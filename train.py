@@ -207,7 +207,6 @@ def orderly_end(accelerator: Accelerator) -> Iterator[None]:
     yield
     accelerator.wait_for_everyone()
     accelerator.free_memory()
-    gc.unfreeze()
     gc.collect()
     gc.freeze()  # else Python searches all objects again at its exit, for a second
     accelerator.end_training()

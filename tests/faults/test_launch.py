@@ -162,7 +162,7 @@ def test_what_the_machine_could_do_beside_the_launch_is_hinted_at(monkeypatch):
     plan, threads = plan_batches(8, 2, 1), torch.get_num_threads()
 
     def hints(precision: str, cores: int, has_bf16: bool) -> list[str]:
-        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr("training.monitoring.hints.usable_cores", lambda: cores)
         monkeypatch.setattr(
             torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16}, raising=False
         )
