@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from exporting import Format, check_formats, failed, find_faults, low_space, table, write_formats
+from exporting.hub import find_changes, find_hub_faults, push
 from utils.checkpoints import find_checkpoint, list_checkpoints, load_state, resolve_checkpoint
 from utils.cli import NonNegativeFloat, UserError, parse_config, parse_sections, run_script
 from utils.pretrained import check_adapters
@@ -25,7 +26,7 @@ class ExportConfig:
     checkpoint: str = "runs/demo"
     """Run folder (its best checkpoint is exported, or that of the best average) or checkpoint folder."""
     output: str = "exports/demo"
-    """Folder to write. It must not exist."""
+    """Folder to write. It must not exist, except to push a finished export."""
     max_logit_difference: NonNegativeFloat = 1e-5
     """Largest difference allowed between the logits of the checkpoint and those of the reloaded export."""
     weights: Literal["trained", "average"] = "trained"
@@ -38,6 +39,11 @@ class ExportConfig:
     """The licence that you give the model, such as apache-2.0, for its card (README.md)."""
     max_shard_size: str = "5GB"
     """Largest file of safetensors, as in 200MB; more weights are written into several files."""
+    push_to_hub: str | None = None
+    """USER/NAME, or NAME alone, of a model repository on the Hugging Face Hub, to which the export is pushed. It needs
+    `hf auth login` or HF_TOKEN. If the push fails, the same command pushes what is missing."""
+    private: bool = True
+    """Whether a new repository on the Hub is private."""
 
     @property
     def pointers(self) -> tuple[str, ...]:
@@ -55,7 +61,18 @@ class ExportConfig:
         if faults := find_faults(self.formats, checkpoint):
             return faults
         check_adapters(checkpoint)
-        return [f"{self.output} exists; remove it, or choose another --output"] if Path(self.output).exists() else []
+        if self.push_to_hub is not None and (faults := find_hub_faults(self.push_to_hub)):
+            return faults
+        if not Path(self.output).exists():
+            return []
+        if self.push_to_hub is None:
+            return [f"{self.output} exists; remove it, or choose another --output"]
+        return find_changes(Path(self.output), self.facts(checkpoint))
+
+    def facts(self, checkpoint: Path) -> dict[str, Any]:
+        """What tells one export from another, for its report."""
+        names = ("checkpoint", "weights", "formats", "license", "max_shard_size")
+        return {name: getattr(self, name) for name in names} | {"optimizer_step": load_state(checkpoint).optimizer_step}
 
 
 config = parse_config(ExportConfig, __doc__) if __name__ == "__main__" else None
@@ -89,6 +106,8 @@ MERGING_TOLERANCE = 1e-4  # of the largest logit: fp32 rounds the sum of weights
 
 def main(config: ExportConfig) -> None:
     output = Path(config.output)
+    if output.exists() and config.push_to_hub is not None:  # a finished export, as `problems` has checked
+        return push(output, config.push_to_hub, config.private)
     checkpoint = resolve_checkpoint(config.checkpoint, *config.pointers)
     model = load_model(checkpoint)
     if config.weights == "average":
@@ -116,12 +135,9 @@ def main(config: ExportConfig) -> None:
         inputs = build_probe(merged, processor)
         difference, _ = largest_logit_difference(merged, auto_model.from_pretrained(work).eval(), inputs)
         merging, size = largest_logit_difference(model, merged, inputs)  # rounding only; 0 without adapters
-        report = {
-            "checkpoint": str(config.checkpoint),
-            "weights": config.weights,
+        report = config.facts(checkpoint) | {
             "opens_with": auto_model.__name__,
             "pretrained": keep_terms(checkpoint, work),
-            "optimizer_step": load_state(checkpoint).optimizer_step,
             "parameters": count_parameters(merged),
             "max_logit_difference": difference,
             "max_logit_difference_of_merging": merging,
@@ -166,6 +182,8 @@ def main(config: ExportConfig) -> None:
     print(
         f"largest logit difference to the checkpoint, in fp32: {difference:.2e} (allowed {config.max_logit_difference:.0e})"
     )
+    if config.push_to_hub is not None:
+        push(output, config.push_to_hub, config.private)
 
 
 def describe_run(checkpoint: Path) -> dict[str, Any] | None:

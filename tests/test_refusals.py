@@ -56,6 +56,8 @@ def refusal(without, arguments: str, *libraries: str, **extra: str) -> str:
         ),
         ("export.py --checkpoint {run} --output {new} --max_logit_difference -1", "max_logit_difference is -1.0"),
         ("export.py --checkpoint {run} --output=", "output is empty"),
+        ("export.py --checkpoint {run} --output {new} --push_to_hub a/b/c", "push_to_hub is 'a/b/c'"),
+        ("export.py --checkpoint {run} --output {new} --push_to_hub a/b", "unset HF_HUB_OFFLINE"),
         ("train.py --data.dataset none --objective.name instruction", "'[my_chats.jsonl]' --messages_column messages"),
         ("prepare_data.py --tokenizer.pretrained {data}", "its tokenizer is in {data}/tokenizer"),
         ("prepare_data.py --tokenizer.chat_template none.jinja", "none.jinja cannot be read"),
@@ -95,6 +97,13 @@ def test_an_export_of_adapters_names_their_library(without, tmp_path):
     (checkpoint / "adapter_config.json").touch()
     line = refusal(without, f"export.py --checkpoint {tmp_path / 'run'} --output {tmp_path / 'new'}", "peft")
     assert "pip install -e '.[lora]'" in line
+
+
+def test_a_push_needs_a_token(without, finished_run, tmp_path):
+    nobody = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path / "none")}
+    arguments = f"export.py --checkpoint {finished_run} --output {tmp_path / 'new'} --push_to_hub a/b"
+    assert "hf auth login" in refusal(without, arguments, **nobody)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_launch_that_is_refused_late_leaves_no_folder(small_dataset, tmp_path):
