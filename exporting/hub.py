@@ -49,7 +49,9 @@ def push(folder: Path, name: str, private: bool) -> None:
             message = "Upload an export of Plainloop"
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, delete_patterns=stale)
     except Exception as error:  # each of httpx, hf_xet and huggingface_hub has errors of its own
-        reason = short(error) + (f" ({short(cause)})" if (cause := error.__cause__) else "")
+        # huggingface_hub says in a RuntimeError which file it was, and in its cause why.
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        reason = short(error) + (f" {short(cause)}" if isinstance(cause, Exception) else "")
         raise UserError(
             f"cannot push to {name}: {reason}; {folder} is complete: the same command pushes what is missing"
         ) from error

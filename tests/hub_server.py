@@ -82,7 +82,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.plan_uploads(json.loads(body))
             else:
                 _, _, *name, verb, revision = path.split("/") if path.count("/") > 3 else [*path.split("/"), "", ""]
-                assert (verb, revision) in (("", ""), *((verb, "main") for verb in ("preupload", "commit", "tree")))
+                assert (verb, revision) in (
+                    ("", ""),
+                    *((verb, "main") for verb in ("preupload", "commit", "tree", "revision")),
+                )
                 self.use_repository("/".join(name), verb, body)
 
     do_GET = do_POST = do_PUT = handle_request

@@ -32,7 +32,15 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_an_export_is_pushed_and_an_interrupted_push_is_resumed(hub, tmp_path):
     shutil.copytree(RUN, tmp_path / "run")
-    command = ["export.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "export", "--max_shard_size", "10KB"]
+    command = [
+        "export.py",
+        "--checkpoint",
+        tmp_path / "run",
+        "--output",
+        tmp_path / "export",
+        "--max_shard_size",
+        "10KB",
+    ]
     command += ["--push_to_hub", "ann/poet"]
     hub.upload_limit = 1
     variables = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
@@ -74,7 +82,7 @@ def test_a_private_push_leaves_a_public_repository_alone(hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="ann/poet is public"):
         push(tmp_path, "ann/poet", private=True)
-    assert hub.commits == []
+    assert hub.commits == [] and hub.uploads == []
     push(tmp_path, "ann/poet", private=False)
     assert hub.commits == [["config.json"]]
 
@@ -97,5 +105,5 @@ def test_a_push_that_fails_is_one_line(hub, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot push to ann/poet: .*401"):
         push(tmp_path, "ann/poet", private=True)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(UserError, match="cannot push to ann/poet: .*same command"):
+    with pytest.raises(UserError, match=r"cannot push to ann/poet: .*same command"):
         push(tmp_path, "ann/poet", private=True)
