@@ -374,7 +374,7 @@ MUTANTS = [
            "push", "is_private or not private", "True",
            "test_a_private_push_leaves_a_public_repository_alone"),
     Mutant("another export than the one that was asked for is pushed",
-           "find_changes", "if changed", "if not found",
+           "find_changes", "found[name] != value", "False",
            "test_an_existing_folder_is_pushed_only_if_it_is_this_export"),
     Mutant("embedding and head are not tied",
            "build_architecture", "config.tie_word_embeddings", "False",
