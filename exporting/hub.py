@@ -29,7 +29,7 @@ def find_changes(folder: Path, facts: dict[str, Any]) -> list[str]:
     found = read_json(path) if path.is_file() else {}
     changed = [name for name, value in facts.items() if name not in found or found[name] != value]
     remedy = "remove it, or choose another --output"
-    return [f"{folder} exists and is another export ({', '.join(changed)}); {remedy}"] if changed else []
+    return [f"{folder} exists and is not this export, by its {', '.join(changed)}; {remedy}"] if changed else []
 
 
 def push(folder: Path, name: str, private: bool) -> None:

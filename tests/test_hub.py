@@ -39,7 +39,7 @@ def test_an_export_is_pushed_and_an_interrupted_push_is_resumed(hub, tmp_path):
         "--output",
         tmp_path / "export",
         "--max_shard_size",
-        "10KB",
+        "4KB",
     ]
     command += ["--push_to_hub", "ann/poet"]
     hub.upload_limit = 1
@@ -68,8 +68,8 @@ def test_an_existing_folder_is_pushed_only_if_it_is_this_export(hub, tmp_path):
     assert call(*command)[0] == 0
     assert "exists; remove it" in error_line(*command)
     command += ["--push_to_hub", "poet"]
-    assert "(weights)" in error_line(*command, "--weights", "average")
-    assert "(license)" in error_line(*command, "--license", "mit")
+    assert "its weights;" in error_line(*command, "--weights", "average")
+    assert "its license;" in error_line(*command, "--license", "mit")
     (tmp_path / "notes").mkdir()
     assert "optimizer_step" in error_line(*command, "--output", tmp_path / "notes")
     assert hub.repositories == {}
