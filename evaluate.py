@@ -19,7 +19,7 @@ from typing import Annotated, Any
 from evaluating import models, tasks
 from utils.cli import NonNegativeFloat, PositiveInt, Seed, UserError, exit_with, parse_config, run_script
 from utils.data.token_dataset import load_manifest
-from utils.files import find_obstacle, finite
+from utils.files import find_obstacle, finite, replace_text
 
 NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file, --tasks or --prompt"
 
@@ -85,6 +85,8 @@ class EvaluateConfig:
             found.append(f"--report {self.report}: there is no folder to write it to")
         elif self.report is not None and (obstacle := find_obstacle(self.report)):
             found.append(f"--report {self.report} {obstacle}")
+        elif self.report is not None and Path(self.report).exists() and not Path(self.report).is_file():
+            found.append(f"--report {self.report} is a device or a pipe; name a file")
         for folder in self.datasets:
             load_manifest(folder)
         for file in self.text_files:
@@ -349,7 +351,10 @@ def report(
         found["differing_options"] = differing_options(candidates)
         print(*lines_of_options(found["differing_options"], candidates), sep="\n")
     if config.report is not None:
-        Path(config.report).write_text(json.dumps(finite(found), indent=2) + "\n", encoding="utf-8")
+        try:
+            replace_text(Path(config.report).resolve(), json.dumps(finite(found), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--report {config.report} cannot be written: {error.strerror}") from None
 
 
 def print_answers(record: dict[str, Any], *, several: bool) -> None:

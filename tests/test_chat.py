@@ -84,6 +84,8 @@ def test_the_end_that_a_tokenizer_puts_behind_a_text_is_no_part_of_it(finished_r
 
 def test_mistakes_are_one_line(tmp_path):
     assert "no/such" in error_line("chat.py", "--model", "no/such")
+    (tmp_path / "config.json").write_text("{}")  # an export of other formats
+    assert "--formats" in error_line("chat.py", "--model", tmp_path)
 
 
 def test_the_script_stays_short():
