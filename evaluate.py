@@ -175,6 +175,8 @@ def main(config: EvaluateConfig) -> None:
     texts += [read_file(Path(file)) for file in config.text_files]
     objectives = [share_objective(own_objectives, text) for text in texts]
     length = models.shared_length(candidates, config.sequence_length) if texts else 0
+    if texts and config.stride is not None and config.stride > length:
+        raise UserError(f"stride {config.stride} is longer than sequence_length {length}")
 
     results = []
     for number, (candidate, processor) in enumerate(zip(candidates, processors, strict=True)):
@@ -284,7 +286,7 @@ def score(
         collate.check(tokens, length, "validation")
     layout = build_layout(
         tokens, layout_name if config.stride is None else "padded", length, pad_token_id=pad_token_id(tokenizer),
-        vocab_size=len(tokenizer), stride=config.stride and min(config.stride, length),
+        vocab_size=len(tokenizer), stride=config.stride,
     )  # fmt: skip
     rows = NumberedLayout(layout, text, encoded, by_row=objective.name in MOVING)
     losses, attention = (

@@ -358,6 +358,7 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
         (["{run}", "{run}", "--model", "x"], "not both"),
         (["{run}", "--tasks", "[none.yaml]"], "none.yaml"),
         (["{run}", "--stride", "65", "--sequence_length", "64"], "stride 65"),
+        (["{run}", "--text_file", "README.md", "--stride", "65"], "stride 65"),
         (["{run}", "--text_file", "[none.txt, README.md]"], "none.txt does not exist"),
         (["{run}", "--text_file", "{jsonl}"], "line 1"),
         (["{run}", "--text_file", "{half}"], "line 2"),

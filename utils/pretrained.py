@@ -63,11 +63,11 @@ def check_name(option: str, name: str, files: tuple[str, ...]) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """`UserError` if a folder holds no weights that transformers opens, as an export to other formats; a checkpoint's files
-    are checked where it is read."""
+    """`UserError` if a folder holds no weights that transformers opens, as an export to other formats. The files of a
+    checkpoint are checked where it is read."""
     if any((folder / file).is_file() for file in (WEIGHTS, INDEX, "state.json")):
         return
-    adapters = "" if not (folder / "adapter").is_dir() else f", though adapters in {folder / 'adapter'}"
+    adapters = f"; its adapters are in {folder / 'adapter'}" if (folder / "adapter").is_dir() else ""
     remedy = "export the run with --formats '[safetensors]' into another --output"
     raise UserError(f"{folder} holds no {WEIGHTS}{adapters}; {remedy}")
 
