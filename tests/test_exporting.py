@@ -441,6 +441,10 @@ def test_a_card_leaves_out_what_it_does_not_know(tmp_path):
         write_card(tmp_path, "name", tmp_path / "checkpoints" / "step-1", report, None)
         card = (tmp_path / "README.md").read_text()
         assert re.findall("^## (.*)", card, re.M) == ["Limits"] and "license" not in card and "| |" not in card
+        assert "opens it" not in card and "library_name" not in card  # no weights that transformers reads
+    (tmp_path / "model.safetensors").touch()
+    write_card(tmp_path, "name", tmp_path / "checkpoints" / "step-1", report, None)
+    assert "`AutoModel` opens it" in (tmp_path / "README.md").read_text()
 
 
 def test_a_failed_receipt_writes_nothing(finished_run, tmp_path, monkeypatch):
