@@ -357,6 +357,7 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
         (["{run}", "none"], "none does not exist"),
         (["{run}", "{run}", "--model", "x"], "not both"),
         (["{run}", "--tasks", "[none.yaml]"], "none.yaml"),
+        (["{run}", "--tasks", "[{broken}]"], "broken.yaml: it is no YAML"),
         (["{run}", "--stride", "65", "--sequence_length", "64"], "stride 65"),
         (["{run}", "--text_file", "README.md", "--stride", "65"], "stride 65"),
         (["{run}", "--text_file", "[none.txt, README.md]"], "none.txt does not exist"),
@@ -368,7 +369,13 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
 def test_mistakes_are_one_line(arguments, words, runs, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"content": "a"}\n')
     (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "half a character: \\ud83d"}\n')
-    places = {"run": runs["packed"], "jsonl": tmp_path / "bad.jsonl", "half": tmp_path / "half.jsonl"}
+    (tmp_path / "broken.yaml").write_text("task: x\n  bad: [\n")
+    places = {
+        "run": runs["packed"],
+        "broken": tmp_path / "broken.yaml",
+        "jsonl": tmp_path / "bad.jsonl",
+        "half": tmp_path / "half.jsonl",
+    }
     assert words in error_line("evaluate.py", *(each.format_map(places) for each in arguments))
 
 
