@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from evaluating import models, tasks
-from utils.cli import NonNegativeFloat, PositiveInt, Seed, UserError, exit_with, parse_config, run_script
+from utils.cli import (
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    UserError,
+    exit_with,
+    parse_config,
+    read_precision,
+    run_script,
+)
 from utils.data.token_dataset import load_manifest
 from utils.files import find_obstacle, finite, replace_text
 
@@ -76,6 +85,7 @@ class EvaluateConfig:
         return as_list(self.text_file)
 
     def problems(self) -> list[str]:
+        read_precision()
         found = [mistake for name in self.models if (mistake := models.find_mistake(name))]
         found += tasks.find_mistakes(self.tasks)
         is_run = not (models.is_export(Path(self.model)) or models.is_gguf(Path(self.model)))

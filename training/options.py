@@ -1,19 +1,17 @@
 """The options of train.py, checked as far as possible before torch's slow import."""
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from training.optimization.optimizers import check_optimizer
 from training.recipe import commands_for
-from utils.cli import UserError, exit_with, parse_config
+from utils.cli import UserError, exit_with, parse_config, read_precision
 from utils.config import TrainConfig
 from utils.data.token_dataset import load_manifest
 from utils.pretrained import check_name, check_peft
 
 STOP_FILE = "stop"  # in the run folder: its user asks the run to save and end
-PRECISIONS = ("no", "bf16", "fp16", "fp8")  # accelerate's names
 NEEDED_MEDIA = {"captioning": "image", "transcription": "audio"}  # objective → kind in a dataset's manifest
 # What makes a conversation of messages, if no tokenizer that has a template is given.
 TEMPLATE = (
@@ -75,10 +73,7 @@ def check_libraries(config: TrainConfig, trackers: bool) -> None:
     for name in config.tracking.trackers if trackers and not config.dry_run else ():
         if find_spec(name) is None:
             raise UserError(f"tracking.trackers names {name}, which is not installed: pip install {name}")
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in PRECISIONS:  # accelerate would silently train in fp32
-        raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}; it is one of {', '.join(PRECISIONS)}")
-    if precision == "fp8" and find_spec("torchao") is None:
+    if read_precision() == "fp8" and find_spec("torchao") is None:
         raise UserError("the launch asks for fp8, which needs torchao: pip install -e '.[fp8]', or choose bf16")
 
 
