@@ -45,8 +45,8 @@ PEER_GONE = re.compile(
     "(closed|reset) by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
 )
 
-# A console that is not UTF-8 shows `\xd7` for `×`; otherwise printing it would end a run.
-for stream in (sys.stdout, sys.stderr):
+# A console that is not UTF-8 shows `\xd7` for `×`; otherwise printing it would end a run. The same for what is typed.
+for stream in (sys.stdin, sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         with contextlib.suppress(OSError):  # a pipe that took the place of a file
             stream.reconfigure(errors="backslashreplace")
