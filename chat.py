@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.checkpoints import find_checkpoint
 from utils.cli import NonNegativeFloat, PositiveInt, UserError, parse_config, run_script
-from utils.pretrained import chat_ids, check_adapters, prompt_ids, read_tokenizer
+from utils.pretrained import chat_ids, check_adapters, check_weights, prompt_ids, read_tokenizer
 
 COMMANDS = "/reset starts anew, /temperature NUMBER, /save FILE appends a record for prepare_data.py; Ctrl-D ends"
 
@@ -36,6 +36,7 @@ class ChatConfig:
         )
 
     def problems(self) -> list[str]:
+        check_weights(self.folder)
         check_adapters(self.folder)
         return []
 

@@ -17,9 +17,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from evaluating import models, tasks
-from utils.cli import NonNegativeFloat, PositiveInt, Seed, UserError, exit_with, parse_config, run_script
+from utils.cli import (
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    UserError,
+    exit_with,
+    parse_config,
+    read_precision,
+    run_script,
+)
 from utils.data.token_dataset import load_manifest
-from utils.files import find_obstacle, finite
+from utils.files import find_obstacle, finite, replace_text
 
 NOTHING_TO_SCORE = "{} is not in a run folder; say what to score: --dataset, --text_file, --tasks or --prompt"
 
@@ -76,6 +85,7 @@ class EvaluateConfig:
         return as_list(self.text_file)
 
     def problems(self) -> list[str]:
+        read_precision()
         found = [mistake for name in self.models if (mistake := models.find_mistake(name))]
         found += tasks.find_mistakes(self.tasks)
         is_run = not (models.is_export(Path(self.model)) or models.is_gguf(Path(self.model)))
@@ -85,6 +95,8 @@ class EvaluateConfig:
             found.append(f"--report {self.report}: there is no folder to write it to")
         elif self.report is not None and (obstacle := find_obstacle(self.report)):
             found.append(f"--report {self.report} {obstacle}")
+        elif self.report is not None and Path(self.report).exists() and not Path(self.report).is_file():
+            found.append(f"--report {self.report} is a device or a pipe; name a file")
         for folder in self.datasets:
             load_manifest(folder)
         for file in self.text_files:
@@ -173,6 +185,8 @@ def main(config: EvaluateConfig) -> None:
     texts += [read_file(Path(file)) for file in config.text_files]
     objectives = [share_objective(own_objectives, text) for text in texts]
     length = models.shared_length(candidates, config.sequence_length) if texts else 0
+    if texts and config.stride is not None and config.stride > length:
+        raise UserError(f"stride {config.stride} is longer than sequence_length {length}")
 
     results = []
     for number, (candidate, processor) in enumerate(zip(candidates, processors, strict=True)):
@@ -282,7 +296,7 @@ def score(
         collate.check(tokens, length, "validation")
     layout = build_layout(
         tokens, layout_name if config.stride is None else "padded", length, pad_token_id=pad_token_id(tokenizer),
-        vocab_size=len(tokenizer), stride=config.stride and min(config.stride, length),
+        vocab_size=len(tokenizer), stride=config.stride,
     )  # fmt: skip
     rows = NumberedLayout(layout, text, encoded, by_row=objective.name in MOVING)
     losses, attention = (
@@ -349,7 +363,10 @@ def report(
         found["differing_options"] = differing_options(candidates)
         print(*lines_of_options(found["differing_options"], candidates), sep="\n")
     if config.report is not None:
-        Path(config.report).write_text(json.dumps(finite(found), indent=2) + "\n", encoding="utf-8")
+        try:
+            replace_text(Path(config.report).resolve(), json.dumps(finite(found), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--report {config.report} cannot be written: {error.strerror}") from None
 
 
 def print_answers(record: dict[str, Any], *, several: bool) -> None:

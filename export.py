@@ -174,7 +174,8 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"cannot write {output}: {error.strerror or error}{note}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}; opens with {auto_model.__name__}")
+    opens = f"; opens with {auto_model.__name__}" if any(output.glob("model*.safetensors")) else ""
+    print(f"exported {checkpoint} (step {report['optimizer_step']}) to {output}{opens}")
     found = list_checkpoints(checkpoint.parent)
     if checkpoint in found[:-1]:
         newer = ", ".join(path.name for path in found[found.index(checkpoint) + 1 :])

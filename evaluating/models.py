@@ -3,7 +3,10 @@
 Options are checked without torch: it is imported in the functions that read a model.
 """
 
+import contextlib
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +16,7 @@ from utils.checkpoints import find_checkpoint, resolve_checkpoint
 from utils.cli import UserError, parse_sections
 from utils.config import ScoringConfig
 from utils.files import flatten, read_json, read_yaml, short
-from utils.pretrained import check_adapters, read_config, read_processor
+from utils.pretrained import check_adapters, check_weights, read_config, read_processor
 
 
 def is_export(path: Path) -> bool:
@@ -33,9 +36,12 @@ def find_mistake(name: str) -> str | None:
                 if file.read(4) != b"GGUF":
                     return f"{name} is not a GGUF file"
             return None if find_spec("gguf") else f"{name}: GGUF needs the library gguf: pip install -e '.[gguf]'"
-        check_adapters(path if is_export(path) else find_checkpoint(path))
+        folder = path if is_export(path) else find_checkpoint(path)
+        check_weights(folder)
+        check_adapters(folder)
     except UserError as error:
-        return str(error)
+        files = sorted(path.glob("*.gguf"))
+        return f"{error}, or give {files[0]}" if files else str(error)
     return None
 
 
@@ -78,9 +84,19 @@ def load_processor(candidate: Candidate) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(candidate.path.parent, gguf_file=candidate.path.name)
+        with alone(candidate.path) as folder:
+            return AutoTokenizer.from_pretrained(folder, gguf_file=candidate.path.name)
     except Exception as error:  # each architecture fails in its own way
         raise UserError(f"{candidate.name}: transformers cannot read its tokenizer: {short(error)}") from None
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[str]:
+    """A folder that holds only a link to the GGUF file at `path`: of an export, transformers would mix the file's
+    tokenizer and configuration with those beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        yield folder
 
 
 def load(candidate: Candidate) -> Any:
@@ -99,7 +115,8 @@ def load(candidate: Candidate) -> Any:
     read: Any = AutoModelForCausalLM.from_pretrained
     file = {"gguf_file": candidate.path.name, "dtype": torch.float32}
     try:
-        model, found = read(candidate.path.parent, **file, output_loading_info=True)
+        with alone(candidate.path) as folder:
+            model, found = read(folder, **file, output_loading_info=True)
     except Exception as error:  # each architecture fails in its own way
         why = "its tensors have other shapes" if "ignore_mismatched_sizes" in str(error) else short(error)
         why = f"transformers cannot read this GGUF file: {why}"
@@ -121,7 +138,8 @@ def read_architecture(candidate: Candidate) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(candidate.path.parent, gguf_file=candidate.path.name)
+        with alone(candidate.path) as folder:
+            return AutoConfig.from_pretrained(folder, gguf_file=candidate.path.name)
     except Exception as error:  # each architecture fails in its own way
         why = f"transformers cannot read this GGUF file: {short(error)}"
         raise UserError(f"{candidate.name}: {why}; evaluate the folder that it was made from") from None

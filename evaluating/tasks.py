@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from evaluating.intervals import Difference, intervals_of_ratios
 from evaluating.table import align, as_entry, as_list, spell
@@ -19,13 +20,21 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def find_mistakes(tasks: Sequence[str]) -> list[str]:
-    """Why the tasks cannot be run, as far as their names say."""
+    """Why the tasks cannot be run, as far as their files say; lm-eval reads them after the texts are scored."""
     if tasks and find_spec("lm_eval") is None:
         return ["--tasks needs the library lm_eval: pip install -e '.[tasks]'"]
-    return [
-        f"--tasks {task}: there is no such file; name YAML files of tasks" for task in tasks
-        if not (Path(task).suffix in SUFFIXES and Path(task).is_file())
-    ]  # fmt: skip
+    return [f"--tasks {task}: {fault}" for task in tasks if (fault := find_fault(Path(task)))]
+
+
+def find_fault(path: Path) -> str | None:
+    """Why a file is no task; runs none of the code that its tags name."""
+    if not (path.suffix in SUFFIXES and path.is_file()):
+        return "there is no such file; name YAML files of tasks"
+    try:
+        content = yaml.compose(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return f"it is no YAML: {short(error)}"
+    return None if isinstance(content, yaml.MappingNode) else "it holds no keys such as `task`"
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ same text, encoded by its own.
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def find_sources(split: dict[str, Any]) -> dict[str, np.ndarray]:
 def read_file(path: Path) -> Text:
     """A text file as one document, whose blocks are the units; JSON lines as the documents in the field `text`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that some programs put first
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -114,6 +115,8 @@ def read_records(path: Path, text: str) -> list[str]:
         document = record.get("text") if isinstance(record, dict) else None
         if not isinstance(document, str):
             raise UserError(f"{path}, line {number}: has no text in the field `text`")
+        if re.search("[\ud800-\udfff]", document):
+            raise UserError(f"{path}, line {number}: the text holds half a character (a lone surrogate)")
         documents += [document] if document.strip() else []
     if not documents:
         raise UserError(f"{path}: the file holds no text")

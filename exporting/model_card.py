@@ -23,10 +23,13 @@ def write_card(folder: Path, name: str, checkpoint: Path, report: dict[str, Any]
     """`report` is that of export.py, with the rows of its files."""
     run = checkpoint.parent.parent
     options = flatten(read_yaml(run / "config.yaml")) if (run / "config.yaml").is_file() else {}
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["plainloop"]}
+    head: dict[str, Any] = {"tags": ["plainloop"]}
+    opening = f"A model of {report['parameters']:,} parameters."
+    if any(folder.glob("model*.safetensors")):
+        head["library_name"] = "transformers"
+        opening = f"A transformers model of {report['parameters']:,} parameters; `{report['opens_with']}` opens it."
     if licence:
         head["license"] = licence
-    opening = f"A transformers model of {report['parameters']:,} parameters; `{report['opens_with']}` opens it."
     if report["pretrained"]:
         opening += f" Its training started from the weights of `{report['pretrained']}`."
     sections = {

@@ -35,8 +35,8 @@ LIBRARIES = {"llama_cpp": ("xllamacpp", "gguf"), "onnxruntime": ("onnxruntime", 
 # The largest difference between log-probabilities; another process may add in another order. llama.cpp computes GELU from
 # a table in 16 bits.
 DIFFERENCES = {
-    "safetensors": 1e-5, "adapter": 1e-4, "safetensors-bf16": 5e-1, "safetensors-f16": 5e-2, "onnx": 1e-4, "gguf-f32": 1e-4, "gguf-f32 gpt2": 1e-2, "gguf-f16": 2e-2,
-    "gguf-bf16": 1e-1,
+    "safetensors": 1e-5, "safetensors-bf16": 5e-1, "safetensors-f16": 5e-2, "adapter": 1e-4, "onnx": 1e-4,
+    "gguf-f32": 1e-4, "gguf-f32 gpt2": 1e-2, "gguf-f16": 2e-2, "gguf-bf16": 1e-1,
 }  # fmt: skip
 # The largest relative change of what is rounded to integers, beyond two standard errors: the positions are few.
 PERPLEXITIES = {"gguf-q8_0": 0.01, "onnx-int8": 0.02}
@@ -105,7 +105,8 @@ def check_file(format: str, path: Path, questions: Questions, architecture: str)
     library, extra = LIBRARIES[reader]
     if find_spec(library) is None:
         return {"receipt": f"not run: install {library} (pip install -e '.[{extra}]')", "faults": []}
-    asked, answered = path.parent / ".questions.json", path.parent / ".answers.json"
+    folder = path if path.is_dir() else path.parent  # of this export: another one may be under way beside it
+    asked, answered = folder / ".questions.json", folder / ".answers.json"
     asked.write_text(json.dumps(questions.asked), encoding="utf-8")
     script = Path(__file__).resolve().with_name(f"read_{reader}.py")
     try:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, call, error_line
@@ -84,6 +86,14 @@ def test_the_end_that_a_tokenizer_puts_behind_a_text_is_no_part_of_it(finished_r
 
 def test_mistakes_are_one_line(tmp_path):
     assert "no/such" in error_line("chat.py", "--model", "no/such")
+    (tmp_path / "config.json").write_text("{}")  # an export of other formats
+    assert "--formats" in error_line("chat.py", "--model", tmp_path)
+
+
+def test_bytes_that_are_no_text_are_read_as_escapes():
+    code = "import utils.cli; print(input())"
+    done = subprocess.run([sys.executable, "-c", code], input=b"a\xff\n", capture_output=True, cwd=ROOT)
+    assert done.stdout == b"a\\xff\n", done.stderr
 
 
 def test_the_script_stays_short():

@@ -311,9 +311,9 @@ def test_a_gguf_file_is_scored_as_the_folder_that_it_was_made_from(tmp_path):
     model = build("llama", tokenizer)
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
-    (tmp_path / "file").mkdir()
-    gguf_file.write_gguf(model, tokenizer, tmp_path / "file" / "model.gguf", "f32", "test")
-    arguments = [tmp_path / "folder", tmp_path / "file" / "model.gguf", "--text_file", "README.md"]
+    # Beside the folder's own files, as in an export; transformers would mix the two tokenizers.
+    gguf_file.write_gguf(model, tokenizer, tmp_path / "folder" / "model.gguf", "f32", "test")
+    arguments = [tmp_path / "folder", tmp_path / "folder" / "model.gguf", "--text_file", "README.md"]
     report = evaluated(*arguments, folder=tmp_path)
     one, two = report["texts"][0]["results"][0]["models"]
     assert two["target_tokens"] == one["target_tokens"] and two["loss"] == pytest.approx(one["loss"], rel=1e-5)
@@ -321,6 +321,9 @@ def test_a_gguf_file_is_scored_as_the_folder_that_it_was_made_from(tmp_path):
     assert "is not a GGUF file" in error_line("evaluate.py", tmp_path / "folder", tmp_path / "no.gguf")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(60))
     assert "cut.gguf" in error_line("evaluate.py", tmp_path / "cut.gguf", "--text_file", "README.md")
+    (tmp_path / "folder" / "model.safetensors").unlink()  # an export of other formats
+    assert "give" in (line := error_line("evaluate.py", tmp_path / "folder", "--text_file", "README.md"))
+    assert "--formats" in line and str(tmp_path / "folder" / "model.gguf") in line
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="pip install -e '.[tasks]'")
@@ -354,15 +357,34 @@ def test_tasks_are_scored_by_lm_eval(runs, foreign, tmp_path):
         (["{run}", "none"], "none does not exist"),
         (["{run}", "{run}", "--model", "x"], "not both"),
         (["{run}", "--tasks", "[none.yaml]"], "none.yaml"),
+        (["{run}", "--tasks", "[{broken}]"], "broken.yaml: it is no YAML"),
         (["{run}", "--stride", "65", "--sequence_length", "64"], "stride 65"),
+        (["{run}", "--text_file", "README.md", "--stride", "65"], "stride 65"),
         (["{run}", "--text_file", "[none.txt, README.md]"], "none.txt does not exist"),
         (["{run}", "--text_file", "{jsonl}"], "line 1"),
+        (["{run}", "--text_file", "{half}"], "line 2"),
+        (["{run}", "--report", "/dev/full"], "/dev/full"),
     ],
 )
 def test_mistakes_are_one_line(arguments, words, runs, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"content": "a"}\n')
-    places = {"run": runs["packed"], "jsonl": tmp_path / "bad.jsonl"}
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "half a character: \\ud83d"}\n')
+    (tmp_path / "broken.yaml").write_text("task: x\n  bad: [\n")
+    places = {
+        "run": runs["packed"],
+        "broken": tmp_path / "broken.yaml",
+        "jsonl": tmp_path / "bad.jsonl",
+        "half": tmp_path / "half.jsonl",
+    }
     assert words in error_line("evaluate.py", *(each.format_map(places) for each in arguments))
+
+
+def test_json_lines_may_hold_other_ends_of_lines_and_begin_with_a_mark(tmp_path):
+    """As prepare_data.py reads them."""
+    (tmp_path / "some.jsonl").write_bytes('\ufeff{"text": "a\u2028b\x85c"}\r\n{"text": "d"}'.encode())
+    assert read_file(tmp_path / "some.jsonl").documents == ["a\u2028b\x85c", "d"]
+    (tmp_path / "some.txt").write_bytes("\ufeffa".encode())
+    assert read_file(tmp_path / "some.txt").documents == ["a"]
 
 
 def test_a_missing_lm_eval_is_named(runs, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,19 @@ def check_gguf(tmp_path: Path, model, tokenizer, precision="f32", written_by=Non
     path = tmp_path / f"model-{precision}.gguf"
     gguf_file.write_gguf(model, written_by or tokenizer, path, precision, "test")
     return receipts.check_file(f"gguf-{precision}", path, ask(model, tokenizer), model.config.model_type)
+
+
+def test_a_receipt_writes_nothing_beside_the_export(tmp_path, monkeypatch):
+    """Another export may be under way there, and would read its questions."""
+    ended, commands = SimpleNamespace(returncode=1, stderr="no"), []
+    monkeypatch.setattr(receipts.subprocess, "run", lambda command, **_: commands.append(command) or ended)
+    questions = receipts.Questions({}, [], None, None, None, [])
+    monkeypatch.setattr(receipts, "find_spec", lambda name: True)
+    (folder := tmp_path / "folder").mkdir()
+    (folder / "model.gguf").touch()
+    for format, path in (("safetensors", folder), ("gguf-f32", folder / "model.gguf")):
+        receipts.check_file(format, path, questions, "llama")
+    assert [Path(file).parent.name for command in commands for file in command[-2:]] == ["folder"] * 4
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -427,6 +441,10 @@ def test_a_card_leaves_out_what_it_does_not_know(tmp_path):
         write_card(tmp_path, "name", tmp_path / "checkpoints" / "step-1", report, None)
         card = (tmp_path / "README.md").read_text()
         assert re.findall("^## (.*)", card, re.M) == ["Limits"] and "license" not in card and "| |" not in card
+        assert "opens it" not in card and "library_name" not in card  # no weights that transformers reads
+    (tmp_path / "model.safetensors").touch()
+    write_card(tmp_path, "name", tmp_path / "checkpoints" / "step-1", report, None)
+    assert "`AutoModel` opens it" in (tmp_path / "README.md").read_text()
 
 
 def test_a_failed_receipt_writes_nothing(finished_run, tmp_path, monkeypatch):

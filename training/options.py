@@ -1,13 +1,12 @@
 """The options of train.py, checked as far as possible before torch's slow import."""
 
-import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from training.optimization.optimizers import check_optimizer
 from training.recipe import commands_for
-from utils.cli import UserError, exit_with, parse_config
+from utils.cli import UserError, exit_with, parse_config, read_precision
 from utils.config import TrainConfig
 from utils.data.token_dataset import load_manifest
 from utils.pretrained import check_name, check_peft
@@ -74,7 +73,7 @@ def check_libraries(config: TrainConfig, trackers: bool) -> None:
     for name in config.tracking.trackers if trackers and not config.dry_run else ():
         if find_spec(name) is None:
             raise UserError(f"tracking.trackers names {name}, which is not installed: pip install {name}")
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8" and find_spec("torchao") is None:
+    if read_precision() == "fp8" and find_spec("torchao") is None:
         raise UserError("the launch asks for fp8, which needs torchao: pip install -e '.[fp8]', or choose bf16")
 
 

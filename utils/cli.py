@@ -37,6 +37,7 @@ BelowOne = Annotated[float, ">= 0 and < 1"]
 Seed = Annotated[int, ">= 0 and < 4294967296"]  # 32 bits, which numpy takes at most
 COMPARISONS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
+PRECISIONS = ("no", "bf16", "fp16", "fp8")  # accelerate's names
 LAUNCHER_PID = os.getppid()  # read before the slow imports, during which the launcher may die
 LONGEST_ERROR = 2000  # characters of a message, which may quote a file
 # What gloo, NCCL and torch's store say when a peer's process has ended.
@@ -44,8 +45,8 @@ PEER_GONE = re.compile(
     "(closed|reset) by peer|broken pipe|remote process exited|communicator was aborted|got 0 bytes", re.I
 )
 
-# A console that is not UTF-8 shows `\xd7` for `×`; otherwise printing it would end a run.
-for stream in (sys.stdout, sys.stderr):
+# A console that is not UTF-8 shows `\xd7` for `×`; otherwise printing it would end a run. The same for what is typed.
+for stream in (sys.stdin, sys.stdout, sys.stderr):
     if isinstance(stream, io.TextIOWrapper):
         with contextlib.suppress(OSError):  # a pipe that took the place of a file
             stream.reconfigure(errors="backslashreplace")
@@ -92,6 +93,14 @@ def exit_with(error: Exception | str, code: int = 2) -> NoReturn:
     if "RANK" in os.environ:
         os._exit(code)
     sys.exit(code)
+
+
+def read_precision() -> str:
+    """The precision that the launch asks for; `UserError` for a name with which accelerate would go on all the same."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in PRECISIONS:
+        raise UserError(f"ACCELERATE_MIXED_PRECISION is {precision}; it is one of {', '.join(PRECISIONS)}")
+    return precision
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

@@ -175,9 +175,9 @@ class ModelConfig:
     """model: the architecture's own. normal: N(0, 0.02), biases 0, norms 1. gpt2: residual projections / √(number)."""
     attention: Literal["auto", "blocked", "varlen", "sdpa", "eager"] = "auto"
     """blocked: in training, on rows below 1,024 positions, skip keys that a block of queries may not see; else sdpa.
-    varlen: flash attention within each document, without a mask; for fp16 and bf16 without attention dropout. sdpa:
-    torch's fused attention. eager: plain products. auto: blocked on a CPU, varlen on CUDA where it serves the model,
-    else sdpa; eager as a last resort."""
+    varlen: flash attention within each document, without a mask; for fp16 and bf16 without attention dropout; on a CPU
+    a slow loop, to try it. sdpa: torch's fused attention. eager: plain products. auto: blocked on a CPU, varlen on CUDA
+    where it serves the model, else sdpa; eager as a last resort."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: less memory, a third more work."""
     activation_checkpointing_every: PositiveInt = 1

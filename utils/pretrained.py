@@ -62,6 +62,16 @@ def check_name(option: str, name: str, files: tuple[str, ...]) -> None:
     raise UserError(f"{wrong} holds no {files[0]}; give the folder of an export, or one that `save_pretrained` wrote")
 
 
+def check_weights(folder: Path) -> None:
+    """`UserError` if a folder holds no weights that transformers opens, as an export to other formats. The files of a
+    checkpoint are checked where it is read."""
+    if any((folder / file).is_file() for file in (WEIGHTS, INDEX, "state.json")):
+        return
+    adapters = f"; its adapters are in {folder / 'adapter'}" if (folder / "adapter").is_dir() else ""
+    remedy = "export the run with --formats '[safetensors]' into another --output"
+    raise UserError(f"{folder} holds no {WEIGHTS}{adapters}; {remedy}")
+
+
 def check_adapters(folder: Path) -> None:
     """`UserError` if the folder of a model holds adapters, and the library for them is missing."""
     if (folder / "adapter_config.json").is_file():

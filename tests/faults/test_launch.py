@@ -85,6 +85,7 @@ def test_30_fp16_or_fsdp_asked_for_and_not_active(dataset, tmp_path):
     """By the variables that `accelerate launch` sets."""
     for asked, expected in (
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 with loss scaling needs a GPU"),
+        ({"ACCELERATE_MIXED_PRECISION": "bfloat16"}, "one of no, bf16, fp16, fp8"),
         ({"ACCELERATE_USE_FSDP": "true"}, "asked for FSDP, active is NO"),
     ):
         assert expected in refused([], dataset, tmp_path / "run", **asked)

@@ -43,8 +43,10 @@ def varlen_attention(
     if asked := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
         raise ValueError(f"varlen attention has no {asked[0]}")
     causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
-    if dropout or causal is None or query.shape[2:] != key.shape[2:] or key.shape != value.shape:
-        raise ValueError("varlen attention has no dropout, and takes queries, keys and values of one size")
+    if dropout:
+        raise ValueError("the kernel has no dropout of attention, which model.dropout sets")
+    if causal is None or query.shape[2:] != key.shape[2:] or key.shape != value.shape:
+        raise ValueError("varlen attention takes queries, keys and values of one size")
     window = -1 if sliding_window is None else sliding_window - 1
     if (sliding_window is not None) != has_window(module):
         raise ValueError("varlen attention does not know which positions this layer sees")
