@@ -403,8 +403,3 @@ def test_a_tokenizer_that_changes_the_text_is_refused_for_other_models(runs, for
     arguments = ["--sequence_length", "32", "--dataset", changed]
     assert "does not give its text back" in error_line("evaluate.py", runs["packed"], foreign, *arguments)
     assert evaluated(runs["packed"], *arguments, folder=tmp_path)["bytes"] == manifest["splits"]["validation"]["bytes"]
-
-
-def test_lines_of_json_end_at_line_feeds_only(tmp_path):
-    (tmp_path / "texts.jsonl").write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
-    assert read_file(tmp_path / "texts.jsonl").documents == ["a\u2028b", "c"]
