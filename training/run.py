@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from accelerate.utils.memory import should_reduce_batch_size
 
 from training.data import TrainingData
@@ -38,6 +39,7 @@ from utils.model.build import count_parameters
 from utils.pretrained import tokenizer_of
 
 BATCHES_PER_POLL = 16  # of an evaluation on a GPU
+COMPILE_SECONDS = 1800.0  # more for the first step of a launch that compiles, before it counts as hanging
 END_REASONS = ("max_steps", "early_stopping")  # every other reason stops a run before its end
 
 
@@ -96,7 +98,10 @@ class Run:
         self.stops = at_exit.enter_context(StopRequests(accelerator, self.folder, config.max_minutes, bytes_each))
         self.tracker = at_exit.enter_context(RunTracker(accelerator, config, self.state, data.max_steps))
         hang_seconds = 60 * config.guards.hang_minutes + 2 * self.stops.save_seconds  # ranks may wait for a save
-        self.watchdog = at_exit.enter_context(Watchdog(self.folder, accelerator.process_index, hang_seconds))
+        compiles = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        self.watchdog = at_exit.enter_context(
+            Watchdog(self.folder, accelerator.process_index, hang_seconds, COMPILE_SECONDS if compiles else 0.0)
+        )
         self.writer = CheckpointWriter(
             accelerator, self.folder / "checkpoints", config.checkpoint, self.processor, warn=self.tracker.warn,
             note=self.watchdog.note_writing,

@@ -364,7 +364,8 @@ class GuardConfig:
     max_spikes: NonNegativeInt = 10
     """Spikes that the run may skip; one more stops it."""
     hang_minutes: PositiveFloat = 10.0
-    """End a rank without progress for this long plus twice the time of a save; stack traces go to .heartbeats/."""
+    """End a rank without progress for this long plus twice the time of a save; stack traces go to .heartbeats/. The first
+    step of a launch that compiles may take half an hour more."""
 
 
 Tracker = Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]

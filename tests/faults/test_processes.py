@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from conftest import LAUNCH_TWO, environment, metrics, run, script, train, train_losses
+from conftest import LAUNCH_TWO, ROOT, environment, metrics, run, script, train, train_losses
 from processes import (
     PATIENCE,
     changed_copy,
@@ -65,6 +65,23 @@ def test_22_a_rank_hangs(dataset, tmp_path):
     stacks = [(output / ".heartbeats" / f"stacks-{rank}").read_text() for rank in range(2)]
     assert "in reduce" in stacks[0] or "in main" in stacks[1]
     assert "in reduce" not in stacks[1]
+
+
+def test_the_first_step_may_take_longer_where_it_compiles(tmp_path):
+    code = f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(ROOT)!r})
+        from pathlib import Path
+        from training.monitoring.watchdog import Watchdog
+        with Watchdog(Path({str(tmp_path)!r}), 0, 0.2, 1000) as watchdog:
+            watchdog.beat(7, "training")
+            time.sleep(1)
+            print("compiled", flush=True)
+            watchdog.beat(8, "training")
+            time.sleep(1000)
+    """
+    ended = script("-c", code, check=False)
+    assert ended.returncode == 1 and ended.stdout == "compiled\n" and "at step 8, training" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,15 @@ class Watchdog:
     microseconds. If no thread of the interpreter runs any more, `faulthandler` ends the rank, leaving its stacks.
     """
 
-    def __init__(self, run: Path, rank: int, limit_seconds: float) -> None:
-        self.folder, self.rank, self.limit = run / HEARTBEATS, rank, limit_seconds
+    def __init__(self, run: Path, rank: int, limit_seconds: float, compile_seconds: float = 0.0) -> None:
+        """compile_seconds: how much longer the first step of a launch may take."""
+        self.folder, self.rank, self.limit, self.compile_seconds = (
+            run / HEARTBEATS,
+            rank,
+            limit_seconds,
+            compile_seconds,
+        )
+        self._allowed, self._first_step = limit_seconds, -1
         self._deadline, self._step, self._doing = time.monotonic() + limit_seconds, 0, "starting"
         self._over = threading.Event()
 
@@ -44,7 +51,10 @@ class Watchdog:
 
     def beat(self, step: int, doing: str) -> None:
         """The training has reached `step` and begins `doing`, one word."""
-        self._deadline, self._step, self._doing = time.monotonic() + self.limit, step, doing
+        if self._first_step < 0 and doing == "training":
+            self._first_step = step
+        self._allowed = self.limit + (self.compile_seconds if step == self._first_step else 0.0)
+        self._deadline, self._step, self._doing = time.monotonic() + self._allowed, step, doing
         self._note(f"step {step} {doing} {time.time():.3f}", 0)
 
     def note_writing(self, doing: str) -> None:
@@ -66,7 +76,7 @@ class Watchdog:
         try:
             print(
                 f"{Path(sys.argv[0]).name}: error: rank {self.rank} has been at step {self._step}, {self._doing}, for "
-                f"{self.limit / 60:.3g} minutes, so it is ended (guards.hang_minutes). {self._stacks.name} holds its "
+                f"{self._allowed / 60:.3g} minutes, so it is ended (guards.hang_minutes). {self._stacks.name} holds its "
                 "stacks. Continue from the last checkpoint with --checkpoint.resume auto",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
