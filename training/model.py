@@ -210,7 +210,7 @@ def embedding_gradient(
     hooks = [module.register_forward_hook(keep) for module in modules]
     try:
         inputs = add_places(inputs)
-        loss = (prepared or objective)(
+        loss = (objective if prepared is None else prepared)(
             targets.to(model.device), **{name: values.to(model.device) for name, values in inputs.items()}
         )
     finally:
