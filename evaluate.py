@@ -299,10 +299,8 @@ def score(
         vocab_size=len(tokenizer), stride=config.stride,
     )  # fmt: skip
     rows = NumberedLayout(layout, text, encoded, by_row=objective.name in MOVING)
-    losses, attention = (
-        TokenLosses(model, objective, chunked_head=has_linear_head(model)),
-        model.config._attn_implementation,
-    )
+    attention = model.config._attn_implementation
+    losses = TokenLosses(model, objective, chunked_head=has_linear_head(model))
     launch = (accelerator.device, accelerator.mixed_precision)
     if varlen_is_default(*launch) and use_varlen(losses, *launch) is None:
         collate = partial(with_places, collate)

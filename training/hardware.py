@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_torch_version
 
 from utils.files import UserError, read_json, replace_text
 
@@ -69,7 +70,7 @@ def avoid_faulty_attention(device: torch.device, sequence_length: int, layout: s
     """Turn cuDNN's attention off where rows may have a length of 64 mod 128: with a mask, torch's gradients may then be
     NaN on H100 and H200 (pytorch/pytorch issue 196678, in torch 2.13)."""
     may_occur = layout == "padded" or sequence_length % 128 == 64
-    if device.type == "cuda" and may_occur and torch.__version__ >= "2.13":
+    if device.type == "cuda" and may_occur and is_torch_version(">=", "2.13"):
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 

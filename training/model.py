@@ -112,8 +112,8 @@ def check_nothing_leaks(accelerator: Accelerator, prepared: nn.Module) -> None:
     device, in its precision, by its kernels. One short pass; all ranks make it alone, without FSDP.
 
     That the loss reads its own tokens as it should is compared in fp32 (`check_documents_stay_apart`). Here they may
-    round, but the gradient of all other tokens is 0. A compiled model runs as it is, or it would be compiled for this
-    length and once more for the rows.
+    round, but the gradient of all other tokens is 0. Nothing is compiled here: a compiled model would be compiled for this
+    length, and again for the rows of the run.
     """
     objective = accelerator.unwrap_model(prepared, keep_torch_compile=False)
     ids, positions, targets, _ = neighbours(objective)
